@@ -250,10 +250,12 @@ class LinkTo(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., token: _Optional[bytes] = ..., route_epoch: _Optional[int] = ...) -> None: ...
 
 class Linked(_message.Message):
-    __slots__ = ("route_epoch",)
+    __slots__ = ("route_epoch", "window_bytes")
     ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_BYTES_FIELD_NUMBER: _ClassVar[int]
     route_epoch: int
-    def __init__(self, route_epoch: _Optional[int] = ...) -> None: ...
+    window_bytes: int
+    def __init__(self, route_epoch: _Optional[int] = ..., window_bytes: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("step", "route_epoch", "base", "commit", "rewind", "ids", "parents", "prefill", "sample", "want", "sampling", "history", "op", "embeddings", "trace", "deadline_ms")
@@ -297,23 +299,17 @@ class Route(_message.Message):
     route_epoch: int
     def __init__(self, route_epoch: _Optional[int] = ...) -> None: ...
 
-class Cancel(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
 class ClientFrame(_message.Message):
-    __slots__ = ("open", "link_to", "step", "route", "cancel")
+    __slots__ = ("open", "link_to", "step", "route")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     LINK_TO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
-    CANCEL_FIELD_NUMBER: _ClassVar[int]
     open: Open
     link_to: LinkTo
     step: Step
     route: Route
-    cancel: Cancel
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., link_to: _Optional[_Union[LinkTo, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., link_to: _Optional[_Union[LinkTo, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ...) -> None: ...
 
 class Hop(_message.Message):
     __slots__ = ("peer_id", "received_ns", "start_ns", "end_ns", "queue_ns")

@@ -1,0 +1,208 @@
+/* Attention of a ragged batch over paged keys and values.
+ *
+ * Row at position p sees exactly one key for every position in [low, p]: committed slots first, then its ancestors.
+ * Scores, exponentials and outputs follow these positions in order, each element in one chain. Blocks of positions
+ * are packed once and shared by as many rows as can see them; a row alone takes the same steps. */
+#include "attention.h"
+
+#include <stdlib.h>
+
+enum {
+    QUERIES = 96,        /* (row, head) pairs that share a packed block */
+    SCORES = 256 * 1024, /* floats of scores that one task may keep, if it has more than one row */
+};
+
+/* One task: `rows` rows of a segment, `heads` query heads of one kv head. */
+typedef struct {
+    segment_t in;
+    long row, rows;
+    long kv_head, head, heads;
+    long low, high, stride; /* positions [low, high) of all rows, low a multiple of BLOCK; floats in a score row */
+    long padded;            /* value width in whole panels */
+    float *block, *q, *out, *scores, *sums;
+    int32_t *path; /* pending row at each depth, for one row */
+    int status;
+} task_t;
+
+static const float ZEROS[PANEL];
+static _Thread_local float *scratch;
+static _Thread_local size_t scratch_bytes;
+
+static long low_of(const task_t *t, long row)
+{
+    long window = t->in.call->window, low = t->in.positions[row] - window + 1;
+    return window && low > 0 ? low : 0;
+}
+
+static long size_of(const call_t *c) { return c->half ? 2 : 4; }
+
+/* The cache row at each position of the block, null outside [from, to). */
+static void find_rows(task_t *t, long block, long from, long to, const char *pages, long width, const char **rows)
+{
+    const segment_t *s = &t->in;
+    const call_t *c = s->call;
+    long row_bytes = c->kv_heads * width * size_of(c), expected = -1, left = 0;
+    const char *next = 0;
+    for (long i = 0; i < BLOCK; i++) {
+        long position = block * BLOCK + i;
+        rows[i] = 0;
+        if (position < from || position >= to)
+            continue;
+        long slot = position < s->base || s->chain ? position : s->base + t->path[position - s->base];
+        if (slot != expected || !left) { /* division only where a run of slots ends */
+            long index = slot / c->page_size, offset = slot - index * c->page_size;
+            long page = index < c->max_pages ? s->pages[index] : -1;
+            if (page < 0 || page >= c->pages) {
+                t->status = BAD_PAGE;
+                continue;
+            }
+            next = pages + ((page * c->page_size + offset) * c->kv_heads + t->kv_head) * width * size_of(c);
+            left = c->page_size - offset;
+        }
+        rows[i] = next;
+        next += row_bytes;
+        expected = slot + 1;
+        left--;
+    }
+}
+
+static void find_path(task_t *t, long row)
+{
+    const segment_t *s = &t->in;
+    for (long u = row; u >= 0; u = s->parents[u])
+        t->path[s->positions[u] - s->base] = (int32_t)u;
+}
+
+static void tiles(long rows, long depth, const float *x, long x_row, const float *w, long w_row, float *y, long y_row,
+                  const float *start)
+{
+    for (long row = 0, count; row < rows; row += count) {
+        count = tile_rows(rows - row);
+        tile_float(count, depth, x + row * x_row, x_row, w, w_row, y + row * y_row, y_row, start, (ahead_t){0});
+    }
+}
+
+/* Scores of rows [first, last) at one block. Lanes that a row does not see are cleared by softmax. */
+static void score_block(task_t *t, long block, long first, long last, long from, long to)
+{
+    const call_t *c = t->in.call;
+    const char *rows[BLOCK];
+    find_rows(t, block, from, to, c->k_pages, c->key_width, rows);
+    pack_keys(t->block, rows, c->key_width, c->half);
+    long at = (first - t->row) * t->heads, count = (last - first) * t->heads;
+    tiles(count, c->key_width, t->q + at * c->key_width, c->key_width, t->block, BLOCK,
+          t->scores + at * t->stride + block * BLOCK - t->low, t->stride, ZEROS);
+}
+
+/* Adds the block's values to rows [first, last): those that see all of it together, others each for its part. */
+static void value_block(task_t *t, long block, long first, long last, long from, long to)
+{
+    const call_t *c = t->in.call;
+    const char *rows[BLOCK];
+    find_rows(t, block, from, to, c->v_pages, c->value_width, rows);
+    pack_values(t->block, rows, c->value_width, t->padded, c->half);
+    long begin = block * BLOCK, end = begin + BLOCK;
+    for (long row = first, next; row < last; row = next) {
+        long low = low_of(t, row), high = t->in.positions[row] + 1;
+        long a = low > begin ? low : begin, b = high < end ? high : end;
+        next = row + 1;
+        if (a >= b)
+            continue;
+        if (a == begin && b == end)
+            while (next < last && low_of(t, next) <= begin && t->in.positions[next] + 1 >= end)
+                next++;
+        long at = (row - t->row) * t->heads, count = (next - row) * t->heads;
+        for (long d = 0; d < t->padded; d += PANEL)
+            tiles(count, b - a, t->scores + at * t->stride + a - t->low, t->stride,
+                  t->block + (a - begin) * t->padded + d, t->padded, t->out + at * t->padded + d, t->padded, 0);
+    }
+}
+
+typedef void visit_t(task_t *, long block, long first, long last, long from, long to);
+
+/* Every block in order: those that look the same to all rows once, then each tree row's own. */
+static void visit_blocks(task_t *t, visit_t *visit)
+{
+    const segment_t *s = &t->in;
+    long first = t->low / BLOCK, last = (t->high + BLOCK - 1) / BLOCK;
+    long shared = s->chain ? last : s->base / BLOCK;
+    for (long block = first; block < shared && block < last; block++) {
+        long from = t->high, end = t->row + t->rows, row = t->row;
+        for (; row < end; row++)
+            from = low_of(t, row) < from ? low_of(t, row) : from;
+        /* rows of a chain that end before this block need not be visited */
+        for (row = t->row; s->chain && row < end && s->positions[row] < block * BLOCK;)
+            row++;
+        visit(t, block, s->chain ? row : t->row, end, from, t->high);
+    }
+    for (long row = t->row; row < t->row + t->rows && !s->chain; row++) {
+        long low = low_of(t, row), high = s->positions[row] + 1;
+        find_path(t, row);
+        for (long block = low / BLOCK > shared ? low / BLOCK : shared; block * BLOCK < high; block++)
+            visit(t, block, row, row + 1, low, high);
+    }
+}
+
+static void *reserve(size_t bytes)
+{
+    if (bytes > scratch_bytes) {
+        free(scratch);
+        scratch_bytes = (bytes + 4095) / 4096 * 4096;
+        scratch = aligned_alloc(4096, scratch_bytes);
+        if (!scratch)
+            abort();
+    }
+    return scratch;
+}
+
+long rows_per_task(const segment_t *s, long heads, long wanted)
+{
+    long rows = QUERIES / heads, fit = SCORES / heads / (s->base + s->rows + BLOCK);
+    rows = rows < fit ? rows : fit;
+    rows = rows < wanted ? rows : wanted;
+    return rows < 1 ? 1 : rows;
+}
+
+int attend_rows(const segment_t *in, long row, long rows, long kv_head, long head, long heads)
+{
+    task_t task = {.in = *in, .row = row, .rows = rows, .kv_head = kv_head, .head = head, .heads = heads}, *t = &task;
+    const call_t *c = in->call;
+    long queries = t->rows * t->heads, width = c->key_width;
+    t->low = t->high = t->in.positions[t->row] + 1;
+    for (long row = t->row; row < t->row + t->rows; row++) {
+        t->low = low_of(t, row) < t->low ? low_of(t, row) : t->low;
+        t->high = t->in.positions[row] + 1 > t->high ? t->in.positions[row] + 1 : t->high;
+    }
+    t->low = t->low / BLOCK * BLOCK;
+    t->padded = (c->value_width + PANEL - 1) / PANEL * PANEL;
+    t->stride = (t->high - t->low + BLOCK - 1) / BLOCK * BLOCK + LANES; /* odd in vectors: rows spread over the cache */
+    long block = BLOCK * (width > t->padded ? width : t->padded);
+    t->block = reserve((size_t)(block + queries * (width + t->padded + t->stride + 1) + t->in.rows) * sizeof(float));
+    t->out = t->block + block;
+    t->scores = t->out + queries * t->padded;
+    t->q = t->scores + queries * t->stride;
+    t->sums = t->q + queries * width;
+    t->path = (int32_t *)(t->sums + queries);
+    for (long i = 0; i < queries; i++) {
+        long at = (t->in.start + t->row + i / t->heads) * c->q_row + (t->head + i % t->heads) * c->q_head;
+        load_row(t->q + i * width, c->q + at * size_of(c), width, c->half);
+    }
+    visit_blocks(t, score_block);
+    if (t->status)
+        return t->status;
+    for (long i = 0; i < queries; i++) {
+        long row = t->row + i / t->heads;
+        const float *sink = c->sinks ? c->sinks + t->head + i % t->heads : 0;
+        t->sums[i] = softmax(t->scores + i * t->stride, low_of(t, row) - t->low, t->in.positions[row] + 1 - t->low,
+                             (float)c->scale, (float)c->softcap, sink);
+    }
+    memset(t->out, 0, (size_t)(queries * t->padded) * sizeof(float));
+    visit_blocks(t, value_block);
+    for (long i = 0; i < queries; i++) {
+        float *out = t->out + i * t->padded;
+        for (long d = 0; d < c->value_width; d++)
+            out[d] /= t->sums[i];
+        long at = (t->in.start + t->row + i / t->heads) * c->q_heads + t->head + i % t->heads;
+        store_row(c->out + at * c->value_width * size_of(c), out, c->value_width, c->half);
+    }    return OK;
+}

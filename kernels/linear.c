@@ -1,0 +1,83 @@
+/* y[rows][out] = x[rows][in] * w^T + bias, w packed as panels[ceil(out / 32)][in][32]. */
+#include "tile.h"
+
+#include <omp.h>
+
+enum {
+    DEPTH = 2048,           /* depth of one visit to a panel: 256 KiB of it stay in the second-level cache */
+    CACHED = 192 * 1024,    /* floats of x that stay there beside it */
+    TOO_SMALL = 32 * 1024,  /* multiply-adds below which waking a thread costs more than it saves */
+    STREAM_AHEAD = 4 * 1024 /* bytes; hides memory latency where a panel is read once */
+};
+
+typedef struct {
+    float *y;
+    const float *x;
+    const char *panels;
+    const float *bias; /* padded to whole panels */
+    long rows, in, out, x_row;
+    long half; /* panels are bfloat16 */
+} linear_t;
+
+/* One tile, for the panels that reach past `out` through a private copy. */
+static void run_tile(const linear_t *c, long row, long rows, long k, long depth, const char *w, long column,
+                     ahead_t ahead)
+{
+    const float *x = c->x + row * c->x_row + k;
+    const float *start = k ? 0 : c->bias + column;
+    float *y = c->y + row * c->out + column;
+    long y_row = c->out, width = c->out - column;
+    float edge[TILE * PANEL];
+    if (width < PANEL) {
+        for (long m = 0; k && m < rows; m++)
+            memcpy(edge + m * PANEL, y + m * y_row, (size_t)width * sizeof *y);
+        y = edge;
+        y_row = PANEL;
+    }
+    if (c->half)
+        tile_half(rows, depth, x, c->x_row, (const uint16_t *)w, PANEL, y, y_row, start, ahead);
+    else
+        tile_float(rows, depth, x, c->x_row, (const float *)w, PANEL, y, y_row, start, ahead);
+    if (width < PANEL)
+        for (long m = 0; m < rows; m++)
+            memcpy(c->y + (row + m) * c->out + column, edge + m * PANEL, (size_t)width * sizeof *y);
+}
+
+/* Rows [first, last) of one panel. While the tiles share one piece of the panel, the next piece is fetched. */
+static void run_panel(const linear_t *c, long panel, long first, long last)
+{
+    long line = PANEL * (c->half ? 2 : 4);
+    for (long k = 0; k < c->in; k += DEPTH) {
+        long depth = c->in - k < DEPTH ? c->in - k : DEPTH;
+        const char *w = c->panels + (panel * c->in + k) * line;
+        long tiles = (last - first + TILE - 1) / TILE;
+        long lines = (line / 8 + tiles - 1) / tiles;
+        ahead_t ahead = {w + (tiles > 1 ? depth * line : STREAM_AHEAD), lines};
+        for (long row = first, rows; row < last; row += rows) {
+            rows = tile_rows(last - row);
+            run_tile(c, row, rows, k, depth, w, panel * PANEL, ahead);
+            ahead.next += (depth + 7) / 8 * lines * 64;
+        }
+    }
+}
+
+void petal_linear(float *y, const float *x, const void *panels, const float *bias, long rows, long in, long out,
+                  long x_row, long half, long threads)
+{
+    linear_t c = {y, x, panels, bias, rows, in, out, x_row, half};
+    long count = (out + PANEL - 1) / PANEL;
+    long height = CACHED / (in < DEPTH ? in : DEPTH) / TILE * TILE;
+    if (height < TILE)
+        height = TILE;
+    long units = (rows + height - 1) / height * count;
+    if (threads > units || rows * in * out < TOO_SMALL)
+        threads = rows * in * out < TOO_SMALL ? 1 : units;
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
+    {
+        long of = omp_get_num_threads(), me = omp_get_thread_num();
+        for (long unit = units * me / of; unit < units * (me + 1) / of; unit++) {
+            long first = unit / count * height;
+            run_panel(&c, unit % count, first, first + height < rows ? first + height : rows);
+        }
+    }
+}

@@ -1,0 +1,100 @@
+"""A linear layer whose result for one row does not depend on the other rows."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import native
+
+PANEL = 32  # columns packed side by side; PANEL of tile.h
+TILE = 16  # rows of one product where there are no native kernels
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b in float32: each y[m, n] is one chain of fused multiply-adds over increasing input index.
+
+    So a row's bits depend on that row and the weights only, never on the number of rows or threads. Only the packed
+    weights are kept, on the CPU: `panels` is [⌈out / 32⌉, in, 32] in the weights' dtype, zero-padded. No gradients.
+    """
+
+    panels: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight: [out, in], float32 or bfloat16 (half the bytes; products are still float32). bias: [out].
+
+        Raises TypeError for another dtype, ValueError for another shape.
+        """
+        super().__init__()
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"weights are float32 or bfloat16, not {weight.dtype}")
+        if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+            raise ValueError(f"weight {tuple(weight.shape)} and bias do not make a linear layer")
+        self.out_features, self.in_features = weight.shape
+        count = -(-self.out_features // PANEL)
+        panels = weight.new_zeros(count, self.in_features, PANEL)
+        for panel, rows in zip(panels, weight.detach().split(PANEL), strict=True):
+            panel[:, : len(rows)] = rows.T
+        padded = torch.zeros(count * PANEL, dtype=torch.float32, device=weight.device)
+        if bias is not None:
+            padded[: self.out_features] = bias.detach()
+        self.register_buffer("panels", panels)
+        self.register_buffer("bias", padded)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in], float32 or bfloat16 -> [..., out] in x's dtype. Raises ValueError for another width."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"rows of {x.shape[-1]} values, expected {self.in_features}")
+        rows = x.reshape(-1, self.in_features).float()
+        product = _product()
+        y = self._tiled(rows) if product is None else self._native(product, rows)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _native(self, product: Callable[..., None], x: Tensor) -> Tensor:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        y = x.new_empty(x.shape[0], self.out_features)
+        product(
+            y.data_ptr(),
+            x.data_ptr(),
+            self.panels.data_ptr(),
+            self.bias.data_ptr(),
+            x.shape[0],
+            self.in_features,
+            self.out_features,
+            x.stride(0),
+            self.panels.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        """The same contract in torch: every product has TILE rows, so its bits do not depend on their number."""
+        y = x.new_empty(len(x), self.out_features)
+        for out, rows in zip(y.split(TILE), x.split(TILE), strict=True):
+            tile = F.pad(rows, (0, 0, 0, TILE - len(rows)))
+            product = torch.matmul(tile, self.panels.float()).transpose(0, 1).reshape(TILE, -1) + self.bias
+            out.copy_(product[: len(rows), : self.out_features])
+        return y
+
+    def dense(self) -> Tensor:
+        """The weights as [out, in], unpacked."""
+        return self.panels.transpose(1, 2).flatten(0, 1)[: self.out_features]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.panels.dtype}"
+
+
+@functools.cache
+def _product() -> Callable[..., None] | None:
+    library = native.library()
+    if library is None:
+        return None
+    function = library.petal_linear
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 6
+    function.restype = None
+    return function

@@ -1,0 +1,70 @@
+/* The one inner loop of every product: y[rows][32] += x[rows][depth] * w[depth][32].
+ *
+ * Each element of y is one chain of fused multiply-adds over increasing depth. Nothing else decides its bits, so
+ * a row's result is the same in any batch, and a chain may be cut anywhere: stored, loaded and continued.
+ * Vectors are 16 floats wide whatever the hardware has; lanes never meet. */
+#ifndef PETAL_TILE_H
+#define PETAL_TILE_H
+
+#include <stdint.h>
+#include <string.h>
+
+typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
+
+enum {
+    LANES = 16,
+    PANEL = 32, /* columns of a tile */
+#ifdef __AVX512F__
+    TILE = 12 /* most rows of a tile: 24 accumulators of 32 registers */
+#else
+    TILE = 3 /* 12 accumulators of 16 registers of 8 lanes */
+#endif
+};
+
+/* What to fetch into the cache while a tile runs: `lines` cache lines for every 8 steps of depth, from `next` on. */
+typedef struct {
+    const char *next;
+    long lines;
+} ahead_t;
+
+/* y continues from its stored value, or from start[32] where start is given. Distances between rows (x_row, w_row,
+ * y_row) are in elements; w holds bfloat16 in tile_half. */
+void tile_float(long rows, long depth, const float *x, long x_row, const float *w, long w_row, float *y, long y_row,
+                const float *start, ahead_t ahead);
+void tile_half(long rows, long depth, const float *x, long x_row, const uint16_t *w, long w_row, float *y, long y_row,
+               const float *start, ahead_t ahead);
+
+/* Height of the next tile of `left` rows: tiles of nearly one height, none above TILE. */
+static inline long tile_rows(long left)
+{
+    long tiles = (left + TILE - 1) / TILE;
+    return (left + tiles - 1) / tiles;
+}
+
+static inline f32x16 load_half(const uint16_t *p)
+{
+    u32x16 wide = __builtin_convertvector(*(const u16x16 *)p, u32x16) << 16;
+    return (f32x16)wide;
+}
+
+static inline float half_to_float(uint16_t h)
+{
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static inline uint16_t float_to_half(float f)
+{
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    if (f != f)
+        return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16); /* to nearest, ties to even */
+}
+
+#endif

@@ -1,0 +1,96 @@
+"""One ragged forward: the rows of all slices of an iteration in one row, attention over the paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.attention import AttentionPlan, attend
+from .pool import PAGE, KVPool, SessionCache
+from .span import Span
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one step: ids [n] or hidden states [n, d], their parents within the segment, the blocks to apply."""
+
+    cache: SessionCache
+    rows: Tensor
+    parents: Sequence[int]
+    depths: Sequence[int]
+    blocks: range
+
+
+class Executor:
+    """Runs segments through the span; their rows become pending rows of their caches."""
+
+    def __init__(self, span: Span, pool: KVPool) -> None:
+        self._span = span
+        self._pool = pool
+
+    def run(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """Hidden states behind each segment's last block, [n, d]. One forward, unless routes cut the span differently."""
+        results: dict[int, Tensor] = {}
+        for blocks in dict.fromkeys(segment.blocks for segment in segments):
+            chosen = [i for i, segment in enumerate(segments) if segment.blocks == blocks]
+            results |= zip(chosen, self._forward([segments[i] for i in chosen], blocks), strict=True)
+        return [results[i] for i in range(len(segments))]
+
+    def _forward(self, segments: Sequence[Segment], blocks: range) -> Sequence[Tensor]:
+        bases = [segment.cache.length for segment in segments]
+        for segment in segments:
+            self._pool.append(segment.cache, len(segment.rows))
+        counts = [len(segment.rows) for segment in segments]
+        positions = torch.tensor(
+            [base + depth for base, segment in zip(bases, segments, strict=True) for depth in segment.depths]
+        )
+        plans = self._plans(segments, bases, counts, positions)
+        pool = self._pool
+
+        def attend_rows(
+            layer: int,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            *,
+            scale: float,
+            window: int | None,
+            softcap: float | None,
+            sinks: Tensor | None,
+        ) -> Tensor:
+            return attend(
+                query,
+                key,
+                value,
+                pool.keys[layer],
+                pool.values[layer],
+                plans[pool.group_of[layer]],
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+            )
+
+        rows = torch.cat([segment.rows for segment in segments])
+        return self._span.forward(rows, positions, attend_rows, blocks).split(counts)
+
+    def _plans(
+        self, segments: Sequence[Segment], bases: Sequence[int], counts: Sequence[int], positions: Tensor
+    ) -> list[AttentionPlan]:
+        """One plan for each layer group; they differ in the page table alone."""
+        row_count = torch.tensor(counts, dtype=torch.int32)
+        shared = {
+            "row_start": (row_count.cumsum(0) - row_count).to(torch.int32),
+            "row_count": row_count,
+            "base": torch.tensor(bases, dtype=torch.int32),
+            "positions": positions.to(torch.int32),
+            "parents": torch.tensor([p for segment in segments for p in segment.parents], dtype=torch.int32),
+        }
+        caches = [segment.cache for segment in segments]
+        return [
+            AttentionPlan(**shared, page_table=self._pool.page_table(caches, g), page_size=PAGE)
+            for g in range(len(self._pool.groups))
+        ]

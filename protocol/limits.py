@@ -1,0 +1,43 @@
+"""Numbers that both ends of a connection hold each other to."""
+
+from __future__ import annotations
+
+PROTOCOL = 1
+PROTOCOL_MIN = 1
+
+# One gRPC message; larger activations and answers travel in parts, so that a decode step never waits behind a prompt.
+FRAME_BYTES = 1 << 20
+# Part of a frame left for everything but the payload.
+FRAME_MARGIN = 64 << 10
+PART_BYTES = FRAME_BYTES - FRAME_MARGIN
+# Steps of one session that may be outstanding at a peer, in bytes.
+WINDOW_BYTES = 16 << 20
+# Rows of one step.
+MAX_ROWS = 2048
+TOP_LOGPROBS = 64
+
+KEEPALIVE_S = 5.0
+
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1000)),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SIZES = [
+    ("grpc.max_receive_message_length", FRAME_BYTES),
+    ("grpc.max_send_message_length", FRAME_BYTES),
+    ("grpc.http2.max_frame_size", 256 << 10),
+    # The window opens at once: a growing one would cost several round trips a prompt on a long link.
+    ("grpc.http2.lookahead_bytes", 8 << 20),
+]
+CHANNEL_OPTIONS = [*_KEEPALIVE, *_SIZES, ("grpc.use_local_subchannel_pool", 1)]
+SERVER_OPTIONS = [
+    *_KEEPALIVE,
+    *_SIZES,
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_concurrent_streams", 4096),
+    # Two peers must never share a port by accident.
+    ("grpc.so_reuseport", 0),
+]

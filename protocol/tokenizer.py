@@ -1,0 +1,121 @@
+"""Text to token ids and back, the same on every machine: the `tokenizers` library and a sandboxed chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import tokenizers
+
+from .tokenizer_chat import render_chat
+
+_REPLACEMENT = "\ufffd"
+# A UTF-8 character has at most 4 bytes, so at most 3 stand unfinished at the end of a text.
+_UNFINISHED = 3
+
+
+@dataclass(frozen=True)
+class Specials:
+    """Tokens with a role. `named` has their text by role ("bos_token", "eos_token", ...) for the chat template."""
+
+    bos_id: int | None = None
+    eos_ids: frozenset[int] = frozenset()
+    named: Mapping[str, str] = field(default_factory=dict)
+
+
+class Tokenizer:
+    """A model's tokenizer."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, specials: Specials, chat_template: str | None = None) -> None:
+        self._backend = backend
+        self.bos_id, self.eos_ids, self._named = specials.bos_id, specials.eos_ids, specials.named
+        self.chat_template = chat_template
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of `text`; `add_special` adds what the model wants around a text, such as a first token."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids out of range vanish."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def detokenizer(self, skip_special: bool = True) -> Detokenizer:
+        """A decoder for one stream of ids."""
+        return Detokenizer(self, skip_special)
+
+    def render_chat(
+        self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The chat as text; `variables`, such as tools, reach the template. Raises ChatTemplateError."""
+        values = {**self._named, **variables, "add_generation_prompt": add_generation_prompt}
+        return render_chat(self.chat_template, messages, values)
+
+    def apply_chat_template(
+        self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """The chat as token ids; the template itself writes the special tokens. Raises ChatTemplateError."""
+        return self.encode(self.render_chat(messages, add_generation_prompt, **variables), add_special=False)
+
+    def token_id(self, token: str) -> int | None:
+        """Id of one exact token, None if there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `skip_special` leaves out."""
+        return frozenset(id for id, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def vocab_digest(self) -> str:
+        """blake2b-16 in hex over all tokens in order of id: equal where ids mean the same."""
+        tokens = sorted((id, token) for token, id in self._backend.get_vocab(with_added_tokens=True).items())
+        return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=16).hexdigest()
+
+
+class Detokenizer:
+    """Decodes a stream of ids piece by piece. The pieces joined are the text of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._window: list[int] = []
+        self._sent = 0
+
+    def add(self, id: int) -> str:
+        """The text that `id` completes; never part of a UTF-8 character."""
+        if self._skip_special and id in self._tokenizer.special_ids:
+            return ""
+        self._window.append(id)
+        text = self._decode(self._window)
+        whole = text.rstrip(_REPLACEMENT)
+        piece = self._take(text, max(len(whole), len(text) - _UNFINISHED))
+        alone = self._decode([id])
+        # A token that is text by itself is context enough for the next: decoders look back one token at most.
+        if len(whole) == len(text) and alone and _REPLACEMENT not in alone:
+            self._window, self._sent = [id], len(alone)
+        return piece
+
+    def flush(self) -> str:
+        """What is held back, at the end of the stream; starts afresh."""
+        text = self._decode(self._window)
+        piece = self._take(text, len(text))
+        self._window, self._sent = [], 0
+        return piece
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip_special)
+
+    def _take(self, text: str, end: int) -> str:
+        piece = text[self._sent : end]
+        self._sent = max(self._sent, end)
+        return piece

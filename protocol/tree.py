@@ -1,0 +1,97 @@
+"""Draft trees: tokens and parents in topological order, rooted at the last emitted token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+
+class TreeError(ValueError):
+    """A tree that no peer may accept; the message says which row is wrong and what is allowed."""
+
+
+def check_parents(parents: Sequence[int]) -> None:
+    """Refuse anything but one tree in topological order: row 0 has parent -1, every other row an earlier one."""
+    if not parents:
+        raise TreeError("a tree needs at least row 0")
+    if parents[0] != -1:
+        raise TreeError(f"row 0 has parent {parents[0]}, it must be -1")
+    for row, parent in enumerate(parents[1:], start=1):
+        if not 0 <= parent < row:
+            raise TreeError(f"row {row} has parent {parent}, it must be from 0 to {row - 1}")
+
+
+def chain(rows: int) -> tuple[int, ...]:
+    """Parents of a path of `rows` rows."""
+    return tuple(range(-1, rows - 1))
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """Distance of every row from row 0."""
+    result: list[int] = []
+    for parent in parents:
+        result.append(0 if parent < 0 else result[parent] + 1)
+    return result
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """`ids[0]` is the last emitted token, not yet cached; `parents[u] < u` for every other row."""
+
+    ids: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.parents):
+            raise TreeError(f"{len(self.ids)} ids but {len(self.parents)} parents")
+        check_parents(self.parents)
+
+    @classmethod
+    def of_chain(cls, ids: Sequence[int]) -> DraftTree:
+        return cls(tuple(ids), chain(len(ids)))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def children(self) -> list[list[int]]:
+        result: list[list[int]] = [[] for _ in self.ids]
+        for row, parent in enumerate(self.parents[1:], start=1):
+            result[parent].append(row)
+        return result
+
+    def path(self, row: int) -> list[int]:
+        """Rows from row 0 to `row`."""
+        rows = [row]
+        while self.parents[rows[-1]] >= 0:
+            rows.append(self.parents[rows[-1]])
+        return rows[::-1]
+
+
+def check_path(parents: Sequence[int], rows: Sequence[int]) -> None:
+    """Refuse a commit that is not a path from row 0 downwards."""
+    if not rows or rows[0] != 0:
+        raise TreeError("a commit starts with row 0")
+    for before, row in pairwise(rows):
+        if not 0 <= row < len(parents) or parents[row] != before:
+            raise TreeError(f"row {row} is not a child of row {before} of the step before")
+
+
+def walk(tree: DraftTree, draw: Callable[[int, list[int]], int]) -> tuple[list[int], int]:
+    """Verify a tree (SpecExec, arXiv 2406.02532): draw each node's successor, follow the child that equals it.
+
+    `draw(row, path_ids)` returns the token that follows the path of ids from row 1 down to `row`.
+    Returns the accepted rows, row 0 first, and the token drawn at the last of them. Exact for any tree,
+    because what is drawn never depends on which children exist.
+    """
+    accepted, path_ids = [0], []
+    while True:
+        row = accepted[-1]
+        token = draw(row, path_ids)
+        child = next((c for c in tree.children[row] if tree.ids[c] == token), None)
+        if child is None:
+            return accepted, token
+        accepted.append(child)
+        path_ids.append(token)

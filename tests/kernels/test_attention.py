@@ -1,0 +1,248 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from petal.kernels import native, reference
+from petal.kernels.attention import attend, move_rows, paged_attention, write_kv
+from torch import Tensor
+
+from tests.kernels.batches import Batch, batch_of, chain, plan_of, tree
+
+MIXED = [(0, chain(50)), (77, tree(40)), (200, [-1]), (33, chain(7)), (64, tree(5)), (5, [-1, -1, 0, 1])]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window": 20},
+    "window-1": {"window": 1},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0, 2.0, 1.0])},
+    "all": {"window": 37, "softcap": 5.0, "sinks": torch.ones(6)},
+}
+
+
+def _run(batch: Batch, **options) -> Tensor:
+    b = batch.with_pages()
+    return attend(b.q, b.k, b.v, b.k_pages, b.v_pages, b.plan, scale=0.2, **options)
+
+
+def _reference(batch: Batch, **options) -> Tensor:
+    b = batch.with_pages()
+    write_kv(b.k, b.v, b.k_pages, b.v_pages, b.plan)
+    return reference.attention(b.q, b.k_pages, b.v_pages, b.plan, scale=0.2, **options)
+
+
+@pytest.mark.usefixtures("code")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_close_to_float64(name: str):
+    batch = batch_of(MIXED)
+    torch.testing.assert_close(
+        _run(batch, **OPTIONS[name]).double(), _reference(batch, **OPTIONS[name]), atol=2e-6, rtol=0
+    )
+
+
+@pytest.mark.usefixtures("code")
+@pytest.mark.parametrize("heads", [(2, 2), (9, 3), (8, 1), (40, 2)])
+@pytest.mark.parametrize("widths", [(64, 64), (16, 24), (37, 51), (192, 128), (576, 512)])
+def test_heads_and_widths(heads: tuple[int, int], widths: tuple[int, int]):
+    batch = batch_of([(40, tree(9)), (0, chain(3))], heads, widths, page_size=7)
+    torch.testing.assert_close(_run(batch).double(), _reference(batch), atol=3e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("code")
+def test_bfloat16():
+    batch = batch_of(MIXED, dtype=torch.bfloat16)
+    result = _run(batch)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.double(), _reference(batch), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.usefixtures("code")
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 64, 255, 512])
+def test_prefill_in_any_chunks(rows: int, code: str):
+    """One pass over a prompt, and the same prompt cut anywhere: equal bits."""
+    if code == "torch" and rows > 64:
+        pytest.skip("slow")
+    for options in (OPTIONS["plain"], OPTIONS["all"]):
+        batch = batch_of([(0, chain(rows))])
+        whole = _run(batch, **options)
+        for cut in {1, 3, 31, 32, 33, 100} if rows <= 64 else {33, 100}:
+            b = batch.with_pages()
+            parts = []
+            for start in range(0, rows, cut):
+                count = min(cut, rows - start)
+                plan = _part(batch, start, count)
+                at = slice(start, start + count)
+                parts.append(attend(b.q[at], b.k[at], b.v[at], b.k_pages, b.v_pages, plan, scale=0.2, **options))
+            assert torch.equal(torch.cat(parts), whole)
+
+
+def _part(batch: Batch, start: int, count: int):
+    """Rows [start, start + count) of a single chain as a step of its own."""
+    return replace(
+        batch.plan,
+        row_count=torch.tensor([count], dtype=torch.int32),
+        base=torch.tensor([start], dtype=torch.int32),
+        positions=batch.plan.positions[start : start + count].contiguous(),
+        parents=torch.arange(-1, count - 1, dtype=torch.int32),
+    )
+
+
+@pytest.mark.usefixtures("code")
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_does_not_depend_on_the_batch(name: str, dtype: torch.dtype):
+    batch = batch_of(MIXED, dtype=dtype)
+    whole = _run(batch, **OPTIONS[name])
+    for index, rows in batch.plan.segments():
+        plan = replace(
+            batch.plan,
+            row_start=torch.tensor([0], dtype=torch.int32),
+            row_count=batch.plan.row_count[index : index + 1].clone(),
+            base=batch.plan.base[index : index + 1].clone(),
+            positions=batch.plan.positions[rows].clone(),
+            parents=batch.plan.parents[rows].clone(),
+            page_table=batch.plan.page_table[index : index + 1].clone(),
+        )
+        one = replace(batch, q=batch.q[rows], k=batch.k[rows], v=batch.v[rows], plan=plan)
+        assert torch.equal(_run(one, **OPTIONS[name]), whole[rows])
+
+
+@pytest.mark.usefixtures("code")
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("base", [0, 31, 70])
+def test_tree_row_equals_its_path_committed(name: str, base: int):
+    """Every row of a tree, against the same path fed token by token."""
+    parents = tree(24, seed=3)
+    batch = batch_of([(base, parents)])
+    whole = _run(batch, **OPTIONS[name])
+    for row in (0, 5, 17, 23):
+        path = [row]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        b = batch.with_pages()
+        for depth, u in enumerate(path):
+            plan, at = _part(batch, 0, 1), slice(u, u + 1)
+            position = torch.tensor([base + depth], dtype=torch.int32)
+            plan = replace(plan, base=position, positions=position)
+            step = attend(b.q[at], b.k[at], b.v[at], b.k_pages, b.v_pages, plan, scale=0.2, **OPTIONS[name])
+        assert torch.equal(step[0], whole[row])
+
+
+@pytest.mark.usefixtures("code")
+@pytest.mark.parametrize("page_size", [1, 7, 32, 64])
+def test_pages_are_invisible(page_size: int):
+    segments = [(45, tree(20)), (40, chain(9))]
+    batch = batch_of(segments)
+    plan, pages = plan_of(segments, page_size, seed=9)
+    k_pages = torch.full((pages, page_size, *batch.k_pages.shape[2:]), torch.nan)
+    v_pages = torch.full((pages, page_size, *batch.v_pages.shape[2:]), torch.nan)
+    for index, (base, _) in enumerate(segments):
+        old, new = (p.places(index, torch.arange(base)) for p in (batch.plan, plan))
+        k_pages.flatten(0, 1)[new] = batch.k_pages.flatten(0, 1)[old]
+        v_pages.flatten(0, 1)[new] = batch.v_pages.flatten(0, 1)[old]
+    assert torch.equal(_run(replace(batch, plan=plan, k_pages=k_pages, v_pages=v_pages)), _run(batch))
+
+
+@pytest.mark.usefixtures("code")
+@pytest.mark.parametrize("options", [{}, {"window": 37}])
+def test_poison_stays_in_its_row(options: dict):
+    """NaN or infinity in a row reaches its descendants only. Unused slots of every batch here are NaN already."""
+    for parents in (tree(20), chain(20)):
+        batch = batch_of([(50, parents)])
+        clean = _run(batch, **options)
+        batch.v[4] = torch.inf
+        batch.k[4] = torch.nan
+        dirty = _run(batch, **options)
+        below = [4]
+        for row in range(5, 20):
+            if parents[row] in below:
+                below.append(row)
+        keep = torch.tensor([row not in below for row in range(20)])
+        assert torch.equal(dirty[keep], clean[keep])
+        assert dirty[~keep].isnan().all()
+
+
+@pytest.mark.usefixtures("code")
+def test_pages_below_the_window_may_be_dropped():
+    batch = batch_of([(100, tree(6)), (90, chain(3))])
+    whole = _run(batch, window=16)
+    dropped = batch.plan.page_table.clone()
+    dropped[:, :4] = -1
+    assert torch.equal(_run(replace(batch, plan=replace(batch.plan, page_table=dropped)), window=16), whole)
+
+
+def test_threads_do_not_matter():
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    threads, results = torch.get_num_threads(), []
+    batch = batch_of([*MIXED, (300, chain(40))])
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(_run(batch))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.usefixtures("code")
+def test_strided_rows_and_separate_calls():
+    batch = batch_of(MIXED)
+    whole = _run(batch)
+    by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (batch.q, batch.k, batch.v)]
+    by_width = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (batch.q, batch.k, batch.v)]
+    for q, k, v in (by_head, by_width):
+        b = batch.with_pages()
+        assert torch.equal(attend(q, k, v, b.k_pages, b.v_pages, b.plan, scale=0.2), whole)
+    b = batch.with_pages()
+    write_kv(b.k, b.v, b.k_pages, b.v_pages, b.plan)
+    assert torch.equal(paged_attention(b.q, b.k_pages, b.v_pages, b.plan, scale=0.2), whole)
+
+
+@pytest.mark.usefixtures("code")
+def test_commit_moves_the_path_down():
+    parents = tree(20, seed=3)
+    batch = batch_of([(45, parents)]).with_pages()
+    write_kv(batch.k, batch.v, batch.k_pages, batch.v_pages, batch.plan)
+    path = [19]
+    while parents[path[0]] >= 0:
+        path.insert(0, parents[path[0]])
+    source = torch.tensor([45 + u for u in path], dtype=torch.int32)
+    target = torch.arange(45, 45 + len(path), dtype=torch.int32)
+    pools = [batch.k_pages, batch.v_pages, batch.k_pages.bfloat16()]
+    before = [pool.flatten(0, 1)[batch.plan.places(0, source)] for pool in pools]
+    committed = [pool.flatten(0, 1)[batch.plan.places(0, torch.arange(45))] for pool in pools]
+    move_rows(pools, batch.plan.page_table[0], source, target)
+    for pool, rows, old in zip(pools, before, committed, strict=True):
+        assert torch.equal(pool.flatten(0, 1)[batch.plan.places(0, target)], rows)
+        assert torch.equal(pool.flatten(0, 1)[batch.plan.places(0, torch.arange(45))], old)
+    with pytest.raises(ValueError, match="down"):
+        move_rows(pools, batch.plan.page_table[0], target, source)
+    with pytest.raises(IndexError):
+        move_rows(pools, batch.plan.page_table[0], source + 1000, target)
+
+
+def test_wrong_arguments_are_named():
+    batch = batch_of([(40, tree(6))])
+    with pytest.raises(ValueError, match="expected"):
+        _run(replace(batch, q=batch.q[:3]))
+    with pytest.raises(ValueError, match="do not fit"):
+        _run(replace(batch, plan=replace(batch.plan, page_size=8)))
+    with pytest.raises(ValueError, match="int32"):
+        _run(replace(batch, plan=replace(batch.plan, base=batch.plan.base.long())))
+    with pytest.raises(ValueError, match="outside"):
+        _run(replace(batch, plan=replace(batch.plan, row_start=batch.plan.row_start + 1)))
+
+
+@pytest.mark.parametrize("page", [-1, 1000])
+def test_broken_plans_are_refused(page: int):
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    batch = batch_of([(40, tree(6))])
+    table = batch.plan.page_table.clone()
+    table[0, 1] = page
+    with pytest.raises(IndexError, match="no page"):
+        _run(replace(batch, plan=replace(batch.plan, page_table=table)))
+    for name in ("parents", "positions"):
+        broken = getattr(batch.plan, name).clone()
+        broken[2] = 5000
+        with pytest.raises(ValueError, match="tree"):
+            _run(replace(batch, plan=replace(batch.plan, **{name: broken})))

