@@ -1,0 +1,17 @@
+"""Generate with a swarm: `from petal.client import SwarmModel`."""
+
+from .generation import Drafter, GenerationConfig, Piece
+from .route import NoRoute
+from .stream import PeerError
+from .swarm import AsyncSwarmModel, ConnectError, SwarmModel
+
+__all__ = [
+    "AsyncSwarmModel",
+    "ConnectError",
+    "Drafter",
+    "GenerationConfig",
+    "NoRoute",
+    "PeerError",
+    "Piece",
+    "SwarmModel",
+]

@@ -4,10 +4,11 @@
 #include <omp.h>
 
 enum {
-    DEPTH = 2048,           /* depth of one visit to a panel: 256 KiB of it stay in the second-level cache */
-    CACHED = 192 * 1024,    /* floats of x that stay there beside it */
+    DEPTH = 256,            /* depth of one visit to a panel: 24 KiB of it stay in the first-level cache */
+    CACHED = 192 * 1024,    /* floats of x that stay in the second level */
+    LOWEST = 96,            /* rows that share a visit even if x does not fit */
     TOO_SMALL = 32 * 1024,  /* multiply-adds below which waking a thread costs more than it saves */
-    STREAM_AHEAD = 4 * 1024 /* bytes; hides memory latency where a panel is read once */
+    STREAM_AHEAD = 1 * 1024 /* bytes; hides memory latency where a panel is read once */
 };
 
 typedef struct {
@@ -15,7 +16,7 @@ typedef struct {
     const float *x;
     const char *panels;
     const float *bias; /* padded to whole panels */
-    long rows, in, out, x_row;
+    long rows, in, out;
     long half; /* panels are bfloat16 */
 } linear_t;
 
@@ -23,7 +24,7 @@ typedef struct {
 static void run_tile(const linear_t *c, long row, long rows, long k, long depth, const char *w, long column,
                      ahead_t ahead)
 {
-    const float *x = c->x + row * c->x_row + k;
+    const float *x = c->x + row * c->in + k;
     const float *start = k ? 0 : c->bias + column;
     float *y = c->y + row * c->out + column;
     long y_row = c->out, width = c->out - column;
@@ -35,9 +36,9 @@ static void run_tile(const linear_t *c, long row, long rows, long k, long depth,
         y_row = PANEL;
     }
     if (c->half)
-        tile_half(rows, depth, x, c->x_row, (const uint16_t *)w, PANEL, y, y_row, start, ahead);
+        tile_half(rows, depth, x, c->in, (const uint16_t *)w, PANEL, y, y_row, start, ahead);
     else
-        tile_float(rows, depth, x, c->x_row, (const float *)w, PANEL, y, y_row, start, ahead);
+        tile_float(rows, depth, x, c->in, (const float *)w, PANEL, y, y_row, start, ahead);
     if (width < PANEL)
         for (long m = 0; m < rows; m++)
             memcpy(c->y + (row + m) * c->out + column, edge + m * PANEL, (size_t)width * sizeof *y);
@@ -62,13 +63,11 @@ static void run_panel(const linear_t *c, long panel, long first, long last)
 }
 
 void petal_linear(float *y, const float *x, const void *panels, const float *bias, long rows, long in, long out,
-                  long x_row, long half, long threads)
+                  long half, long threads)
 {
-    linear_t c = {y, x, panels, bias, rows, in, out, x_row, half};
+    linear_t c = {y, x, panels, bias, rows, in, out, half};
     long count = (out + PANEL - 1) / PANEL;
-    long height = CACHED / (in < DEPTH ? in : DEPTH) / TILE * TILE;
-    if (height < TILE)
-        height = TILE;
+    long height = CACHED / in > LOWEST ? CACHED / in / TILE * TILE : LOWEST;
     long units = (rows + height - 1) / height * count;
     if (threads > units || rows * in * out < TOO_SMALL)
         threads = rows * in * out < TOO_SMALL ? 1 : units;

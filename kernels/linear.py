@@ -49,25 +49,22 @@ class PackedLinear(nn.Module):
         """x: [..., in], float32 or bfloat16 -> [..., out] in x's dtype. Raises ValueError for another width."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"rows of {x.shape[-1]} values, expected {self.in_features}")
-        rows = x.reshape(-1, self.in_features).float()
+        if x.dtype != torch.float32:
+            return self.forward(x.float()).to(x.dtype)
         product = _product()
-        y = self._tiled(rows) if product is None else self._native(product, rows)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
-
-    def _native(self, product: Callable[..., None], x: Tensor) -> Tensor:
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        y = x.new_empty(x.shape[0], self.out_features)
+        if product is None:
+            return self._tiled(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        x, panels = x.contiguous(), self.panels
+        y = torch.empty(*x.shape[:-1], self.out_features)
         product(
             y.data_ptr(),
             x.data_ptr(),
-            self.panels.data_ptr(),
+            panels.data_ptr(),
             self.bias.data_ptr(),
-            x.shape[0],
+            x.numel() // self.in_features,
             self.in_features,
             self.out_features,
-            x.stride(0),
-            self.panels.dtype == torch.bfloat16,
+            panels.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
         return y
@@ -95,6 +92,6 @@ def _product() -> Callable[..., None] | None:
     if library is None:
         return None
     function = library.petal_linear
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 6
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 5
     function.restype = None
     return function

@@ -32,7 +32,7 @@ class Executor:
         self._pool = pool
 
     def run(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """Hidden states behind each segment's last block, [n, d]. One forward, unless routes cut the span differently."""
+        """Hidden states behind each segment's last block, [n, d]. One forward, unless routes cut the span in parts."""
         results: dict[int, Tensor] = {}
         for blocks in dict.fromkeys(segment.blocks for segment in segments):
             chosen = [i for i, segment in enumerate(segments) if segment.blocks == blocks]

@@ -118,9 +118,7 @@ class Scheduler(Generic[Key]):
             spent += cost
         return slices
 
-    def _take_prefills(
-        self, steps: Iterable[Ready[Key]], decodes: list[Slice[Key]], now: float
-    ) -> list[Slice[Key]]:
+    def _take_prefills(self, steps: Iterable[Ready[Key]], decodes: list[Slice[Key]], now: float) -> list[Slice[Key]]:
         beside_decode = decodes or now - self._last_decode < self.budget.decode_memory_s
         left = float(self.budget.rows_beside_decode if beside_decode else self.budget.rows)
         slices: list[Slice[Key]] = []

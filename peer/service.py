@@ -85,9 +85,7 @@ class PeerService(PeerServicer):
 
     # A client's control stream.
 
-    async def Session(
-        self, requests: AsyncIterator[pb.ClientFrame], context: grpc.aio.ServicerContext
-    ) -> None:
+    async def Session(self, requests: AsyncIterator[pb.ClientFrame], context: grpc.aio.ServicerContext) -> None:
         writer = _Writer(context)
         try:
             session = await self._open(requests, writer)
@@ -215,9 +213,7 @@ class PeerService(PeerServicer):
     async def _link(self, session: PeerSession, message: pb.LinkTo, writer: _Writer) -> None:
         """Dial the next peer at the address in its own signed record, never at one that a client names."""
         session.on_route(message.route_epoch)
-        hello = pb.LinkHello(
-            session_id=session.spec.session_id, token=message.token, route_epoch=message.route_epoch
-        )
+        hello = pb.LinkHello(session_id=session.spec.session_id, token=message.token, route_epoch=message.route_epoch)
         reason = "it is not in this peer's directory"
         for address in await self._resolve(message.peer_id):
             try:
@@ -236,7 +232,8 @@ class PeerService(PeerServicer):
         return self._channels[address]
 
     async def _expire(self, session: PeerSession) -> None:
-        while (left := session.last_used + self.info.idle_s - time.monotonic()) > 0:
+        # A step only notes the time: it must not pay for waking a task.
+        while (left := session.last_used + self.info.idle_s - time.monotonic()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(left)
         raise SessionFailed(Status.DEADLINE_EXCEEDED, f"the session was idle for {self.info.idle_s:g} s")
 
@@ -247,9 +244,7 @@ class PeerService(PeerServicer):
 
     # The link from the peer before.
 
-    async def Link(
-        self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext
-    ) -> None:
+    async def Link(self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext) -> None:
         try:
             session = await self._linked_session(requests)
         except SessionFailed as failure:

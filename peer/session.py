@@ -356,8 +356,10 @@ class PeerSession:
             )
             hops = [*hops, hop]
         accepted.finished = True
-        accepted.answer = self._results(accepted.header, result, hops) if self.spec.is_tail else self._parts(
-            accepted.header, result.hidden, hops
+        accepted.answer = (
+            self._results(accepted.header, result, hops)
+            if self.spec.is_tail
+            else self._parts(accepted.header, result.hidden, hops)
         )
         self._answer(accepted)
         self._return_credit()

@@ -15,7 +15,8 @@ import platformdirs
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
-_HEX_LENGTH = 32
+# What peer records carry.
+_PART_BYTES = 32
 _FORMAT = "petal-digest-1"
 # Bookkeeping that changes between exports of the same model.
 _IGNORED = {"transformers_version", "use_cache"}
@@ -34,8 +35,8 @@ def short(digest: str) -> str:
 
 
 def part_digest(checkpoint: Checkpoint, names: Iterable[str]) -> str:
-    """blake2b-16 in hex over name, type, shape and stored bytes of `names` in sorted order."""
-    digest = hashlib.blake2b(digest_size=16)
+    """blake2b-32 in hex over name, type, shape and stored bytes of `names` in sorted order."""
+    digest = hashlib.blake2b(digest_size=_PART_BYTES)
     for name in sorted(names):
         info = checkpoint.tensors[name]
         digest.update(json.dumps([name, info.dtype, info.shape], separators=(",", ":")).encode() + b"\n")
@@ -68,7 +69,7 @@ class DigestCache:
         except (OSError, ValueError):
             return {}
         entries = found.items() if isinstance(found, dict) else ()
-        return {part: digest for part, digest in entries if isinstance(digest, str) and len(digest) == _HEX_LENGTH}
+        return {part: digest for part, digest in entries if isinstance(digest, str) and len(digest) == 2 * _PART_BYTES}
 
     def _store(self, path: Path, entries: dict[str, str]) -> None:
         try:

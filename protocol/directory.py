@@ -47,10 +47,11 @@ class RecordBook:
     def add(self, signed: pb.SignedRecord, *, now: float | None = None) -> bool:
         """Take in a record; False if it is no news, RecordError if it is not to be believed."""
         record = verify_record(signed, now=now)
-        known = self._entries.get(record.peer_id)
-        if known is None and len(self._entries) >= MAX_PEERS:
-            self.expire(now=now)
-        if len(self._entries) >= MAX_PEERS if known is None else not fresher(record, known[0]):
+        if record.peer_id in self._entries:
+            news = fresher(record, self._entries[record.peer_id][0])
+        else:
+            news = self._has_room(now)
+        if not news:
             return False
         self._entries[record.peer_id] = record, signed
         return True
@@ -65,6 +66,11 @@ class RecordBook:
         """What to tell others: the signed records, tombstones included."""
         self.expire()
         return [signed for record, signed in self._entries.values() if model in (None, record.model)]
+
+    def _has_room(self, now: float | None) -> bool:
+        if len(self._entries) >= MAX_PEERS:
+            self.expire(now=now)
+        return len(self._entries) < MAX_PEERS
 
     def expire(self, *, now: float | None = None) -> None:
         """Forget the records whose time is over."""

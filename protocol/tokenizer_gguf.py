@@ -183,9 +183,11 @@ def _add_ends(backend: Backend, fields: _Fields, tokens: list[str], kind: str) -
     by_default = kind == "llama" or fields.get("pre") in _LLAMA3
     bos = fields.role("bos", tokens) if fields.flag("add_bos_token", by_default) else None
     eos = fields.role("eos", tokens) if fields.flag("add_eos_token", False) else None
-    around = [(tokens[id], id) for id in (bos, eos) if id is not None]
+    # Under names of their own, as a token's text could read as template syntax.
+    names = {"<first>": bos, "<last>": eos}
+    around = [{"id": name, "ids": [id], "tokens": [tokens[id]]} for name, id in names.items() if id is not None]
     if not around:
         return
-    first = [] if bos is None else [tokens[bos]]
-    last = [] if eos is None else [tokens[eos]]
+    first = [] if bos is None else ["<first>"]
+    last = [] if eos is None else ["<last>"]
     backend.post_processor = processors.TemplateProcessing(single=[*first, "$A", *last], special_tokens=around)

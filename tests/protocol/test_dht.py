@@ -5,9 +5,10 @@ import time
 import pytest
 from hivemind.dht.node import DHTNode
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.dht import DhtDirectory, OwnedRecords, Publisher
+from petal.protocol.dht import DhtDirectory, OwnedRecords
 from petal.protocol.directory import DirectoryError
 from petal.protocol.identity import Identity
+from petal.protocol.publisher import Publisher
 from petal.protocol.records import sign_record, tombstone
 
 from .records_for_tests import good_record, signed_record

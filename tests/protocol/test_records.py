@@ -131,7 +131,7 @@ def test_bad_addresses(bad):
     assert not is_address(bad)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_raise_nothing_else(data):
     with suppress(RecordError):
@@ -139,7 +139,7 @@ def test_arbitrary_bytes_raise_nothing_else(data):
         pytest.fail("a record out of nothing")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_altered_bytes_raise_nothing_else(data):
     good = bytearray(GOOD.SerializeToString())
@@ -151,7 +151,7 @@ def test_altered_bytes_raise_nothing_else(data):
         assert altered.record == GOOD.record  # what changed is a field that nobody reads
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_signed_nonsense_raises_nothing_else(data):
     signature = IDENTITY.sign(b"petal peer record 1\0" + data)

@@ -1,0 +1,270 @@
+"""`petal`: generate, chat, look at a swarm, run a demo; `petal serve` starts a peer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..protocol.directory import DirectoryError
+from ..protocol.sampling import SamplingError
+from .generation import Piece
+from .route import NoRoute
+from .status import print_status, swarm_status
+from .stream import PeerError
+from .swarm import ConnectError, SwarmModel, open_directory
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
+swarm_app = typer.Typer(no_args_is_help=True, help="Look at a swarm.")
+app.add_typer(swarm_app, name="swarm")
+console = Console(stderr=True)
+
+EXPECTED = (ConnectError, DirectoryError, NoRoute, PeerError, SamplingError, ValueError)
+
+Model = Annotated[str, typer.Argument(help="The model as its peers name it: hub id, path, or [b]demo[/b].")]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(help="Any peer of the swarm: gRPC host:port or libp2p multiaddr.", envvar="PETAL_INITIAL_PEERS"),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens at most.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(min=0, help="0 is off.")]
+TopP = Annotated[float, typer.Option(help="1 is off.")]
+MinP = Annotated[float, typer.Option(help="0 is off.")]
+Repetition = Annotated[float, typer.Option(help="1 is off.")]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same text.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Times of every hop, at the end.")]
+
+
+def _settings(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float, repetition: float, seed: int
+) -> dict[str, Any]:
+    return {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition,
+        "seed": seed,
+    }
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    initial_peers: Peers = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = 0,
+    raw: Annotated[bool, typer.Option(help="Continue the prompt as it is, without the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer one prompt."""
+    settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+
+    def run() -> None:
+        with SwarmModel.connect(model, initial_peers or []) as swarm:
+            pieces = (
+                swarm.stream(prompt, trace=verbose, **settings)
+                if raw
+                else swarm.chat().send(prompt, trace=verbose, **settings)
+            )
+            if as_json:
+                _print_json(pieces)
+            else:
+                shown = show(pieces)
+                if verbose:
+                    console.print(speed_line(shown))
+
+    _guarded(run)
+
+
+@app.command()
+def chat(
+    model: Model,
+    initial_peers: Peers = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = 0,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Talk with the model; /regen answers again, /exit or Ctrl-D ends."""
+    settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+
+    def run() -> None:
+        with SwarmModel.connect(model, initial_peers or []) as swarm:
+            converse(swarm, settings, system, verbose)
+
+    _guarded(run)
+
+
+@swarm_app.command()
+def status(
+    initial_peers: Peers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Models, blocks covered, peers, free cache, throughput; which blocks nobody hosts."""
+
+    async def look() -> dict[str, Any]:
+        directory = await open_directory(initial_peers or [])
+        try:
+            return await swarm_status(directory)
+        finally:
+            await directory.close()
+
+    def run() -> None:
+        report = asyncio.run(look())
+        if as_json:
+            print(json.dumps(report))
+        else:
+            print_status(report, Console())
+
+    _guarded(run)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Run a peer: the same as `petal-serve`."""
+    program = peer_program()
+    if program is None:
+        console.print("[red]petal:[/red] peers need more packages: pip install 'petal-swarm\\[peer]'", highlight=False)
+        raise typer.Exit(1)
+    os.execv(program, [program, *context.args])
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")] = "Explain how a bicycle stays upright.",
+    chatting: Annotated[bool, typer.Option("--chat", help="Open a conversation instead.")] = False,
+    peers: Annotated[int, typer.Option(min=1, max=30, help="Local peers to split the model over.")] = 3,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+) -> None:
+    """Start three local peers that share one small model, and let them answer."""
+    from .demo import run_demo
+
+    settings = _settings(max_new_tokens, temperature, 0, 1.0, 0.0, 1.0, seed)
+    _guarded(lambda: run_demo(prompt, peers, settings, chatting, console))
+
+
+def peer_program() -> str | None:
+    """Where `petal-serve` is: beside this program, or on the path."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "petal-serve")
+    return beside if os.access(beside, os.X_OK) else shutil.which("petal-serve")
+
+
+def show(pieces: Iterator[Piece]) -> list[Piece]:
+    """Print the text as it comes."""
+    shown = []
+    for piece in pieces:
+        shown.append(piece)
+        print(piece.text, end="", flush=True)
+    print(flush=True)
+    return shown
+
+
+def speed_line(pieces: list[Piece]) -> str:
+    """Tokens a second and, where traced, each hop's median time."""
+    tokens = sum(len(piece.ids) for piece in pieces)
+    decode_s = sum(piece.seconds for piece in pieces[1:])
+    line = f"{tokens} tokens, first after {pieces[0].seconds * 1e3:.0f} ms"
+    if decode_s:
+        line += f", then {sum(len(piece.ids) for piece in pieces[1:]) / decode_s:.1f} tokens/s"
+    return "\n".join([line, *hop_lines(pieces)])
+
+
+def hop_lines(pieces: list[Piece]) -> list[str]:
+    """Median compute of each peer and median way between peers on one clock, in ms."""
+    traces = [piece.hops for piece in pieces[1:] if piece.hops]
+    if not traces:
+        return []
+    lines = []
+    for i, hop in enumerate(traces[0]):
+        compute = _median([trace[i].end_ns - trace[i].start_ns for trace in traces])
+        line = f"  peer {hop.peer_id[-8:]}: compute {compute / 1e6:.1f} ms"
+        if i:
+            ways = [trace[i].start_ns - trace[i - 1].end_ns - trace[i].queue_ns for trace in traces]
+            line += f", hop from the peer before {_median(ways) / 1e6:.2f} ms"
+        lines.append(line)
+    return lines
+
+
+def _median(values: list[int]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def converse(swarm: SwarmModel, settings: dict[str, Any], system: str | None, verbose: bool) -> None:
+    """A conversation in the terminal."""
+    talk = swarm.chat(system=system)
+    console.print(f"[dim]Talking with {swarm.name}. /regen answers again, /exit or Ctrl-D ends.[/dim]")
+    try:
+        while True:
+            text = console.input("[b cyan]you>[/b cyan] ").strip()
+            if text == "/exit":
+                return
+            if not text:
+                continue
+            if text == "/regen":
+                settings = {**settings, "seed": settings["seed"] + 1}
+                pieces = talk.regenerate(trace=verbose, **settings)
+            else:
+                pieces = talk.send(text, trace=verbose, **settings)
+            shown = show(pieces)
+            if verbose:
+                console.print(speed_line(shown))
+    except EOFError:
+        console.print()
+    finally:
+        talk.close()
+
+
+def _print_json(pieces: Iterator[Piece]) -> None:
+    collected = list(pieces)
+    print(
+        json.dumps(
+            {
+                "text": "".join(piece.text for piece in collected),
+                "ids": [token for piece in collected for token in piece.ids],
+                "finish_reason": collected[-1].finish_reason,
+                "seconds": sum(piece.seconds for piece in collected),
+            }
+        )
+    )
+
+
+def _guarded(run: Callable[[], None]) -> None:
+    """One-line errors that say what to do; a stack trace would help nobody."""
+    try:
+        run()
+    except EXPECTED as error:
+        console.print(f"[red]petal:[/red] {error}", highlight=False, markup=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    app()

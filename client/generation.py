@@ -1,0 +1,213 @@
+"""Generation over one session: prompt in, tokens out, and where to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from ..protocol import petal_pb2 as pb
+from ..protocol.sampling import SamplingParams
+from ..protocol.tokenizer import Tokenizer
+from ..protocol.tree import DraftTree
+from .session import Session, StepResult, Want
+
+
+class Drafter(Protocol):
+    """Guesses what comes next; any tree is exact, a good one saves trips."""
+
+    def propose(self, ids: Sequence[int], budget: int) -> DraftTree:
+        """A tree of at most `budget` nodes below row 0, which is the last of `ids`."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What to generate, in transformers' words. Sampling is off unless `do_sample` or a temperature asks for it."""
+
+    max_new_tokens: int = 256
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos_token_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    top_logprobs: int = 0
+    trace: bool = False
+    drafter: Drafter | None = None
+    budget: int = 0
+
+    def want(self) -> Want:
+        return Want(top_logprobs=self.top_logprobs, trace=self.trace)
+
+
+@dataclass
+class Piece:
+    """What one trip through the route brought."""
+
+    ids: list[int]
+    text: str = ""
+    logprobs: list[pb.RowLogprobs] = field(default_factory=list)
+    hops: list[pb.Hop] = field(default_factory=list)
+    seconds: float = 0.0
+    finish_reason: str | None = None
+
+
+def config_of(
+    *,
+    max_new_tokens: int = 256,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    top_logprobs: int = 0,
+    trace: bool = False,
+    drafter: Drafter | None = None,
+    budget: int = 0,
+    default_eos: frozenset[int] = frozenset(),
+) -> GenerationConfig:
+    """A config from transformers' argument names; `eos_token_id=-1` ignores the end of text.
+
+    Raises SamplingError for a value out of range, ValueError for settings that contradict each other.
+    """
+    if max_new_tokens < 1:
+        raise ValueError("max_new_tokens is at least 1")
+    shaping = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if do_sample is False and temperature:
+        raise ValueError("do_sample=False contradicts a temperature")
+    sample = do_sample if do_sample is not None else bool(temperature)
+    # As transformers does, shaping without sampling has no effect.
+    shaped = {name: value for name, value in shaping.items() if sample and value is not None}
+    if sample and "temperature" not in shaped:
+        shaped["temperature"] = 1.0
+    sampling = SamplingParams(
+        **shaped,  # type: ignore[arg-type]
+        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+    )
+    eos = (
+        default_eos
+        if eos_token_id is None
+        else frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    )
+    stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
+    return GenerationConfig(max_new_tokens, sampling, eos - {-1}, stops, top_logprobs, trace, drafter, budget)
+
+
+def for_sequence(config: GenerationConfig, index: int) -> GenerationConfig:
+    """The same config for another sequence of the same seed."""
+    return replace(config, sampling=replace(config.sampling, sequence=index))
+
+
+async def generate(
+    session: Session, prompt: Sequence[int], config: GenerationConfig, tokenizer: Tokenizer | None = None
+) -> AsyncIterator[Piece]:
+    """Pieces of the answer to `prompt`, which may continue or branch off what the session holds.
+
+    Leaves the session so that `session.ids` are exactly prompt and answer, but for tokens that are not cached yet.
+    Raises ValueError for an empty or too long prompt, PeerError where the route fails.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    room = min(session.context_length, session.options.reserve_tokens) - len(prompt)
+    if room < 1:
+        raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in {room + len(prompt)} positions")
+    stopper = _Stopper(config, tokenizer, min(config.max_new_tokens, room + 1))
+    kept = _common_prefix(session.ids, prompt[:-1])
+    session.rewind(kept)
+    started = time.perf_counter()
+    result = await session.prefill(prompt[kept:], config.sampling, config.want())
+    ids = list(prompt)
+    while True:
+        assert result.next_token is not None
+        piece = stopper.take([*result.path_ids, result.next_token], result)
+        ids.extend(piece.ids)
+        piece.seconds = time.perf_counter() - started
+        if len(session.ids) > len(ids):
+            session.rewind(len(ids))
+        yield piece
+        if piece.finish_reason:
+            return
+        started = time.perf_counter()
+        tree = _propose(config, session, ids, stopper.left)
+        result = await session.step(tree, want=config.want())
+
+
+def _propose(config: GenerationConfig, session: Session, ids: list[int], left: int) -> DraftTree:
+    """A tree that fits the rows a peer takes, the tokens still wanted and the room in the cache."""
+    room = min(session.context_length, session.options.reserve_tokens) - len(ids)
+    budget = min(config.budget, session.max_rows - 1, left - 1, room)
+    if config.drafter is None or budget <= 0:
+        return DraftTree.of_chain(ids[-1:])
+    return config.drafter.propose(ids, budget)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+class _Stopper:
+    """Cuts the stream of tokens at the end of text, at a stop string, or at the token limit."""
+
+    def __init__(self, config: GenerationConfig, tokenizer: Tokenizer | None, limit: int) -> None:
+        if config.stop_strings and tokenizer is None:
+            raise ValueError("stop strings need a tokenizer")
+        self._config = config
+        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+        self._held = ""
+        self.left = limit
+
+    def take(self, ids: list[int], result: StepResult) -> Piece:
+        piece = Piece([], logprobs=result.logprobs, hops=result.hops)
+        for token in ids:
+            piece.ids.append(token)
+            self.left -= 1
+            if token in self._config.eos_token_ids:
+                piece.finish_reason = "stop"
+            else:
+                self._held += self._detokenizer.add(token) if self._detokenizer else ""
+                if self._cut_at_stop(piece):
+                    piece.finish_reason = "stop_string"
+                elif not self.left:
+                    piece.finish_reason = "length"
+            if piece.finish_reason:
+                break
+        piece.logprobs = piece.logprobs[: len(piece.ids)]
+        if piece.finish_reason != "stop_string":
+            self._release(piece)
+        return piece
+
+    def _cut_at_stop(self, piece: Piece) -> bool:
+        found = [at for stop in self._config.stop_strings if (at := self._held.find(stop)) >= 0]
+        if found:
+            piece.text += self._held[: min(found)]
+        return bool(found)
+
+    def _release(self, piece: Piece) -> None:
+        """Give out text, but hold back what may turn out to be the start of a stop string."""
+        if piece.finish_reason and self._detokenizer:
+            self._held += self._detokenizer.flush()
+        keep = 0 if piece.finish_reason else self._possible_stop()
+        cut = len(self._held) - keep
+        piece.text += self._held[:cut]
+        self._held = self._held[cut:]
+
+    def _possible_stop(self) -> int:
+        longest = 0
+        for stop in self._config.stop_strings:
+            for size in range(1, min(len(stop), len(self._held) + 1)):
+                if self._held.endswith(stop[:size]):
+                    longest = max(longest, size)
+        return longest

@@ -1,0 +1,92 @@
+"""What `petal swarm status` shows: every record, pinged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..protocol import petal_pb2 as pb
+from ..protocol.directory import Directory, Pong, ping_all
+from .route import by_model, describe_blocks, missing_blocks
+
+PING_S = 2.0
+
+
+async def swarm_status(directory: Directory) -> dict[str, Any]:
+    """Models with coverage and peers. Peers that do not answer a ping count for nothing, but are shown."""
+    records = await directory.list()
+    pongs = await ping_all([record.addresses[0] for record in records if record.addresses], timeout=PING_S)
+    models = [_model(group, pongs) for group in by_model(records).values()]
+    return {"models": sorted(models, key=lambda model: model["name"])}
+
+
+def _model(records: list[pb.PeerRecord], pongs: dict[str, Pong | None]) -> dict[str, Any]:
+    peers = [_peer(record, pongs.get(record.addresses[0]) if record.addresses else None) for record in records]
+    reachable = [record for record, peer in zip(records, peers, strict=True) if peer["reachable"]]
+    n_blocks = records[0].n_blocks
+    missing = missing_blocks(reachable, n_blocks)
+    return {
+        "name": records[0].model,
+        "digest": records[0].model_digest.hex(),
+        "n_blocks": n_blocks,
+        "covered": n_blocks - sum(map(len, missing)),
+        "missing": [[run.start, run.stop] for run in missing],
+        "peers": sorted(peers, key=lambda peer: (peer["start"], peer["end"], peer["peer_id"])),
+    }
+
+
+def _peer(record: pb.PeerRecord, pong: Pong | None) -> dict[str, Any]:
+    reachable = pong is not None and pong.peer_id == record.peer_id
+    return {
+        "peer_id": record.peer_id,
+        "start": record.start,
+        "end": record.end,
+        "address": record.addresses[0] if record.addresses else None,
+        "state": pb.PeerState.Name(record.state).lower() if reachable else "unreachable",
+        "reachable": reachable,
+        "rtt_ms": round(pong.rtt_s * 1e3, 2) if pong and reachable else None,
+        "dtype": record.dtype,
+        "quantization": record.quantization,
+        "cache_tokens": record.cache_tokens,
+        "cache_tokens_free": record.cache_tokens_free,
+        "sessions": record.sessions,
+        "max_sessions": record.max_sessions,
+        "rows_per_s": round(record.throughput, 1),
+    }
+
+
+def print_status(report: dict[str, Any], console: Console) -> None:
+    """A table a model, with a bar of its blocks."""
+    if not report["models"]:
+        console.print("The swarm answers, but nobody serves a model: start one with [cyan]petal-serve MODEL[/cyan].")
+    for model in report["models"]:
+        table = Table(title=f"{model['name']}  [dim]{model['digest'][:16]}[/dim]", title_justify="left")
+        for name in ("peer", "blocks", "", "state", "rtt ms", "rows/s", "free cache", "sessions", "address"):
+            table.add_column(name, justify="right" if name in ("rtt ms", "rows/s", "free cache") else "left")
+        for peer in model["peers"]:
+            colour = "green" if peer["state"] == "online" else "yellow" if peer["reachable"] else "red"
+            table.add_row(
+                peer["peer_id"][-8:],
+                f"{peer['start']}:{peer['end']}",
+                _bar(peer, model["n_blocks"]),
+                f"[{colour}]{peer['state']}[/{colour}]",
+                "-" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.1f}",
+                f"{peer['rows_per_s']:.0f}",
+                f"{peer['cache_tokens_free']}/{peer['cache_tokens']}",
+                f"{peer['sessions']}/{peer['max_sessions']}",
+                peer["address"] or "-",
+            )
+        console.print(table)
+        if model["missing"]:
+            gaps = describe_blocks(range(start, stop) for start, stop in model["missing"])
+            console.print(f"[red]{gaps} have no reachable peer[/red]: nobody can generate yet.")
+        else:
+            console.print(f"[green]all {model['n_blocks']} blocks are covered[/green]")
+
+
+def _bar(peer: dict[str, Any], n_blocks: int, width: int = 30) -> str:
+    scale = width / n_blocks
+    start, end = round(peer["start"] * scale), max(round(peer["end"] * scale), round(peer["start"] * scale) + 1)
+    return "[dim]" + "·" * start + "[/dim]" + "█" * (end - start) + "[dim]" + "·" * (width - end) + "[/dim]"

@@ -1,0 +1,350 @@
+"""`SwarmModel`: a model that a swarm runs, with transformers' argument names."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Protocol
+
+import grpc
+
+from ..protocol import petal_pb2 as pb
+from ..protocol.checkpoint import CheckpointError, open_checkpoint
+from ..protocol.codec import CODECS
+from ..protocol.directory import Directory, DirectoryError, GrpcDirectory, ping_all
+from ..protocol.limits import CHANNEL_OPTIONS
+from ..protocol.tokenizer import Tokenizer
+from .background import BackgroundLoop
+from .chat import Chat
+from .generation import GenerationConfig, Piece, config_of, for_sequence, generate
+from .route import NoRoute, Route, by_model, choose_route
+from .session import Session, SessionOptions
+from .stream import PeerError
+
+# A peer that failed is left out of routes for so long.
+BAN_S = 10.0
+# Rows a draft tree may add behind prompt and answer.
+TREE_ROOM = 128
+
+Prompt = str | Sequence[int]
+
+
+class ConnectError(RuntimeError):
+    """Why there is no such model to talk to, in one sentence that says what to do."""
+
+
+class Streamer(Protocol):
+    """transformers' streamer: `put` gets token ids as they come, `end` closes."""
+
+    def put(self, value: Any) -> None: ...
+    def end(self) -> None: ...
+
+
+class AsyncSwarmModel:
+    """The asynchronous core; every method belongs to the event loop that called `connect`."""
+
+    def __init__(self, name: str, directory: Directory, tokenizer: Tokenizer | None, codec: str) -> None:
+        if codec not in CODECS:
+            raise ValueError(f"codec is one of {', '.join(CODECS)}, not {codec!r}")
+        self.name = name
+        self.tokenizer = tokenizer
+        self._directory = directory
+        self._codec = CODECS[codec]
+        self._client_id = secrets.token_bytes(16)
+        self._digest: bytes | None = None
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._rtt_s: dict[str, float] = {}
+        self._banned: dict[str, float] = {}
+
+    @classmethod
+    async def connect(
+        cls,
+        model: str,
+        initial_peers: Sequence[str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        codec: str = "float32",
+        wait_s: float = 0.0,
+    ) -> AsyncSwarmModel:
+        """Find the model's peers. `initial_peers` are gRPC host:port of any peers, or libp2p multiaddrs.
+
+        Waits up to `wait_s` seconds until every block has a peer. Raises ConnectError.
+        """
+        name = model
+        digest = None
+        try:
+            with await asyncio.to_thread(open_checkpoint, model) as checkpoint:
+                name, digest = checkpoint.name, bytes.fromhex(checkpoint.digest())
+                tokenizer = tokenizer or checkpoint.tokenizer()
+        except CheckpointError as error:
+            if tokenizer is None:
+                raise ConnectError(f"no tokenizer for {model}: {error}") from error
+        directory = await open_directory(initial_peers)
+        self = cls(name, directory, tokenizer, codec)
+        self._digest = digest
+        try:
+            await self._wait_for_route(wait_s)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def close(self) -> None:
+        await self._directory.close()
+        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+
+    async def peers(self) -> list[pb.PeerRecord]:
+        """Records of the peers that host this very model. Raises ConnectError."""
+        try:
+            groups = by_model(await self._directory.list(self.name))
+        except DirectoryError as error:
+            raise ConnectError(str(error)) from error
+        if self._digest is None and groups:
+            # Without a checkpoint of our own: the digest that most peers serve, pinned from now on.
+            self._digest = max(groups, key=lambda digest: len(groups[digest]))
+        if groups and self._digest not in groups:
+            raise ConnectError(f"the swarm serves other weights under the name {self.name}; compare model digests")
+        return groups.get(self._digest or b"", [])
+
+    async def route(self, reserve_tokens: int = 0) -> Route:
+        """The route that a new session would take. Raises NoRoute."""
+        now = time.monotonic()
+        records = [r for r in await self.peers() if self._banned.get(r.peer_id, 0) < now]
+        if not records:
+            raise NoRoute(f"no peer serves {self.name}; start one with `petal-serve {self.name}`")
+        await self._measure(records)
+        return choose_route(records, self._rtt_s, reserve_tokens)
+
+    async def open_session(self, reserve_tokens: int, wait_s: float = 30.0) -> Session:
+        """Open along the best route; where peers are busy, release all and try again with jitter, for `wait_s`."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                route = await self.route(reserve_tokens)
+                session = Session(route, self._channel, self._client_id, SessionOptions(reserve_tokens, self._codec))
+                await session.open()
+                return session
+            except PeerError as error:
+                if not (error.busy or error.gone) or time.monotonic() > deadline:
+                    raise
+                if error.gone and error.peer_id:
+                    self._banned[error.peer_id] = time.monotonic() + BAN_S
+                await asyncio.sleep(random.uniform(0.1, 0.5) if error.busy else 0)
+
+    def config(self, **settings: Any) -> GenerationConfig:
+        """See `config_of`; the model's own end-of-text ids are the default."""
+        eos = frozenset(self.tokenizer.eos_ids) if self.tokenizer else frozenset()
+        return config_of(default_eos=eos, **settings)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer; give token ids")
+        return self.tokenizer.encode(prompt)
+
+    async def stream(self, prompt: Prompt, **settings: Any) -> AsyncIterator[Piece]:
+        """Pieces of the answer as they come."""
+        config = self.config(**settings)
+        ids = self.encode(prompt)
+        session = await self.open_session(len(ids) + config.max_new_tokens + TREE_ROOM)
+        try:
+            async for piece in generate(session, ids, config, self.tokenizer):
+                yield piece
+        finally:
+            session.close()
+
+    async def answers(self, prompt: Prompt, n: int, config: GenerationConfig) -> list[list[Piece]]:
+        """`n` answers to one prompt; their sessions fork behind the shared prompt."""
+        ids = self.encode(prompt)
+        first = await self.open_session(len(ids) + config.max_new_tokens + TREE_ROOM)
+        sessions = [first]
+        try:
+            if n > 1 and len(ids) > 1:
+                await first.prefill(ids[:-1])
+            for _ in range(n - 1):
+                sessions.append(await first.fork())
+            return list(
+                await asyncio.gather(
+                    *(
+                        _collect(generate(session, ids, for_sequence(config, i), self.tokenizer))
+                        for i, session in enumerate(sessions)
+                    )
+                )
+            )
+        finally:
+            for session in sessions:
+                session.close()
+
+    async def generate(
+        self, inputs: Any, *, num_return_sequences: int = 1, streamer: Streamer | None = None, **settings: Any
+    ) -> Any:
+        """As transformers' `generate`: ids in, prompt + answer ids out; text in, the answer's text out.
+
+        `inputs` is one prompt or a list: text, token ids, or a tensor [batch, length] (then a tensor comes back,
+        padded with the end-of-text id). With `num_return_sequences` above 1 every prompt gives that many results.
+        """
+        config = self.config(**settings)
+        prompts, single = _prompts(inputs)
+        if streamer is not None:
+            if len(prompts) != 1 or num_return_sequences != 1:
+                raise ValueError("a streamer takes one prompt and one sequence")
+            groups = [[await self._stream_to(streamer, prompts[0], settings)]]
+        else:
+            groups = list(
+                await asyncio.gather(*(self.answers(prompt, num_return_sequences, config) for prompt in prompts))
+            )
+        results = [_result(prompt, pieces) for prompt, group in zip(prompts, groups, strict=True) for pieces in group]
+        if type(inputs).__module__.partition(".")[0] == "torch":
+            return _tensor_like(inputs, results, pad=min(self.config().eos_token_ids, default=0))
+        return results[0] if single and num_return_sequences == 1 else results
+
+    async def _stream_to(self, streamer: Streamer, prompt: Prompt, settings: dict[str, Any]) -> list[Piece]:
+        pieces = []
+        streamer.put(self.encode(prompt))
+        async for piece in self.stream(prompt, **settings):
+            pieces.append(piece)
+            for token in piece.ids:
+                streamer.put([token])
+        streamer.end()
+        return pieces
+
+    async def _wait_for_route(self, wait_s: float) -> None:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                await self.route()
+                return
+            except NoRoute as error:
+                if time.monotonic() >= deadline:
+                    raise ConnectError(str(error)) from error
+            await asyncio.sleep(0.5)
+
+    async def _measure(self, records: Sequence[pb.PeerRecord]) -> None:
+        """Round trips to peers that were never measured; a silent one is banned for a while."""
+        fresh = {r.addresses[0]: r.peer_id for r in records if r.addresses and r.peer_id not in self._rtt_s}
+        for address, pong in (await ping_all(fresh)).items() if fresh else ():
+            if pong is None or pong.peer_id != fresh[address]:
+                self._banned[fresh[address]] = time.monotonic() + BAN_S
+            else:
+                self._rtt_s[fresh[address]] = pong.rtt_s
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return self._channels[address]
+
+
+class SwarmModel:
+    """A model that a swarm runs.
+
+    >>> model = SwarmModel.connect("demo", initial_peers=["127.0.0.1:31337"])
+    >>> model.generate("The capital of France is", max_new_tokens=8)
+
+    Synchronous methods work anywhere; their twins with a leading `a` are awaited in any event loop.
+    """
+
+    def __init__(self, core: AsyncSwarmModel, loop: BackgroundLoop) -> None:
+        self._core = core
+        self._loop = loop
+
+    @classmethod
+    def connect(cls, model: str, initial_peers: Sequence[str], **options: Any) -> SwarmModel:
+        """See AsyncSwarmModel.connect. Raises ConnectError."""
+        loop = BackgroundLoop()
+        try:
+            return cls(loop.run(AsyncSwarmModel.connect(model, initial_peers, **options)), loop)
+        except BaseException:
+            loop.stop()
+            raise
+
+    @property
+    def name(self) -> str:
+        return self._core.name
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._core.tokenizer
+
+    def generate(self, inputs: Any, **settings: Any) -> Any:
+        """See AsyncSwarmModel.generate."""
+        return self._loop.run(self._core.generate(inputs, **settings))
+
+    async def agenerate(self, inputs: Any, **settings: Any) -> Any:
+        return await self._loop.delegate(self._core.generate(inputs, **settings))
+
+    def stream(self, prompt: Prompt, **settings: Any) -> Iterator[Piece]:
+        """Pieces of the answer as they come: `for piece in model.stream("Hi"): print(piece.text, end="")`."""
+        return self._loop.iterate(self._core.stream(prompt, **settings))
+
+    def astream(self, prompt: Prompt, **settings: Any) -> AsyncIterator[Piece]:
+        return self._loop.delegate_iteration(self._core.stream(prompt, **settings))
+
+    def chat(self, **options: Any) -> Chat:
+        """A conversation whose session stays open between turns."""
+        return Chat(self._core, self._loop, **options)
+
+    def route(self) -> Route:
+        """The route that a new session would take. Raises NoRoute."""
+        return self._loop.run(self._core.route())
+
+    def close(self) -> None:
+        self._loop.run(self._core.close())
+        self._loop.stop()
+
+    def __enter__(self) -> SwarmModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+async def open_directory(initial_peers: Sequence[str]) -> Directory:
+    """The DHT where libp2p multiaddrs are given, any peer's gRPC directory otherwise. Raises ConnectError."""
+    if not initial_peers:
+        raise ConnectError("name at least one peer of the swarm: a gRPC host:port or a libp2p multiaddr")
+    multiaddrs = [peer for peer in initial_peers if peer.startswith("/")]
+    if not multiaddrs:
+        return GrpcDirectory(initial_peers)
+    try:
+        # hivemind comes with the extra `peer`; a light client does without.
+        from ..protocol.dht import DhtDirectory
+
+        return await DhtDirectory.create(initial_peers=multiaddrs, client_mode=True)
+    except ImportError as error:
+        raise ConnectError(
+            "libp2p addresses need hivemind: pip install 'petal-swarm[peer]', or give a gRPC host:port"
+        ) from error
+    except DirectoryError as error:
+        raise ConnectError(str(error)) from error
+
+
+async def _collect(pieces: AsyncIterator[Piece]) -> list[Piece]:
+    return [piece async for piece in pieces]
+
+
+def _prompts(inputs: Any) -> tuple[list[Prompt], bool]:
+    """Prompts, and whether there was just one, not in a list."""
+    if isinstance(inputs, str):
+        return [inputs], True
+    items = inputs.tolist() if hasattr(inputs, "tolist") else list(inputs)
+    if items and isinstance(items[0], int):
+        return [items], True
+    if not items:
+        raise ValueError("there is no prompt")
+    return items, False
+
+
+def _result(prompt: Prompt, pieces: list[Piece]) -> str | list[int]:
+    if isinstance(prompt, str):
+        return "".join(piece.text for piece in pieces)
+    return [*prompt, *(token for piece in pieces for token in piece.ids)]
+
+
+def _tensor_like(inputs: Any, rows: Sequence[Any], pad: int) -> Any:
+    width = max(map(len, rows))
+    padded = [[*row, *[pad] * (width - len(row))] for row in rows]
+    return inputs.new_tensor(padded)

@@ -1,0 +1,266 @@
+"""One peer: checkpoint, span, engine, DHT node and gRPC server in one process and one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import torch
+
+from ..kernels import native
+from ..protocol import petal_pb2 as pb
+from ..protocol.checkpoint import Checkpoint, open_checkpoint
+from ..protocol.dht import DhtDirectory
+from ..protocol.directory import DirectoryError, DirectoryService
+from ..protocol.identity import Identity
+from ..protocol.limits import CHANNEL_OPTIONS, MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
+from ..protocol.petal_pb2_grpc import DirectoryStub, add_DirectoryServicer_to_server, add_PeerServicer_to_server
+from ..protocol.publisher import Publisher
+from .admission import Admission
+from .engine import Engine
+from .options import ServeOptions
+from .placement import choose_span
+from .pool import KVPool
+from .service import FEATURES, PeerService, ServiceInfo
+from .span import Span, load_span
+from .speed import decode_rows_per_s, fitting_blocks
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 2.0
+
+
+class ServeError(RuntimeError):
+    """Why a peer cannot start, in one sentence that says what to do."""
+
+
+@dataclass
+class Progress:
+    """What a person wants to see while a peer starts."""
+
+    stage: Callable[[str], None] = lambda text: None
+    loading: Callable[[int, int], None] = lambda done, total: None
+
+
+class PeerServer:
+    """A running peer. `start` returns when it serves; `stop` leaves cleanly."""
+
+    def __init__(self, options: ServeOptions, progress: Progress | None = None) -> None:
+        self.options = options
+        self._progress = progress or Progress()
+        self._state: pb.PeerState = pb.JOINING
+        self._throughput = 0.0
+        self._bootstrap: list[str] = []
+
+    async def start(self) -> None:
+        """Raises CheckpointError, DirectoryError or ServeError."""
+        options = self.options
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.checkpoint = open_checkpoint(options.model)
+        self.identity = Identity.load_or_create(options.identity)
+        self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self.port = self._bind()
+        self.address = options.announced(self.port)
+        try:
+            self._progress.stage("joining the swarm")
+            self.dht = await self._join_dht()
+            try:
+                await self._load()
+                await self._serve()
+            except BaseException:
+                await self.dht.close()
+                raise
+        except BaseException:
+            await self._grpc.stop(None)
+            raise
+
+    def _bind(self) -> int:
+        wanted = f"{self.options.host}:{self.options.port}"
+        try:
+            return self._grpc.add_insecure_port(wanted)
+        except RuntimeError as error:
+            reason = "the port is in use or not yours; choose another --port"
+            raise ServeError(f"cannot listen on {wanted}: {reason}") from error
+
+    async def _join_dht(self) -> DhtDirectory:
+        options = self.options
+        return await DhtDirectory.create(
+            options.identity,
+            initial_peers=await bootstrap_addresses(options.initial_peers),
+            listen=(f"/ip4/{options.host}/tcp/{options.dht_port}",),
+        )
+
+    async def _load(self) -> None:
+        """Choose a span, load it off the loop, and measure it."""
+        checkpoint, options = self.checkpoint, self.options
+        self.blocks = await self._choose_blocks()
+        self._progress.stage(f"loading blocks {self.blocks.start}:{self.blocks.stop} of {checkpoint.name}")
+        self.span = await asyncio.to_thread(self._load_span)
+        pool = KVPool(self.span.layers, options.cache_tokens)
+        self._throughput = await asyncio.to_thread(decode_rows_per_s, self.span)
+        digests = await asyncio.to_thread(checkpoint.block_digests, self.blocks.start, self.blocks.stop)
+        self._digests = {part: bytes.fromhex(digest) for part, digest in digests.items()}
+        self.admission = Admission(pool.n_pages, options.max_sessions)
+        self.engine = Engine(self.span, pool)
+
+    def _load_span(self) -> Span:
+        total = loaded_bytes(self.checkpoint, self.blocks)
+        done = 0
+
+        def progress(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            self._progress.loading(done, total)
+
+        return load_span(self.checkpoint, self.blocks.start, self.blocks.stop, progress)
+
+    async def _choose_blocks(self) -> range:
+        n_blocks, options = self.checkpoint.n_blocks, self.options
+        if options.blocks is not None:
+            if not 0 <= options.blocks.start < options.blocks.stop <= n_blocks:
+                raise ServeError(
+                    f"--blocks {options.blocks.start}:{options.blocks.stop} is no part of {self.checkpoint.name}, "
+                    f"which has blocks 0:{n_blocks}"
+                )
+            return options.blocks
+        size = options.num_blocks or fitting_blocks(self.checkpoint)
+        if size < 1:
+            raise ServeError("not one block of this model fits the free memory; free some, or try a smaller model")
+        records = await self.dht.list(self.checkpoint.name)
+        digest = self._model_digest()
+        return choose_span([r for r in records if r.model_digest == digest], n_blocks, size)
+
+    async def _serve(self) -> None:
+        config = self.checkpoint.config
+        self.context_length = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+        info = ServiceInfo(
+            peer_id=self.identity.peer_id,
+            model=self.checkpoint.name,
+            model_digest=self._model_digest(),
+            start=self.blocks.start,
+            end=self.blocks.stop,
+            n_blocks=self.checkpoint.n_blocks,
+            hidden_size=self.span.hidden_size,
+            vocab_size=self.span.vocab_size,
+            context_length=self.context_length,
+            idle_s=self.options.idle_s,
+        )
+        self.service = PeerService(info, self.engine, self.admission, self._resolve)
+        directory = DirectoryService(
+            self.identity.peer_id,
+            state=lambda: self._state,
+            records=self.dht.book.signed,
+            bootstrap=lambda: self._bootstrap,
+        )
+        add_PeerServicer_to_server(self.service, self._grpc)
+        add_DirectoryServicer_to_server(directory, self._grpc)
+        self._bootstrap = list(await self.dht.multiaddrs())
+        self.engine.start()
+        await self._grpc.start()
+        self._state = pb.ONLINE
+        self._publisher = Publisher(self.dht, self.identity, self.record, period_s=self.options.publish_s)
+        await self._publisher.publish()
+        self._publisher.start()
+        self._refresher = asyncio.create_task(self._refresh())
+
+    async def stop(self) -> None:
+        """Take no new sessions, withdraw the record, end what runs, leave the DHT."""
+        self._state = pb.DRAINING
+        self.service.draining = True
+        self._refresher.cancel()
+        await self._publisher.stop()
+        await self.service.close()
+        await self._grpc.stop(grace=1.0)
+        await asyncio.to_thread(self.engine.stop)
+        await self.dht.close()
+
+    def record(self) -> pb.PeerRecord:
+        """What the directory says of this peer, as of now."""
+        return pb.PeerRecord(
+            peer_id=self.identity.peer_id,
+            model=self.checkpoint.name,
+            model_digest=self._model_digest(),
+            n_blocks=self.checkpoint.n_blocks,
+            start=self.blocks.start,
+            end=self.blocks.stop,
+            addresses=[self.address],
+            multiaddrs=self._bootstrap[:8],
+            dtype=self.options.dtype,
+            quantization="none",
+            numerics=numerics(self.options.dtype),
+            protocol_min=PROTOCOL_MIN,
+            protocol_max=PROTOCOL,
+            state=self._state,
+            context_length=self.context_length,
+            cache_tokens=self.options.cache_tokens,
+            cache_tokens_free=self.admission.free_tokens,
+            max_sessions=self.options.max_sessions,
+            sessions=self.admission.sessions,
+            max_rows=MAX_ROWS,
+            throughput=self._throughput,
+            block_digests=[self._digests[str(block)] for block in self.blocks],
+            embedding_digest=self._digests.get("embedding", b""),
+            norm_digest=self._digests.get("norm", b""),
+            head_digest=self._digests.get("head", b""),
+            vocab_size=self.span.vocab_size,
+            hidden_size=self.span.hidden_size,
+            features=sorted(FEATURES),
+        )
+
+    def _model_digest(self) -> bytes:
+        return bytes.fromhex(self.checkpoint.digest())
+
+    async def _resolve(self, peer_id: str) -> list[str]:
+        """Addresses of a peer from its own signed record; asks the DHT where the book does not know it yet."""
+        for fresh in (False, True):
+            if fresh:
+                await self.dht.list(self.checkpoint.name)
+            for record in self.dht.book.list(self.checkpoint.name):
+                if record.peer_id == peer_id:
+                    return list(record.addresses)
+        return []
+
+    async def _refresh(self) -> None:
+        """Keep the book that clients and links read fresh."""
+        while True:
+            try:
+                await self.dht.list()
+            except DirectoryError as error:
+                log.warning("the directory is out of reach: %s", error)
+            await asyncio.sleep(REFRESH_S)
+
+
+def numerics(dtype: str) -> str:
+    """Peers of one value agree bit by bit in exact mode."""
+    return f"{dtype}/native" if native.library() else f"{dtype}/torch-{torch.__version__}"
+
+
+def loaded_bytes(checkpoint: Checkpoint, blocks: range) -> int:
+    """Stored bytes that a span reads."""
+    names = [name for block in blocks for name in checkpoint.block_tensors(block)]
+    shared = checkpoint.shared_tensors()
+    names += shared["embedding"] if blocks.start == 0 else []
+    names += shared["norm"] + shared["head"] if blocks.stop == checkpoint.n_blocks else []
+    return sum(checkpoint.info(name).nbytes for name in names)
+
+
+async def bootstrap_addresses(initial_peers: tuple[str, ...]) -> list[str]:
+    """Multiaddrs to join the DHT through: as given, or asked of a peer at a gRPC host:port. Raises DirectoryError."""
+    found: list[str] = []
+    for peer in initial_peers:
+        if peer.startswith("/"):
+            found.append(peer)
+            continue
+        async with grpc.aio.insecure_channel(peer, options=CHANNEL_OPTIONS) as channel:
+            try:
+                reply = await DirectoryStub(channel).List(pb.ListRequest(model="-"), timeout=10)
+            except grpc.aio.AioRpcError as error:
+                raise DirectoryError(
+                    f"No peer answers at {peer}: check the address, or name another with --initial-peers."
+                ) from error
+            found.extend(reply.bootstrap)
+    return found
