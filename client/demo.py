@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -93,7 +94,7 @@ class ChildPeer:
 def split(n_blocks: int, peers: int) -> list[range]:
     """Spans of nearly equal size."""
     bounds = [round(i * n_blocks / peers) for i in range(peers + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ enum {
     CACHED = 192 * 1024,    /* floats of x that stay in the second level */
     LOWEST = 96,            /* rows that share a visit even if x does not fit */
     TOO_SMALL = 32 * 1024,  /* multiply-adds below which waking a thread costs more than it saves */
-    STREAM_AHEAD = 1 * 1024 /* bytes; hides memory latency where a panel is read once */
+    STREAM_AHEAD = 8 * 1024 /* bytes; hides memory latency where a panel is read once */
 };
 
 typedef struct {
