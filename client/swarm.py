@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import secrets
 import time
@@ -73,12 +74,12 @@ class AsyncSwarmModel:
 
         Waits up to `wait_s` seconds until every block has a peer. Raises ConnectError.
         """
-        name = model
-        digest = None
+        name, digest = model, None
         try:
             with await asyncio.to_thread(open_checkpoint, model) as checkpoint:
                 name, digest = checkpoint.name, bytes.fromhex(checkpoint.digest())
-                tokenizer = tokenizer or checkpoint.tokenizer()
+                with contextlib.suppress(CheckpointError):  # token ids still work
+                    tokenizer = tokenizer or checkpoint.tokenizer()
         except CheckpointError as error:
             if tokenizer is None:
                 raise ConnectError(f"no tokenizer for {model}: {error}") from error

@@ -25,6 +25,7 @@ typedef struct {
 } task_t;
 
 static const float ZEROS[PANEL];
+/* Kept from call to call, one a thread: fresh memory would fault on every page. */
 static _Thread_local float *scratch;
 static _Thread_local size_t scratch_bytes;
 

@@ -18,7 +18,8 @@ class PackedLinear(nn.Module):
     """y = x Wᵀ + b in float32: each y[m, n] is one chain of fused multiply-adds over increasing input index.
 
     So a row's bits depend on that row and the weights only, never on the number of rows or threads. Only the packed
-    weights are kept, on the CPU: `panels` is [⌈out / 32⌉, in, 32] in the weights' dtype, zero-padded. No gradients.
+    weights are kept, on the CPU: `panels` is [⌈out / 32⌉, in, 32] in the weights' dtype, zero-padded like `bias`.
+    There are no gradients.
     """
 
     panels: Tensor

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 # No -ffast-math: it would reorder sums. Contraction makes every a * b + c one fused multiply-add.
-FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=default", "-ffp-contract=fast"]
+FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-ffp-contract=fast"]
 
 
 @functools.cache

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
-
 from petal.kernels.attention import attend
 from petal.kernels.linear import PackedLinear
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
 from tests.kernels.batches import batch_of, chain, tree
 
 LINEAR = [(576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152)]
@@ -30,11 +31,12 @@ ATTENTION = {
 }
 HEADS, WIDTH = (9, 3), 64
 ROTATE = 128 * 2**20  # bytes of weights in all
-BUDGET = 1.0  # seconds a row
+BUDGET = 0.5  # seconds a row
+Call = Callable[[int], object]  # given a running index
 
 
-def compare(ours: Callable[[int], object], torchs: Callable[[int], object]) -> tuple[float, float]:
-    """Median milliseconds of both; each is called with a running index."""
+def compare(ours: Call, torchs: Call) -> tuple[float, float]:
+    """Median milliseconds of both."""
     times: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
     for index in range(300):
@@ -54,28 +56,30 @@ def linear_rows(dtype: torch.dtype) -> Iterator[dict]:
         weights = [torch.randn(out, width) / width**0.5 for _ in range(copies)]
         layers = [PackedLinear(weight.to(dtype)) for weight in weights]
         for rows in ROWS:
-            x = torch.randn(rows, width)
-            ours, torchs = compare(
-                lambda i, x=x: layers[i % copies](x),
-                lambda i, x=x: F.linear(x, weights[i % copies]),
-            )
+            ours, torchs = compare(*linear_pair(layers, weights, torch.randn(rows, width)))
             yield row(f"linear {str(dtype)[6:]}", f"{width}x{out}", rows, ours, torchs)
+
+
+def linear_pair(layers: list[PackedLinear], weights: list[Tensor], x: Tensor) -> tuple[Call, Call]:
+    return lambda i: layers[i % len(layers)](x), lambda i: F.linear(x, weights[i % len(weights)])
 
 
 def attention_rows() -> Iterator[dict]:
     for name, (base, parents) in ATTENTION.items():
-        b, rows = batch_of([(base, parents)], HEADS, (WIDTH, WIDTH)), len(parents)
-        q = b.q.transpose(0, 1)[None].contiguous()
-        k, v = (torch.randn(1, HEADS[1], base + rows, WIDTH) for _ in range(2))
-        causal = base == 0
-        mask = torch.ones(rows, base + rows, dtype=torch.bool).tril(base) if rows > 1 and not causal else None
-        ours, torchs = compare(
-            lambda _, b=b: attend(b.q, b.k, b.v, b.k_pages, b.v_pages, b.plan, scale=0.125),
-            lambda _, q=q, k=k, v=v, mask=mask, causal=causal: F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
-            ),
-        )
-        yield row("attention", f"{name} at {base}", rows, ours, torchs)
+        ours, torchs = compare(*attention_pair(base, parents))
+        yield row("attention", f"{name} at {base}", len(parents), ours, torchs)
+
+
+def attention_pair(base: int, parents: list[int]) -> tuple[Call, Call]:
+    b, rows, causal = batch_of([(base, parents)], HEADS, (WIDTH, WIDTH)), len(parents), base == 0
+    q = b.q.transpose(0, 1)[None].contiguous()
+    k, v = (torch.randn(1, HEADS[1], base + rows, WIDTH) for _ in range(2))
+    mask = torch.ones(rows, base + rows, dtype=torch.bool).tril(base) if rows > 1 and not causal else None
+
+    def theirs(_: int) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+    return lambda _: attend(b.q, b.k, b.v, b.k_pages, b.v_pages, b.plan, scale=WIDTH**-0.5), theirs
 
 
 def row(op: str, shape: str, rows: int, ours: float, torchs: float) -> dict:
