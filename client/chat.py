@@ -59,7 +59,7 @@ class Chat:
         config = self._model.config(**settings)
         prompt = self._tokenizer.apply_chat_template(self.messages)
         needed = len(prompt) + config.max_new_tokens
-        if self._session is None or needed > self._session.options.reserve_tokens:
+        if self._session is None or min(needed, self._session.context_length) > self._session.options.reserve_tokens:
             await self._close()
             self._session = await self._model.open_session(max(needed, self._reserve_tokens))
         said = ""

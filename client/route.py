@@ -60,7 +60,7 @@ def choose_route(records: Sequence[pb.PeerRecord], rtt_s: Mapping[str, float], r
     """The cheapest path over block boundaries: each stop costs its round trip and its blocks' compute.
 
     `records` are peers of one model. Peers without room for `reserve_tokens` are a last resort: their answer may be
-    newer than their record. Raises NoRoute.
+    newer than their record. No peer stops twice, because it holds one session once. Raises NoRoute.
     """
     n_blocks = max((r.n_blocks for r in records), default=0)
     online = [r for r in records if usable(r)]
@@ -78,7 +78,20 @@ def choose_route(records: Sequence[pb.PeerRecord], rtt_s: Mapping[str, float], r
                 total = cost + _stop_cost(record, blocks, rtt_s, reserve_tokens)
                 if total < best[end][0]:
                     best[end] = (total, (*route, Stop(record, blocks)))
-    return best[n_blocks][1]
+    return _without_returns(best[n_blocks][1])
+
+
+def _without_returns(route: Route) -> Route:
+    """Let a peer that the path comes back to also apply what lies between; its span holds those blocks."""
+    stops: list[Stop] = []
+    for stop in route:
+        names = [earlier.peer.peer_id for earlier in stops]
+        if stop.peer.peer_id in names:
+            first = names.index(stop.peer.peer_id)
+            stop = Stop(stop.peer, range(stops[first].blocks.start, stop.blocks.stop))
+            del stops[first:]
+        stops.append(stop)
+    return tuple(stops)
 
 
 def _stop_cost(record: pb.PeerRecord, blocks: range, rtt_s: Mapping[str, float], reserve_tokens: int) -> float:
@@ -86,6 +99,11 @@ def _stop_cost(record: pb.PeerRecord, blocks: range, rtt_s: Mapping[str, float],
     block_s = 1 / (record.throughput * span) if record.throughput > 0 else DEFAULT_BLOCK_S
     full = record.cache_tokens_free < reserve_tokens or record.sessions >= record.max_sessions
     return rtt_s.get(record.peer_id, DEFAULT_RTT_S) + block_s * len(blocks) + (1e3 if full else 0.0)
+
+
+def context_of(route: Route) -> int:
+    """Positions that every peer of the route can hold."""
+    return min(stop.peer.context_length for stop in route)
 
 
 def by_model(records: Iterable[pb.PeerRecord]) -> dict[bytes, list[pb.PeerRecord]]:

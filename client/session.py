@@ -16,7 +16,7 @@ from ..protocol.codec import row_bytes
 from ..protocol.limits import PROTOCOL
 from ..protocol.sampling import SamplingParams
 from ..protocol.tree import DraftTree, chain
-from .route import Route
+from .route import Route, context_of
 from .stream import PeerError, PeerStream
 
 OPEN_TIMEOUT_S = 15.0
@@ -136,7 +136,8 @@ class Session:
             stream.close()
 
     async def __aenter__(self) -> Session:
-        await self.open()
+        if not self._streams:
+            await self.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -169,6 +170,8 @@ class Session:
 
         With `sampling` the tail draws the next token. Returns the last chunk's answer; logits are of all rows asked.
         """
+        if not ids:
+            raise ValueError("there is nothing to prefill")
         want = want or Want()
         chunk = chunk or self._chunk_rows(len(ids))
         starts = range(0, len(ids), chunk)
@@ -262,7 +265,7 @@ class Session:
 
     @property
     def context_length(self) -> int:
-        return min(stop.peer.context_length for stop in self.route)
+        return context_of(self.route)
 
     def _chunk_rows(self, rows: int) -> int:
         """Enough chunks to keep every peer busy, none so small that its fixed cost shows."""

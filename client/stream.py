@@ -44,7 +44,7 @@ class PeerStream:
         self._call = PeerStub(channel).Session()
         self._reader: asyncio.Task[None] | None = None
         self._credit = asyncio.Condition()
-        self._window = 0
+        self._window = 0.0
 
     async def open(self, message: pb.Open, timeout: float) -> pb.Opened:
         """Reserve the session on this peer. Raises PeerError."""
@@ -72,6 +72,11 @@ class PeerStream:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             raise await self._error() from None
 
+    async def _grant(self, size: float) -> None:
+        async with self._credit:
+            self._window += size
+            self._credit.notify_all()
+
     def close(self) -> None:
         if self._reader:
             self._reader.cancel()
@@ -82,14 +87,14 @@ class PeerStream:
             while (frame := await self._call.read()) is not grpc.aio.EOF:
                 assert isinstance(frame, pb.PeerFrame)
                 if frame.HasField("credit"):
-                    async with self._credit:
-                        self._window += frame.credit.bytes
-                        self._credit.notify_all()
+                    await self._grant(frame.credit.bytes)
                 else:
                     self._deliver(self, frame)
         except grpc.aio.AioRpcError:
             pass
         self._deliver(self, await self._error())
+        # Who waits for credit on a stream that ended shall fail, not wait for ever.
+        await self._grant(float("inf"))
 
     def error(self, code: grpc.StatusCode, reason: str) -> PeerError:
         return PeerError(self.name, code, reason, self.peer_id)

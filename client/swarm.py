@@ -21,7 +21,7 @@ from ..protocol.tokenizer import Tokenizer
 from .background import BackgroundLoop
 from .chat import Chat
 from .generation import GenerationConfig, Piece, config_of, for_sequence, generate
-from .route import NoRoute, Route, by_model, choose_route
+from .route import NoRoute, Route, by_model, choose_route, context_of
 from .session import Session, SessionOptions
 from .stream import PeerError
 
@@ -112,20 +112,27 @@ class AsyncSwarmModel:
 
     async def route(self, reserve_tokens: int = 0) -> Route:
         """The route that a new session would take. Raises NoRoute."""
-        now = time.monotonic()
-        records = [r for r in await self.peers() if self._banned.get(r.peer_id, 0) < now]
+        records = await self.peers()
         if not records:
             raise NoRoute(f"no peer serves {self.name}; start one with `petal-serve {self.name}`")
         await self._measure(records)
-        return choose_route(records, self._rtt_s, reserve_tokens)
+        now = time.monotonic()
+        reachable = [r for r in records if self._banned.get(r.peer_id, 0) < now]
+        if not reachable:
+            raise NoRoute(f"none of the {len(records)} peers that serve {self.name} can be reached")
+        return choose_route(reachable, self._rtt_s, reserve_tokens)
 
     async def open_session(self, reserve_tokens: int, wait_s: float = 30.0) -> Session:
-        """Open along the best route; where peers are busy, release all and try again with jitter, for `wait_s`."""
+        """Open along the best route; where peers are busy, release all and try again with jitter, for `wait_s`.
+
+        Reserves no more than the model's context and room for a tree.
+        """
         deadline = time.monotonic() + wait_s
         while True:
             try:
                 route = await self.route(reserve_tokens)
-                session = Session(route, self._channel, self._client_id, SessionOptions(reserve_tokens, self._codec))
+                usable = min(reserve_tokens, context_of(route) + TREE_ROOM)
+                session = Session(route, self._channel, self._client_id, SessionOptions(usable, self._codec))
                 await session.open()
                 return session
             except PeerError as error:

@@ -4,11 +4,10 @@
 #include <omp.h>
 
 enum {
-    DEPTH = 256,            /* depth of one visit to a panel: 24 KiB of it stay in the first-level cache */
-    CACHED = 192 * 1024,    /* floats of x that stay in the second level */
-    LOWEST = 96,            /* rows that share a visit even if x does not fit */
-    TOO_SMALL = 32 * 1024,  /* multiply-adds below which waking a thread costs more than it saves */
-    STREAM_AHEAD = 8 * 1024 /* bytes; hides memory latency where a panel is read once */
+    DEPTH = 256,           /* depth of one visit to a panel: 24 KiB of it stay in the first-level cache */
+    CACHED = 192 * 1024,   /* floats of x that stay in the second level */
+    LOWEST = 96,           /* rows that share a visit even if x does not fit */
+    TOO_SMALL = 32 * 1024, /* multiply-adds below which waking a thread costs more than it saves */
 };
 
 typedef struct {
@@ -62,8 +61,20 @@ static void run_panel(const linear_t *c, long panel, long first, long last)
     }
 }
 
-void petal_linear(float *y, const float *x, const void *panels, const float *bias, long rows, long in, long out,
-                  long half, long threads)
+/* Whole panels [from, to) for the few rows of one tile; returns the first panel that is left. */
+static long run_streams(const linear_t *c, long from, long to)
+{
+    long wide = stream_width(c->rows), w_panel = c->in * PANEL * (c->half ? 2 : 4);
+    if (!wide)
+        return from;
+    for (; from + wide <= to && (from + wide) * PANEL <= c->out; from += wide)
+        tile_stream(c->rows, c->half, c->in, c->x, c->in, c->panels + from * w_panel, w_panel, c->y + from * PANEL,
+                    c->out, c->bias + from * PANEL);
+    return from;
+}
+
+void petal_linear(float *y, const float *x, const void *panels, const float *bias, long in, long out, long half,
+                  long rows, long threads)
 {
     linear_t c = {y, x, panels, bias, rows, in, out, half};
     long count = (out + PANEL - 1) / PANEL;
@@ -74,7 +85,8 @@ void petal_linear(float *y, const float *x, const void *panels, const float *bia
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
         long of = omp_get_num_threads(), me = omp_get_thread_num();
-        for (long unit = units * me / of; unit < units * (me + 1) / of; unit++) {
+        long last = units * (me + 1) / of;
+        for (long unit = run_streams(&c, units * me / of, last); unit < last; unit++) {
             long first = unit / count * height;
             run_panel(&c, unit % count, first, first + height < rows ? first + height : rows);
         }

@@ -1,5 +1,7 @@
 """A linear layer whose result for one row does not depend on the other rows."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
 from collections.abc import Callable
@@ -45,6 +47,7 @@ class PackedLinear(nn.Module):
             padded[: self.out_features] = bias.detach()
         self.register_buffer("panels", panels)
         self.register_buffer("bias", padded)
+        self._fixed: tuple[int, ...] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in], float32 or bfloat16 -> [..., out] in x's dtype. Raises ValueError for another width."""
@@ -55,20 +58,24 @@ class PackedLinear(nn.Module):
         product = _product()
         if product is None:
             return self._tiled(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-        x, panels = x.contiguous(), self.panels
+        x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features)
-        product(
-            y.data_ptr(),
-            x.data_ptr(),
-            panels.data_ptr(),
-            self.bias.data_ptr(),
-            x.numel() // self.in_features,
-            self.in_features,
-            self.out_features,
-            panels.dtype == torch.bfloat16,
-            torch.get_num_threads(),
-        )
+        rows = x.numel() // self.in_features
+        product(y.data_ptr(), x.data_ptr(), *self._fixed_arguments(), rows, torch.get_num_threads())
         return y
+
+    def _fixed_arguments(self) -> tuple[int, ...]:
+        """Looked up once: a module's attributes are slow, and decoding calls nothing as often as this."""
+        if self._fixed is None:
+            half = self.panels.dtype == torch.bfloat16
+            self._fixed = (self.panels.data_ptr(), self.bias.data_ptr(), self.in_features, self.out_features, half)
+        return self._fixed
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Whatever moves or converts the module goes through here."""
+        self._fixed = None
+        super()._apply(function, recurse)
+        return self
 
     def _tiled(self, x: Tensor) -> Tensor:
         """The same contract in torch: every product has TILE rows, so its bits do not depend on their number."""

@@ -56,6 +56,45 @@ INLINE void tile(const int rows, const int half, long depth, const float *x, lon
     }
 }
 
+/* A single tile reads its panels once, so memory is the limit: `wide` panels are walked side by side, each a stream
+ * of its own for the hardware. The chain of every element is the same as above. */
+INLINE void stream(const int rows, const int wide, const int half, long depth, const float *x, long x_row,
+                   const char *w, long w_panel, float *y, long y_row, const float *start)
+{
+    const long line = PANEL * (half ? 2 : 4);
+    f32x16 sum[STREAM_ROWS][2 * STREAM_PANELS];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 8
+        for (int n = 0; n < 2 * wide; n++)
+            sum[m][n] = *(const f32x16 *)(start + n * LANES);
+    for (long k = 0; k < depth; k++) {
+        f32x16 column[2 * STREAM_PANELS];
+#pragma GCC unroll 8
+        for (int p = 0; p < wide; p++) {
+            const char *from = w + p * w_panel + k * line;
+            for (long byte = 0; byte < line; byte += 64)
+                __builtin_prefetch(from + STREAM_AHEAD + byte, 0, 3);
+            load_panel(from, 0, half, &column[2 * p], &column[2 * p + 1]);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; m++) {
+            float scale = x[m * x_row + k];
+#pragma GCC unroll 8
+            for (int p = 0; p < wide; p++) {
+                sum[m][2 * p] += column[2 * p] * scale;
+                sum[m][2 * p + 1] += column[2 * p + 1] * scale;
+                PIN(sum[m][2 * p], sum[m][2 * p + 1]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 8
+        for (int n = 0; n < 2 * wide; n++)
+            *(f32x16 *)(y + m * y_row + n * LANES) = sum[m][n];
+}
+
 #define ROWS(n, half)                                                     \
     case n:                                                               \
         tile(n, half, depth, x, x_row, w, w_row, y, y_row, start, ahead); \
@@ -78,4 +117,33 @@ void tile_half(long rows, long depth, const float *x, long x_row, const uint16_t
                const float *start, ahead_t ahead)
 {
     switch (rows) { ANY_ROWS(1) }
+}
+
+#define STREAM(n, wide)                                                             \
+    case n:                                                                         \
+        if (half)                                                                   \
+            stream(n, wide, 1, depth, x, x_row, w, w_panel, y, y_row, start);       \
+        else                                                                        \
+            stream(n, wide, 0, depth, x, x_row, w, w_panel, y, y_row, start);       \
+        break;
+
+void tile_stream(long rows, long half, long depth, const float *x, long x_row, const char *w, long w_panel, float *y,
+                long y_row, const float *start)
+{
+    switch (rows) {
+#ifdef __AVX512F__
+        STREAM(1, 4) STREAM(2, 4) STREAM(3, 3) STREAM(4, 3) STREAM(5, 2) STREAM(6, 2)
+#else
+        STREAM(1, 3)
+#endif
+    }
+}
+
+int stream_width(long rows)
+{
+#ifdef __AVX512F__
+    return rows > STREAM_ROWS ? 0 : rows <= 2 ? 4 : rows <= 4 ? 3 : 2;
+#else
+    return rows > STREAM_ROWS ? 0 : 3;
+#endif
 }

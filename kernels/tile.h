@@ -18,10 +18,14 @@ enum {
     LANES = 16,
     PANEL = 32, /* columns of a tile */
 #ifdef __AVX512F__
-    TILE = 12 /* most rows of a tile: 24 accumulators of 32 registers */
+    TILE = 12, /* most rows of a tile: 24 accumulators of 32 registers */
+    STREAM_ROWS = 6, /* most rows of a tile that walks several panels at once */
 #else
-    TILE = 3 /* 12 accumulators of 16 registers of 8 lanes */
+    TILE = 3, /* 12 accumulators of 16 registers of 8 lanes */
+    STREAM_ROWS = 1,
 #endif
+    STREAM_PANELS = 4, /* most panels walked at once */
+    STREAM_AHEAD = 2048 /* bytes; hides memory latency where a panel is read once */
 };
 
 /* What to fetch into the cache while a tile runs: `lines` cache lines for every 8 steps of depth, from `next` on. */
@@ -36,6 +40,12 @@ void tile_float(long rows, long depth, const float *x, long x_row, const float *
                 const float *start, ahead_t ahead);
 void tile_half(long rows, long depth, const float *x, long x_row, const uint16_t *w, long w_row, float *y, long y_row,
                const float *start, ahead_t ahead);
+
+/* Panels that `rows` rows walk at once; 0 where they are too many for it. */
+int stream_width(long rows);
+/* One tile over stream_width(rows) panels, w_panel bytes apart, at their full depth. Columns of y follow each other. */
+void tile_stream(long rows, long half, long depth, const float *x, long x_row, const char *w, long w_panel, float *y,
+                 long y_row, const float *start);
 
 /* Height of the next tile of `left` rows: tiles of nearly one height, none above TILE. */
 static inline long tile_rows(long left)

@@ -31,6 +31,7 @@ class Admission:
 
     def reserve(self, session: bytes, tokens: int) -> None:
         """Raises Refused, and reserves nothing, where the session does not fit."""
+        assert session not in self._pages
         pages = math.ceil(tokens / PAGE)
         if pages > self.n_pages:
             raise Refused(f"{tokens} tokens never fit this peer's cache of {self.n_pages * PAGE}; ask for fewer")

@@ -37,12 +37,15 @@ class Downlink:
         """Open the stream and show the token; frames that wait are sent. Raises LinkFailed."""
         self.close()
         call = PeerStub(channel).Link()
+        reply = None
         try:
             await asyncio.wait_for(call.write(pb.LinkFrame(hello=hello)), CONNECT_TIMEOUT_S)
             reply = await asyncio.wait_for(call.read(), CONNECT_TIMEOUT_S)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.TimeoutError) as error:
-            call.cancel()
-            raise LinkFailed(_reason(error)) from error
+            raise LinkFailed(await _reason(call, error)) from error
+        finally:
+            if reply is None:  # also where the session ended meanwhile
+                call.cancel()
         if not isinstance(reply, pb.LinkReply) or not reply.HasField("linked"):
             raise LinkFailed("it ended the link without a word")
         self._call = call
@@ -79,11 +82,12 @@ class Downlink:
                 self._credit += reply.credit.bytes
                 self._wake.set()
         except grpc.aio.AioRpcError as error:
-            reason = _reason(error)
+            reason = await _reason(call, error)
         self._on_fault(peer_id, reason)
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return error.details() or error.code().name
-    return str(error) or "it did not answer in time"
+async def _reason(call: grpc.aio.StreamStreamCall, error: BaseException) -> str:
+    """What the next peer said when it ended the link: a failed write itself does not tell."""
+    if isinstance(error, asyncio.TimeoutError):
+        return "it did not answer in time"
+    return await call.details() or (await call.code()).name

@@ -52,8 +52,6 @@ class LayerGroup:
         self.free = list(range(self.n_pages - 1, -1, -1))
 
     def take(self) -> int:
-        if not self.free:
-            raise PoolExhausted(f"all {self.n_pages} pages of the KV pool are in use")
         page = self.free.pop()
         self.references[page] = 1
         return page
@@ -110,15 +108,19 @@ class KVPool:
         cache.length = cache.pending = 0
 
     def append(self, cache: SessionCache, rows: int) -> None:
-        """Make slots for `rows` pending rows behind the committed ones."""
+        """Make slots for `rows` pending rows behind the committed ones. PoolExhausted leaves everything as it was."""
         first = cache.length + cache.pending
+        self._require(cache, first, first + rows)
         cache.pending += rows
         for g in range(len(self.groups)):
             self._grow(g, cache.tables[g], cache.length + cache.pending)
             self._make_writable(g, cache.tables[g], first, cache.length + cache.pending)
 
     def commit(self, cache: SessionCache, rows: Sequence[int]) -> None:
-        """Keep these pending rows, in increasing order, gathered in place; drop the others."""
+        """Keep these pending rows, in increasing order, gathered in place; drop the others.
+
+        Rows that move out of shared pages need new ones; PoolExhausted leaves everything as it was.
+        """
         if list(rows) != list(range(len(rows))):
             self._gather(cache, rows)
         cache.length += len(rows)
@@ -130,7 +132,8 @@ class KVPool:
         assert cache.pending == 0
         assert length <= cache.length
         for group, table in zip(self.groups, cache.tables, strict=True):
-            if group.window is not None and DROPPED in table[max(0, length - group.window + 1) // PAGE :]:
+            seen = range(max(0, length - (group.window or length) + 1) // PAGE, -(-length // PAGE))
+            if DROPPED in table[seen.start : seen.stop]:
                 raise RewindRefused(
                     f"cannot rewind to {length}: rows in the window of {group.window} were dropped; replay the session"
                 )
@@ -148,6 +151,16 @@ class KVPool:
             assert not set(group.free) & set(named), f"group {g}: a page in use is free"
             for cache in caches:
                 assert len(cache.tables[g]) == -(-(cache.length + cache.pending) // PAGE)
+
+    def _require(self, cache: SessionCache, first: int, end: int) -> None:
+        """Raise PoolExhausted unless there are pages to make slots [first, end) exist and be writable."""
+        for group, table in zip(self.groups, cache.tables, strict=True):
+            new = max(0, -(-end // PAGE) - len(table))
+            shared = sum(group.references[page] > 1 for page in table[first // PAGE : -(-end // PAGE)])
+            if new + shared > len(group.free):
+                raise PoolExhausted(
+                    f"{new + shared} pages of the KV pool are needed, {len(group.free)} of {group.n_pages} are free"
+                )
 
     def _grow(self, g: int, table: list[int], slots: int) -> None:
         while len(table) * PAGE < slots:
@@ -167,6 +180,7 @@ class KVPool:
                 self.values[layer][table[index]] = self.values[layer][page]
 
     def _gather(self, cache: SessionCache, rows: Sequence[int]) -> None:
+        self._require(cache, cache.length, cache.length + len(rows))
         for g, group in enumerate(self.groups):
             table = cache.tables[g]
             self._make_writable(g, table, cache.length, cache.length + len(rows))

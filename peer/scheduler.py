@@ -7,7 +7,7 @@ that has been served least, then the oldest.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -60,12 +60,44 @@ class Budget:
 
 
 @dataclass
+class Turns:
+    """How much each client of one class was served, since the class last had nothing ready.
+
+    `clock` is what a client would have got that was ready all the time, each time an equal share (the virtual time of
+    fair queueing). Who comes or returns starts there: it owes nothing for the past and gains nothing from having been
+    away. Who is behind the clock and away is forgotten, so only the clients of the last few turns are remembered.
+    """
+
+    clock: float = 0.0
+    served: dict[bytes, float] = field(default_factory=dict)
+    waiting: Counter[bytes] = field(default_factory=Counter)
+
+    def join(self, client: bytes) -> None:
+        if not self.waiting[client]:
+            self.served[client] = max(self.served.get(client, 0.0), self.clock)
+        self.waiting[client] += 1
+
+    def leave(self, client: bytes) -> None:
+        self.waiting[client] -= 1
+        if not self.waiting[client]:
+            del self.waiting[client]
+
+    def charge(self, client: bytes, cost: float) -> None:
+        self.served[client] += cost
+        self.clock += cost / len(self.waiting)
+
+    def forget(self) -> None:
+        self.served = {c: cost for c, cost in self.served.items() if c in self.waiting or cost > self.clock}
+
+
+@dataclass
 class Scheduler(Generic[Key]):
     """Ready steps of all sessions, at most one a session."""
 
     budget: Budget = field(default_factory=Budget)
     _ready: dict[Key, Ready[Key]] = field(default_factory=dict)
-    _served: defaultdict[bytes, float] = field(default_factory=lambda: defaultdict(float))
+    # One account a class: what decoding cost a client says nothing of its turn to prefill.
+    _turns: dict[tuple[int, bool], Turns] = field(default_factory=dict)
     _orders: int = 0
     _last_decode: float = float("-inf")
 
@@ -80,20 +112,28 @@ class Scheduler(Generic[Key]):
         assert step.rows > 0
         self._orders += 1
         step.order = self._orders
-        if step.client not in {ready.client for ready in self._ready.values()}:
-            # A client that comes back owes nothing for the past and gains nothing from having been away.
-            waiting = [self._served[ready.client] for ready in self._ready.values()]
-            self._served[step.client] = max(self._served[step.client], min(waiting, default=0.0))
+        self._turns.setdefault((step.priority, step.prefill), Turns()).join(step.client)
         self._ready[step.key] = step
 
     def cancel(self, key: Key) -> None:
-        self._ready.pop(key, None)
+        if key in self._ready:
+            self._remove(self._ready[key])
+
+    def _remove(self, step: Ready[Key]) -> None:
+        del self._ready[step.key]
+        turns = self._turns_of(step)
+        turns.leave(step.client)
+        if not turns.waiting:
+            del self._turns[step.priority, step.prefill]
+
+    def _turns_of(self, step: Ready[Key]) -> Turns:
+        return self._turns[step.priority, step.prefill]
 
     def expired(self, now: float) -> list[Ready[Key]]:
         """Remove and return the steps whose deadline has passed before any of their rows ran."""
         late = [s for s in self._ready.values() if s.deadline is not None and s.deadline < now and not s.done]
         for step in late:
-            del self._ready[step.key]
+            self._remove(step)
         return late
 
     def take(self, now: float) -> list[Slice[Key]]:
@@ -103,9 +143,14 @@ class Scheduler(Generic[Key]):
         if decodes:
             self._last_decode = now
         slices = decodes + self._take_prefills([s for s in steps if s.prefill], decodes, now)
-        if not any(s.prefill for s in steps) and len(self._served) > 1024:
-            self._served.clear()
-        return [self._account(piece) for piece in slices]
+        for piece in slices:
+            self._account(piece)
+        for piece in slices:
+            if piece.last:
+                self._remove(piece.step)
+        for turns in self._turns.values():
+            turns.forget()
+        return slices
 
     def _take_decodes(self, steps: Iterable[Ready[Key]]) -> list[Slice[Key]]:
         slices: list[Slice[Key]] = []
@@ -134,12 +179,10 @@ class Scheduler(Generic[Key]):
         return slices
 
     def _by_turn(self, steps: Iterable[Ready[Key]]) -> list[Ready[Key]]:
-        return sorted(steps, key=lambda s: (-s.priority, self._served[s.client], s.order))
+        return sorted(steps, key=lambda s: (-s.priority, self._turns_of(s).served[s.client], s.order))
 
-    def _account(self, piece: Slice[Key]) -> Slice[Key]:
+    def _account(self, piece: Slice[Key]) -> None:
         step = piece.step
-        self._served[step.client] += self.budget.cost(piece.stop - piece.start, step.context + piece.start)
+        cost = self.budget.cost(piece.stop - piece.start, step.context + piece.start)
+        self._turns_of(step).charge(step.client, cost)
         step.done = piece.stop
-        if piece.last:
-            del self._ready[step.key]
-        return piece

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -218,7 +219,8 @@ class PeerServer:
         """Addresses of a peer from its own signed record; asks the DHT where the book does not know it yet."""
         for fresh in (False, True):
             if fresh:
-                await self.dht.list(self.checkpoint.name)
+                with contextlib.suppress(DirectoryError):  # then the book is all there is
+                    await self.dht.list(self.checkpoint.name)
             for record in self.dht.book.list(self.checkpoint.name):
                 if record.peer_id == peer_id:
                     return list(record.addresses)

@@ -8,8 +8,11 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
+
+from google.protobuf.message import DecodeError
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.limits import CHANNEL_OPTIONS, PROTOCOL, PROTOCOL_MIN, WINDOW_BYTES
@@ -21,6 +24,7 @@ from .session import PeerSession, SessionFailed, SessionSpec, invalid
 
 FEATURES = frozenset({"tree", "fork", "rewind", "logits", "hidden", "top_logprobs"})
 Status = grpc.StatusCode
+Frame = TypeVar("Frame")
 # Finds the addresses of a peer in this peer's own directory; empty where it is not known.
 Resolve = Callable[[str], Awaitable[list[str]]]
 
@@ -87,6 +91,7 @@ class PeerService(PeerServicer):
 
     async def Session(self, requests: AsyncIterator[pb.ClientFrame], context: grpc.aio.ServicerContext) -> None:
         writer = _Writer(context)
+        requests = _frames(requests)
         try:
             session = await self._open(requests, writer)
         except SessionFailed as failure:
@@ -108,7 +113,7 @@ class PeerService(PeerServicer):
             await _abort(context, failure)
 
     async def _open(self, requests: AsyncIterator[pb.ClientFrame], writer: _Writer) -> PeerSession:
-        frame = await anext(aiter(requests), None)
+        frame = await anext(requests, None)
         if frame is None or not frame.HasField("open"):
             raise invalid("a session starts with an open frame")
         message = frame.open
@@ -245,6 +250,7 @@ class PeerService(PeerServicer):
     # The link from the peer before.
 
     async def Link(self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext) -> None:
+        requests = _frames(requests)
         try:
             session = await self._linked_session(requests)
         except SessionFailed as failure:
@@ -266,7 +272,7 @@ class PeerService(PeerServicer):
             writing.cancel()
 
     async def _linked_session(self, requests: AsyncIterator[pb.LinkFrame]) -> PeerSession:
-        frame = await anext(aiter(requests), None)
+        frame = await anext(requests, None)
         if frame is None or not frame.HasField("hello"):
             raise invalid("a link starts with a hello")
         hello = frame.hello
@@ -280,6 +286,15 @@ class PeerService(PeerServicer):
             )
         session.on_route(hello.route_epoch)
         return session
+
+
+async def _frames(requests: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
+    """The frames of a stream. Raises SessionFailed for bytes that are no frame."""
+    try:
+        async for frame in requests:
+            yield frame
+    except DecodeError as error:
+        raise invalid("what arrived is not a message of this protocol") from error
 
 
 def _failure_of(done: set[asyncio.Future[None]]) -> SessionFailed | None:

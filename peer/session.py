@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -136,6 +136,7 @@ class PeerSession:
         if not self._current(message.route_epoch):
             return
         part = self._check_client_part(message)
+        self._check_order(part.header.step, self._client_part)
         self._client_part[part.header.step] = part
         self._join(part.header.step)
 
@@ -146,6 +147,8 @@ class PeerSession:
         self._take_credit("link", size)
         if not self._current(message.route_epoch):
             return
+        if self.spec.is_tail and self._newest and message.step <= self._newest.header.step:
+            return  # a repeat, which the client's word drives here
         part = self._link_part.get(message.step) or self._new_link_part(message)
         part.hidden += message.hidden
         if len(part.hidden) > part.total:
@@ -157,6 +160,9 @@ class PeerSession:
         """The client changed its route: frames of older epochs are dropped from now on."""
         if epoch < self.epoch:
             raise invalid(f"route epoch {epoch} is older than {self.epoch}; epochs only rise")
+        if epoch > self.epoch:
+            # Parts of the old route never become whole; the new one sends those steps again.
+            self._link_part.clear()
         self.epoch = epoch
 
     def close(self) -> None:
@@ -219,9 +225,17 @@ class PeerSession:
             raise invalid(
                 f"{header.rows} rows are {expected} bytes in this session's codec, {message.total_bytes} were announced"
             )
+        self._check_order(header.step, self._link_part)
         part = _LinkPart(header, bytearray(), expected, list(message.hops))
         self._link_part[header.step] = part
         return part
+
+    def _check_order(self, step: int, waiting: Iterable[int]) -> None:
+        """On one stream no step is left out, else what never becomes whole would pile up."""
+        newest = self._newest.header.step if self._newest else 0
+        expected = max(newest, *waiting, 0) + 1
+        if step > expected:
+            raise invalid(f"step {step} is ahead; step {expected} comes next")
 
     def _take_credit(self, side: str, size: int) -> None:
         self.last_used = time.monotonic()

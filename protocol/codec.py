@@ -59,7 +59,9 @@ def decode(codec: Codec, data: bytes, width: int) -> NDArray[np.float32]:
 def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Round to nearest even; the bit pattern in uint16."""
     bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # Rounding would carry some NaNs over into a small number, and the next peer could not see the fault.
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
 def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

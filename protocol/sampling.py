@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +41,6 @@ class SamplingParams:
     sequence: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if not math.isfinite(getattr(self, field.name)):
-                raise SamplingError(f"{field.name} must be a finite number")
         _require(self.temperature == 0 or 1e-4 <= self.temperature <= 100, "temperature is 0 or from 0.0001 to 100")
         _require(0 <= self.top_k < 1 << 32, "top_k is 0 (off) or a positive count")
         _require(0 < self.top_p <= 1, "top_p is above 0 and at most 1")
@@ -148,10 +145,11 @@ def _nucleus(scaled: Floats, top_p: float) -> NDArray[np.int64]:
 
 
 def processed(logits: NDArray[np.floating], params: SamplingParams, counts: TokenCounts, path: Sequence[int]) -> Floats:
-    """The logits after penalties in float64, [vocab]. Raises SamplingError where a logit is not a number."""
+    """The logits after penalties in float64, [vocab]; -inf forbids a token. Raises SamplingError for useless logits."""
     values = logits.astype(np.float64)
-    if np.isnan(values).any():
-        raise SamplingError("the model produced a logit that is not a number")
+    # The maximum tells all: NaN where any logit is, +inf, or -inf where every token is forbidden.
+    if not np.isfinite(values.max()):
+        raise SamplingError("the model produced a logit that is not a number or infinite, or forbids every token")
     if params.penalized:
         counts.penalize(values, params, path)
     return values
