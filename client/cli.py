@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..protocol.directory import DirectoryError
 from ..protocol.sampling import SamplingError
@@ -171,8 +172,8 @@ def demo(
 
 
 def peer_program() -> str | None:
-    """Where `petal-serve` is: beside this program, or on the path."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "petal-serve")
+    """Where `petal-serve` is: in this Python's environment, or on the path."""
+    beside = os.path.join(os.path.dirname(sys.executable), "petal-serve")
     return beside if os.access(beside, os.X_OK) else shutil.which("petal-serve")
 
 
@@ -260,7 +261,8 @@ def _guarded(run: Callable[[], None]) -> None:
     try:
         run()
     except EXPECTED as error:
-        console.print(f"[red]petal:[/red] {error}", highlight=False, markup=True)
+        # What is in an error is never markup, and a line is a line however narrow the terminal is.
+        console.print(f"[red]petal:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -41,18 +41,25 @@ class ChildPeer:
     changed: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
-    def start(cls, blocks: range, folder: Path, initial_peers: Sequence[str], threads: int) -> ChildPeer:
+    def start(
+        cls, blocks: range, folder: Path, initial_peers: Sequence[str], *options: str, **environment: str
+    ) -> ChildPeer:
+        """`options` go to `petal-serve` as they are; a later one overrides an earlier."""
         program = peer_program()
         if program is None:
             raise ConnectError("the demo runs peers, which need more packages: pip install 'petal-swarm[peer]'")
         command = [program, MODEL, "--blocks", f"{blocks.start}:{blocks.stop}", "--host", "127.0.0.1", "--json"]
         command += ["--identity", str(folder / f"identity-{blocks.start}"), "--cache-tokens", "8192"]
-        command += ["--threads", str(threads)]
         for peer in initial_peers:
             command += ["--initial-peers", peer]
         # A process group of its own: Ctrl-C reaches this program alone, which then stops its peers in order.
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+            [*command, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **environment},
         )
         child = cls(blocks, process)
         threading.Thread(target=child._listen, daemon=True).start()
@@ -72,6 +79,11 @@ class ChildPeer:
                 self.error = event["message"]
             self.changed.set()
         self.changed.set()
+
+    @property
+    def address(self) -> str:
+        assert self.ready is not None
+        return str(self.ready["address"])
 
     def check(self) -> None:
         """Raises ConnectError when the process has ended."""
@@ -107,7 +119,7 @@ def local_swarm(peers: int, console: Console, n_blocks: int = N_BLOCKS) -> Itera
                 for blocks in split(n_blocks, peers):
                     # All join through the first, which must answer before they ask.
                     initial = [_first_address(children[0], bars)] if children else []
-                    children.append(ChildPeer.start(blocks, Path(folder), initial, os.cpu_count() or 1))
+                    children.append(ChildPeer.start(blocks, Path(folder), initial))
                     bars.add(children[-1])
                 bars.wait(children)
             yield children
@@ -163,20 +175,18 @@ def _first_address(child: ChildPeer, bars: _Bars) -> str:
 def run_demo(prompt: str, peers: int, settings: dict[str, Any], chatting: bool, console: Console) -> None:
     """Start the peers, say who hosts what, answer or chat, stop everything. Raises ConnectError."""
     console.print(f"Starting {peers} peers that share SmolLM2-135M-Instruct …")
-    with local_swarm(peers, console) as children:
-        with _watched(children), SwarmModel.connect(MODEL, [_address(children[0])], wait_s=30) as swarm:
-            console.print(_hosts(children))
-            if chatting:
-                converse(swarm, settings, None, verbose=True)
-                return
-            console.print(f"[b cyan]you>[/b cyan] {prompt}", highlight=False)
-            pieces = show(swarm.chat().send(prompt, trace=True, **settings))
-            console.print(speed_line(pieces), highlight=False)
-
-
-def _address(child: ChildPeer) -> str:
-    assert child.ready is not None
-    return str(child.ready["address"])
+    with (
+        local_swarm(peers, console) as children,
+        _watched(children),
+        SwarmModel.connect(MODEL, [children[0].address], wait_s=30) as swarm,
+    ):
+        console.print(_hosts(children))
+        if chatting:
+            converse(swarm, settings, None, verbose=True)
+            return
+        console.print(f"[b cyan]you>[/b cyan] {prompt}", highlight=False)
+        pieces = show(swarm.chat().send(prompt, trace=True, **settings))
+        console.print(speed_line(pieces), highlight=False)
 
 
 @contextmanager

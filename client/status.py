@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..protocol import petal_pb2 as pb
@@ -12,6 +14,8 @@ from ..protocol.directory import Directory, Pong, ping_all
 from .route import by_model, describe_blocks, missing_blocks
 
 PING_S = 2.0
+# Columns that the table needs with lines and bars.
+WIDE = 130
 
 
 async def swarm_status(directory: Directory) -> dict[str, Any]:
@@ -58,32 +62,41 @@ def _peer(record: pb.PeerRecord, pong: Pong | None) -> dict[str, Any]:
 
 
 def print_status(report: dict[str, Any], console: Console) -> None:
-    """A table a model, with a bar of its blocks."""
+    """A table a model; where there is room, with lines and a bar of its blocks."""
     if not report["models"]:
         console.print("The swarm answers, but nobody serves a model: start one with [cyan]petal-serve MODEL[/cyan].")
     for model in report["models"]:
-        table = Table(title=f"{model['name']}  [dim]{model['digest'][:16]}[/dim]", title_justify="left")
-        for name in ("peer", "blocks", "", "state", "rtt ms", "rows/s", "free cache", "sessions", "address"):
-            table.add_column(name, justify="right" if name in ("rtt ms", "rows/s", "free cache") else "left")
-        for peer in model["peers"]:
-            colour = "green" if peer["state"] == "online" else "yellow" if peer["reachable"] else "red"
-            table.add_row(
-                peer["peer_id"][-8:],
-                f"{peer['start']}:{peer['end']}",
-                _bar(peer, model["n_blocks"]),
-                f"[{colour}]{peer['state']}[/{colour}]",
-                "-" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.1f}",
-                f"{peer['rows_per_s']:.0f}",
-                f"{peer['cache_tokens_free']}/{peer['cache_tokens']}",
-                f"{peer['sessions']}/{peer['max_sessions']}",
-                peer["address"] or "-",
-            )
-        console.print(table)
+        console.print(f"[b]{escape(model['name'])}[/b]  [dim]{model['digest'][:16]}[/dim]", soft_wrap=True)
+        console.print(_table(model, wide=console.width >= WIDE))
         if model["missing"]:
             gaps = describe_blocks(range(start, stop) for start, stop in model["missing"])
             console.print(f"[red]{gaps} have no reachable peer[/red]: nobody can generate yet.")
         else:
             console.print(f"[green]all {model['n_blocks']} blocks are covered[/green]")
+
+
+def _table(model: dict[str, Any], wide: bool) -> Table:
+    """Its narrow form fits the 80 columns of a plain terminal, or of a pipe, with no word cut."""
+    table = Table(box=box.HEAVY_HEAD if wide else None, padding=(0, 1) if wide else (0, 1, 0, 0))
+    for name in ("peer", "blocks", "state", "rtt ms", "rows/s", "free", "sessions", "address"):
+        right = name in ("rtt ms", "rows/s", "free")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    if wide:
+        table.add_column("")
+    for peer in model["peers"]:
+        colour = "green" if peer["state"] == "online" else "yellow" if peer["reachable"] else "red"
+        cells = [
+            peer["peer_id"][-8:],
+            f"{peer['start']}:{peer['end']}",
+            f"[{colour}]{peer['state']}[/{colour}]",
+            "-" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.1f}",
+            f"{peer['rows_per_s']:.0f}",
+            f"{peer['cache_tokens_free']}/{peer['cache_tokens']}" if wide else f"{peer['cache_tokens_free']}",
+            f"{peer['sessions']}/{peer['max_sessions']}",
+            escape(peer["address"] or "-"),
+        ]
+        table.add_row(*cells, *([_bar(peer, model["n_blocks"])] if wide else []))
+    return table
 
 
 def _bar(peer: dict[str, Any], n_blocks: int, width: int = 30) -> str:

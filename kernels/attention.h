@@ -7,7 +7,7 @@
 #include <stdbool.h>
 
 enum { BLOCK = PANEL }; /* positions packed side by side; blocks start at multiples of it */
-enum { OK, BAD_PAGE, BAD_TREE };
+enum { OK, BAD_PAGE, BAD_TREE, NO_MEMORY };
 
 /* Mirrors _CALL of attention.py: 64-bit fields only. Distances are in elements. */
 typedef struct {

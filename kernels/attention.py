@@ -131,6 +131,8 @@ def _call(
             softcap or 0.0,
         )
     )
+    if status == 3:
+        raise MemoryError("no memory for the plan's segments")
     if status:
         raise (IndexError if status == 1 else ValueError)(_FAULTS[status])
 

@@ -1,7 +1,8 @@
 /* The ragged batch around attention: checks, storing new rows, sharing tasks among threads, compaction. */
 #include "attention.h"
+#include "crew.h"
 
-#include <omp.h>
+#include <stdlib.h>
 
 enum {
     HEADS = 16,             /* query heads of one task */
@@ -28,12 +29,12 @@ static bool is_tree(const segment_t *s)
     return true;
 }
 
-/* Copies this thread's share of a segment's new rows into their slots. */
-static int write_rows(const segment_t *s, long me, long of)
+/* Copies a segment's new rows into their slots. */
+static int write_rows(const segment_t *s)
 {
     const call_t *c = s->call;
     long size = c->half ? 2 : 4, k_bytes = c->key_width * size, v_bytes = c->value_width * size;
-    for (long u = s->rows * me / of; u < s->rows * (me + 1) / of; u++) {
+    for (long u = 0; u < s->rows; u++) {
         long slot = s->base + u, index = slot / c->page_size, row = s->start + u;
         long page = index < c->max_pages ? s->pages[index] : -1;
         if (page < 0 || page >= c->pages)
@@ -47,68 +48,84 @@ static int write_rows(const segment_t *s, long me, long of)
     return OK;
 }
 
-/* How attention is cut into tasks: never visible in the results. */
+/* How attention is cut into tasks: never visible in the results. Tasks are numbered through all segments. */
 typedef struct {
-    long group, heads, parts; /* query heads of a kv head, of a task; tasks of a kv head for the same rows */
-    long wanted;              /* rows of a task that give every thread some */
+    const call_t *call;
+    const segment_t *segments;
+    const long *first;         /* task of each segment */
+    long group, heads, parts;  /* query heads of a kv head, of a task; tasks of a kv head for the same rows */
+    long wanted;               /* rows of a task that give every thread some */
+    int status;
 } cut_t;
 
-static long tasks_of(const call_t *c, const segment_t *s, const cut_t *cut)
+static long tasks_of(const segment_t *s, const cut_t *cut)
 {
     long rows = rows_per_task(s, cut->heads, cut->wanted);
-    return (s->rows + rows - 1) / rows * c->kv_heads * cut->parts;
+    return (s->rows + rows - 1) / rows * cut->call->kv_heads * cut->parts;
 }
 
-static int run_task(const call_t *c, const segment_t *s, const cut_t *cut, long task)
+static const segment_t *segment_of(const cut_t *cut, long *task)
 {
-    long rows = rows_per_task(s, cut->heads, cut->wanted), columns = c->kv_heads * cut->parts;
+    long low = 0, high = cut->call->segments - 1;
+    while (low < high) {
+        long middle = (low + high + 1) / 2;
+        if (cut->first[middle] <= *task)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    *task -= cut->first[low];
+    return cut->segments + low;
+}
+
+static void run_task(void *job, long task)
+{
+    cut_t *cut = job;
+    const segment_t *s = segment_of(cut, &task);
+    long rows = rows_per_task(s, cut->heads, cut->wanted), columns = cut->call->kv_heads * cut->parts;
     long row = task / columns * rows, kv_head = task % columns / cut->parts, head = task % cut->parts * cut->heads;
     long left = cut->group - head;
-    return attend_rows(s, row, rows < s->rows - row ? rows : s->rows - row, kv_head, kv_head * cut->group + head,
-                       left < cut->heads ? left : cut->heads);
+    int status = attend_rows(s, row, rows < s->rows - row ? rows : s->rows - row, kv_head,
+                             kv_head * cut->group + head, left < cut->heads ? left : cut->heads);
+    if (status)
+        __atomic_store_n(&cut->status, status, __ATOMIC_RELAXED);
+}
+
+static int attend_all(const call_t *c, const segment_t *segments, long *first)
+{
+    cut_t cut = {.call = c, .segments = segments, .first = first, .group = c->q_heads / c->kv_heads};
+    cut.heads = cut.group < HEADS ? cut.group : HEADS;
+    cut.parts = (cut.group + cut.heads - 1) / cut.heads;
+    long work = 0, rows = 0, tasks = 0;
+    for (const segment_t *s = segments; s < segments + c->segments; s++) {
+        rows += s->rows;
+        work += s->rows * (s->base + s->rows) * c->q_heads * (c->key_width + c->value_width);
+    }
+    cut.wanted = rows * c->kv_heads * cut.parts / (4 * c->threads) + 1;
+    for (long i = 0; i < c->segments; i++) {
+        first[i] = tasks;
+        tasks += tasks_of(segments + i, &cut);
+    }
+    crew_run(work < TOO_SMALL ? 1 : c->threads, tasks, run_task, &cut);
+    return cut.status;
 }
 
 /* Stores rows if `write`, then attends if `attend`. Returns OK, BAD_PAGE or BAD_TREE. */
 int petal_attention(const call_t *c)
 {
-    cut_t cut = {.group = c->q_heads / c->kv_heads};
-    cut.heads = cut.group < HEADS ? cut.group : HEADS;
-    cut.parts = (cut.group + cut.heads - 1) / cut.heads;
-    long work = 0, rows = 0, threads = c->threads, next = 0;
-    for (long i = 0; i < c->segments; i++) {
-        segment_t s = open_segment(c, i);
-        if (!is_tree(&s))
-            return BAD_TREE;
-        rows += s.rows;
-        work += s.rows * (s.base + s.rows) * c->q_heads * (c->key_width + c->value_width);
+    segment_t *segments = malloc((size_t)c->segments * (sizeof *segments + sizeof(long)));
+    long *first = (long *)(segments + c->segments);
+    int status = segments ? OK : NO_MEMORY;
+    for (long i = 0; i < c->segments && !status; i++) {
+        segments[i] = open_segment(c, i);
+        if (!is_tree(segments + i))
+            status = BAD_TREE;
     }
-    if (work < TOO_SMALL)
-        threads = 1;
-    cut.wanted = rows * c->kv_heads * cut.parts / (4 * threads) + 1;
-    int status = OK;
-#pragma omp parallel num_threads((int)threads) if (threads > 1)
-    {
-        int failed = OK;
-        for (long i = 0; c->write && i < c->segments; i++) {
-            segment_t s = open_segment(c, i);
-            int result = write_rows(&s, omp_get_thread_num(), omp_get_num_threads());
-            failed = failed ? failed : result;
-        }
-#pragma omp barrier
-        /* tasks are numbered through all segments; a thread's numbers only rise */
-        long before = 0, task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        for (long i = 0; c->attend && i < c->segments; i++) {
-            segment_t s = open_segment(c, i);
-            long count = tasks_of(c, &s, &cut);
-            for (; task < before + count; task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) {
-                int result = run_task(c, &s, &cut, task - before);
-                failed = failed ? failed : result;
-            }
-            before += count;
-        }
-        if (failed)
-            __atomic_store_n(&status, failed, __ATOMIC_RELAXED);
-    }
+    for (long i = 0; i < c->segments && c->write && !status; i++)
+        status = write_rows(segments + i);
+    if (c->attend && !status)
+        status = attend_all(c, segments, first);
+    free(segments);
     return status;
 }
 

@@ -1,7 +1,6 @@
 /* y[rows][out] = x[rows][in] * w^T + bias, w packed as panels[ceil(out / 32)][in][32]. */
+#include "crew.h"
 #include "tile.h"
-
-#include <omp.h>
 
 enum {
     DEPTH = 256,           /* depth of one visit to a panel: 24 KiB of it stay in the first-level cache */
@@ -16,7 +15,8 @@ typedef struct {
     const char *panels;
     const float *bias; /* padded to whole panels */
     long rows, in, out;
-    long half; /* panels are bfloat16 */
+    long half;         /* panels are bfloat16 */
+    long wide, height; /* panels and rows of a chunk */
 } linear_t;
 
 /* One tile, for the panels that reach past `out` through a private copy. */
@@ -65,30 +65,32 @@ static void run_panel(const linear_t *c, long panel, long first, long last)
 static long run_streams(const linear_t *c, long from, long to)
 {
     long wide = stream_width(c->rows), w_panel = c->in * PANEL * (c->half ? 2 : 4);
-    if (!wide)
-        return from;
     for (; from + wide <= to && (from + wide) * PANEL <= c->out; from += wide)
         tile_stream(c->rows, c->half, c->in, c->x, c->in, c->panels + from * w_panel, w_panel, c->y + from * PANEL,
                     c->out, c->bias + from * PANEL);
     return from;
 }
 
+/* A chunk is `wide` panels for a block of rows. */
+static void run_chunk(void *job, long chunk)
+{
+    const linear_t *c = job;
+    long count = (c->out + PANEL - 1) / PANEL, across = (count + c->wide - 1) / c->wide;
+    long from = chunk % across * c->wide, to = from + c->wide < count ? from + c->wide : count;
+    long first = chunk / across * c->height, last = first + c->height < c->rows ? first + c->height : c->rows;
+    if (stream_width(c->rows))
+        from = run_streams(c, from, to);
+    for (; from < to; from++)
+        run_panel(c, from, first, last);
+}
+
 void petal_linear(float *y, const float *x, const void *panels, const float *bias, long in, long out, long half,
                   long rows, long threads)
 {
     linear_t c = {y, x, panels, bias, rows, in, out, half};
-    long count = (out + PANEL - 1) / PANEL;
-    long height = CACHED / in > LOWEST ? CACHED / in / TILE * TILE : LOWEST;
-    long units = (rows + height - 1) / height * count;
-    if (threads > units || rows * in * out < TOO_SMALL)
-        threads = rows * in * out < TOO_SMALL ? 1 : units;
-#pragma omp parallel num_threads((int)threads) if (threads > 1)
-    {
-        long of = omp_get_num_threads(), me = omp_get_thread_num();
-        long last = units * (me + 1) / of;
-        for (long unit = run_streams(&c, units * me / of, last); unit < last; unit++) {
-            long first = unit / count * height;
-            run_panel(&c, unit % count, first, first + height < rows ? first + height : rows);
-        }
-    }
+    c.wide = stream_width(rows) ? stream_width(rows) : 1;
+    c.height = CACHED / in > LOWEST ? CACHED / in / TILE * TILE : LOWEST;
+    long across = ((out + PANEL - 1) / PANEL + c.wide - 1) / c.wide;
+    long chunks = (rows + c.height - 1) / c.height * across;
+    crew_run(rows * in * out < TOO_SMALL ? 1 : threads, chunks, run_chunk, &c);
 }

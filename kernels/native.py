@@ -11,13 +11,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
-
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 # No -ffast-math: it would reorder sums. Contraction makes every a * b + c one fused multiply-add.
-FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-ffp-contract=fast"]
+FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-pthread", "-ffp-contract=fast"]
 
 
 @functools.cache
@@ -39,9 +37,8 @@ def library() -> ctypes.CDLL | None:
 def _built() -> Path:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     files = sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")])
-    runtime = _openmp()
     version = _run([*compiler, "--version"])
-    identity = [*compiler, *FLAGS, version, _cpu(), runtime.name, *(file.read_text() for file in files)]
+    identity = [*compiler, *FLAGS, version, _cpu(), *(file.read_text() for file in files)]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petal" / "native"
     target = cache / f"{digest}.so"
@@ -50,18 +47,9 @@ def _built() -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             _run([*compiler, *FLAGS, "-c", *(str(file) for file in files if file.suffix == ".c")], folder)
             objects = sorted(str(file) for file in Path(folder).glob("*.o"))
-            # Without -fopenmp, so that only torch's own runtime is linked: two of them would fight for the cores.
-            _run([*compiler, "-shared", "-Wl,-z,defs", "-o", "out.so", *objects, str(runtime), "-lm"], folder)
+            _run([*compiler, "-shared", "-pthread", "-o", "out.so", *objects, "-lm"], folder)
             os.replace(Path(folder) / "out.so", target)  # atomic: several processes may build at once
     return target
-
-
-def _openmp() -> Path:
-    """The OpenMP runtime that torch brought and already loaded."""
-    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    if not found:
-        raise OSError("torch brings no libgomp")
-    return found[0]
 
 
 def _cpu() -> str:

@@ -22,6 +22,7 @@ import typer
 import uvloop
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -105,7 +106,7 @@ def serve(
 
     try:
         uvloop.run(run())
-    except (CheckpointError, DirectoryError, ServeError, ValueError) as error:
+    except (CheckpointError, DirectoryError, ServeError, OSError, ValueError) as error:
         ui.error(str(error))
         raise typer.Exit(1) from error
 
@@ -165,7 +166,8 @@ class _Terminal:
 
     def error(self, text: str) -> None:
         self._bar.stop()
-        self._console.print(f"[red]petal-serve:[/red] {text}", highlight=False)
+        # What is in an error is never markup, and a line is a line however narrow the terminal is.
+        self._console.print(f"[red]petal-serve:[/red] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 class _JsonLines:

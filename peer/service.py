@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
-
 from google.protobuf.message import DecodeError
 
 from ..protocol import petal_pb2 as pb
@@ -20,7 +19,8 @@ from ..protocol.petal_pb2_grpc import PeerServicer
 from .admission import Admission, Refused
 from .engine import Engine
 from .link import LinkFailed
-from .session import PeerSession, SessionFailed, SessionSpec, invalid
+from .session import PeerSession
+from .session_spec import SessionFailed, SessionSpec, invalid
 
 FEATURES = frozenset({"tree", "fork", "rewind", "logits", "hidden", "top_logprobs"})
 Status = grpc.StatusCode

@@ -15,59 +15,15 @@ from dataclasses import dataclass
 import grpc
 
 from ..protocol import petal_pb2 as pb
-from ..protocol.codec import row_bytes
-from ..protocol.limits import MAX_ROWS, PART_BYTES, WINDOW_BYTES
+from ..protocol.limits import WINDOW_BYTES
 from ..protocol.sampling import SamplingError, SamplingParams
-from ..protocol.step import StepError, StepHeader, activations_of, header_of
+from ..protocol.step import StepError, StepHeader, header_of
 from ..protocol.tree import TreeError, check_path, depths
 from .engine import DeadlinePassed, Engine, StepFailed, StepInput, StepOutput
+from .frames import link_frames, result_frames, sampling_of
 from .link import Downlink
+from .session_spec import SessionFailed, SessionSpec, invalid
 from .tail import TokenHistory
-
-
-class SessionFailed(Exception):
-    """Ends one session with a gRPC status and a sentence for its client."""
-
-    def __init__(self, code: grpc.StatusCode, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-
-
-def invalid(reason: str) -> SessionFailed:
-    return SessionFailed(grpc.StatusCode.INVALID_ARGUMENT, reason)
-
-
-@dataclass(frozen=True)
-class SessionSpec:
-    """What was agreed when the session opened."""
-
-    session_id: bytes
-    client_id: bytes
-    codec: pb.Codec
-    reserve_tokens: int
-    context_length: int
-    hidden_size: int
-    vocab_size: int
-    blocks: range
-    n_blocks: int
-    peer_id: str
-
-    @property
-    def is_head(self) -> bool:
-        return self.blocks.start == 0
-
-    @property
-    def is_tail(self) -> bool:
-        return self.blocks.stop == self.n_blocks
-
-    @property
-    def row_bytes(self) -> int:
-        return row_bytes(self.codec, self.hidden_size)
-
-    @property
-    def max_rows(self) -> int:
-        """Half a window must hold a step, so that another can follow while its credit is on the way."""
-        return min(MAX_ROWS, WINDOW_BYTES // 2 // self.row_bytes)
 
 
 @dataclass
@@ -371,9 +327,9 @@ class PeerSession:
             hops = [*hops, hop]
         accepted.finished = True
         accepted.answer = (
-            self._results(accepted.header, result, hops)
+            result_frames(accepted.header, result, hops)
             if self.spec.is_tail
-            else self._parts(accepted.header, result.hidden, hops)
+            else link_frames(accepted.header, result.hidden, hops)
         )
         self._answer(accepted)
         self._return_credit()
@@ -389,35 +345,6 @@ class PeerSession:
                 frame.activations.route_epoch = self.epoch  # type: ignore[union-attr]
             self.downlink.send(accepted.answer)  # type: ignore[arg-type]
 
-    def _parts(self, header: StepHeader, hidden: bytes, hops: list[pb.Hop]) -> list[pb.LinkFrame]:
-        """Frames of at most PART_BYTES of activations for the next peer."""
-        frames = []
-        for start in range(0, len(hidden), PART_BYTES):
-            message = activations_of(header)
-            message.hidden = hidden[start : start + PART_BYTES]
-            message.total_bytes = len(hidden)
-            if not start:
-                message.hops.extend(hops)
-            frames.append(pb.LinkFrame(activations=message))
-        return frames
-
-    def _results(self, header: StepHeader, result: StepOutput, hops: list[pb.Hop]) -> list[pb.PeerFrame]:
-        """Frames for the client: the verdict in the first, large payloads in parts."""
-        first = pb.Result(step=header.step, hops=hops)
-        if result.verdict:
-            first.sampled = True
-            first.accepted.extend(result.verdict.accepted)
-            first.next_token = result.verdict.next_token
-            for row in result.verdict.logprobs:
-                top = [pb.Logprob(id=token, logprob=value) for token, value in row.top]
-                first.logprobs.append(pb.RowLogprobs(chosen=row.chosen, top=top))
-        results = [first]
-        for field, payload in (("logits", result.logits), ("hidden", result.hidden)):
-            for start in range(0, len(payload), PART_BYTES):
-                results.append(pb.Result(step=header.step, **{field: payload[start : start + PART_BYTES]}))
-        results[-1].last_part = True
-        return [pb.PeerFrame(result=part) for part in results]
-
     def _return_credit(self) -> None:
         """Credit goes back in large pieces: a decode step costs no frame for it."""
         for side, owed in self._owed.items():
@@ -432,21 +359,3 @@ class PeerSession:
 
     def _link_fault(self, peer_id: str, reason: str) -> None:
         self._send(pb.PeerFrame(fault=pb.Fault(peer_id=peer_id, reason=reason, route_epoch=self.epoch)))
-
-
-def sampling_of(message: pb.Sampling) -> SamplingParams:
-    """Raises SamplingError for a value out of range, and by name for a field that this version does not serve."""
-    if message.logit_bias or message.grammar_mask:
-        name = "logit_bias" if message.logit_bias else "grammar_mask"
-        raise SamplingError(f"this peer does not serve {name} yet")
-    return SamplingParams(
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p,
-        min_p=message.min_p,
-        repetition_penalty=message.repetition_penalty,
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        seed=message.seed,
-        sequence=message.sequence,
-    )

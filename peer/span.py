@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..kernels import norm
 from ..kernels.linear import PackedLinear
 from ..protocol.checkpoint import Checkpoint, CheckpointError
 
@@ -171,11 +172,12 @@ def load_span(
     _drop_unused(model, base, norm_name, head_peer=start == 0, tail_peer=end == n_blocks)
     _initialize_buffers(model)
     _fill(model, checkpoint, start, progress)
-    norm = getattr(base, norm_name)
+    _swap_norms(model)
+    final_norm = getattr(base, norm_name)
     setattr(base, norm_name, nn.Identity())
     span = Span(config, start, end, n_blocks, base)
     if end == n_blocks:
-        setattr(model, model.base_model_prefix, _Stub(norm))
+        setattr(model, model.base_model_prefix, _Stub(final_norm))
         span._head = model
     return span
 
@@ -228,7 +230,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, start: int, progress: Callab
         values = {}
         for name, parameter in wanted.items():
             stored = _stored_name(checkpoint, f"{path}.{name}", start)
-            values[name] = torch.from_numpy(checkpoint.read_f32(stored))
+            array = checkpoint.read_f32(stored)
+            # A view of the file would tie the weights to it.
+            values[name] = torch.from_numpy(array if array.flags.writeable else array.copy())
             if values[name].shape != parameter.shape:
                 raise CheckpointError(
                     f"{stored} has shape {tuple(values[name].shape)}, the config asks for {tuple(parameter.shape)}"
@@ -240,6 +244,14 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, start: int, progress: Callab
         else:
             for name, value in values.items():
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+def _swap_norms(model: nn.Module) -> None:
+    """Norms of one native call in place of those that behave the same."""
+    for path, module in list(model.named_modules()):
+        if "RMSNorm" in type(module).__name__ and (swapped := norm.like(module)):
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, swapped)
 
 
 def _stored_name(checkpoint: Checkpoint, local: str, start: int) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-
 from petal.client.route import NoRoute
 from petal.client.stream import PeerError
 from petal.client.swarm import AsyncSwarmModel, ConnectError

@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 import pytest
-
 from petal.peer.server import PeerServer
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.petal_pb2_grpc import PeerStub
@@ -38,8 +37,7 @@ class RawStream:
     async def refused(self, code: grpc.StatusCode, *words: str) -> str:
         """The stream ends with this status and one sentence that holds these words."""
         with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):
-            while True:
-                await self.read()
+            await self._read_all()
         details = await self.call.details()
         assert await self.call.code() == code, details
         assert details
@@ -47,6 +45,10 @@ class RawStream:
         for word in words:
             assert word in details, details
         return details
+
+    async def _read_all(self) -> None:
+        while True:
+            await self.read()
 
     def close(self) -> None:
         self.call.cancel()
@@ -69,7 +71,9 @@ class RawSession(RawStream):
             frame = await self.read()
             assert frame.HasField("result"), frame
             part = frame.result
-            whole.MergeFrom(pb.Result(**{f.name: v for f, v in part.ListFields() if f.name not in ("logits", "hidden")}))
+            whole.MergeFrom(
+                pb.Result(**{f.name: v for f, v in part.ListFields() if f.name not in ("logits", "hidden")})
+            )
             whole.logits += part.logits
             whole.hidden += part.hidden
         return whole

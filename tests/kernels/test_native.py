@@ -17,11 +17,12 @@ def _fresh(monkeypatch: pytest.MonkeyPatch):
     native.library.cache_clear()
 
 
-def test_one_openmp_runtime_is_mapped():
+def test_no_second_openmp_runtime_is_mapped():
+    """Two of them would fight for the cores: the kernels bring threads of their own, and no OpenMP."""
     if native.library() is None or not Path("/proc/self/maps").exists():
         pytest.skip("no C compiler or no /proc")
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
-    assert mapped == {str(native._openmp())}
+    assert all(Path(torch.__file__).parent in Path(path).parents for path in mapped)
 
 
 def test_build_is_reused_and_leaves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

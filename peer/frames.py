@@ -1,0 +1,58 @@
+"""Between the engine's values and frames on the wire."""
+
+from __future__ import annotations
+
+from ..protocol import petal_pb2 as pb
+from ..protocol.limits import PART_BYTES
+from ..protocol.sampling import SamplingError, SamplingParams
+from ..protocol.step import StepHeader, activations_of
+from .engine import StepOutput
+
+
+def link_frames(header: StepHeader, hidden: bytes, hops: list[pb.Hop]) -> list[pb.LinkFrame]:
+    """Frames of at most PART_BYTES of activations for the next peer."""
+    frames = []
+    for start in range(0, len(hidden), PART_BYTES):
+        message = activations_of(header)
+        message.hidden = hidden[start : start + PART_BYTES]
+        message.total_bytes = len(hidden)
+        if not start:
+            message.hops.extend(hops)
+        frames.append(pb.LinkFrame(activations=message))
+    return frames
+
+
+def result_frames(header: StepHeader, result: StepOutput, hops: list[pb.Hop]) -> list[pb.PeerFrame]:
+    """Frames for the client: the verdict in the first, large payloads in parts."""
+    first = pb.Result(step=header.step, hops=hops)
+    if result.verdict:
+        first.sampled = True
+        first.accepted.extend(result.verdict.accepted)
+        first.next_token = result.verdict.next_token
+        for row in result.verdict.logprobs:
+            top = [pb.Logprob(id=token, logprob=value) for token, value in row.top]
+            first.logprobs.append(pb.RowLogprobs(chosen=row.chosen, top=top))
+    results = [first]
+    for field, payload in (("logits", result.logits), ("hidden", result.hidden)):
+        for start in range(0, len(payload), PART_BYTES):
+            results.append(pb.Result(step=header.step, **{field: payload[start : start + PART_BYTES]}))
+    results[-1].last_part = True
+    return [pb.PeerFrame(result=part) for part in results]
+
+
+def sampling_of(message: pb.Sampling) -> SamplingParams:
+    """Raises SamplingError for a value out of range, and by name for a field that this version does not serve."""
+    if message.logit_bias or message.grammar_mask:
+        name = "logit_bias" if message.logit_bias else "grammar_mask"
+        raise SamplingError(f"this peer does not serve {name} yet")
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        seed=message.seed,
+        sequence=message.sequence,
+    )

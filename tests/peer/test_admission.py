@@ -1,0 +1,49 @@
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from petal.peer.admission import Admission, Refused
+from petal.peer.pool import PAGE
+
+
+def test_reservations_are_whole_pages():
+    admission = Admission(n_pages=4, max_sessions=10)
+    admission.reserve(b"a", PAGE + 1)
+    assert admission.free_tokens == 2 * PAGE
+    admission.reserve(b"b", 2 * PAGE)
+    assert (admission.free_tokens, admission.sessions) == (0, 2)
+    admission.release(b"a")
+    admission.release(b"a")
+    assert (admission.free_tokens, admission.sessions) == (2 * PAGE, 1)
+
+
+def test_a_refusal_says_what_would_fit():
+    admission = Admission(n_pages=4, max_sessions=2, retry_s=1.5)
+    with pytest.raises(Refused, match="65 tokens never fit this peer's cache of 64; ask for fewer"):
+        admission.reserve(b"a", 4 * PAGE + 1)
+    admission.reserve(b"a", 3 * PAGE)
+    with pytest.raises(Refused, match=r"17 cache tokens asked, 16 of 64 free; retry in 1.5 s or ask for fewer"):
+        admission.reserve(b"b", PAGE + 1)
+    admission.reserve(b"b", PAGE)
+    with pytest.raises(Refused, match=r"all 2 sessions are taken; retry in 1.5 s"):
+        admission.reserve(b"c", 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 100)), max_size=40))
+def test_never_more_than_there_is(asks):
+    admission, held = Admission(n_pages=5, max_sessions=3), {}
+    for session, tokens in asks:
+        key = bytes([session])
+        pages = -(-tokens // PAGE)
+        if key in held:
+            admission.release(key)
+            del held[key]
+            continue
+        fits = len(held) < 3 and sum(held.values()) + pages <= 5
+        try:
+            admission.reserve(key, tokens)
+            held[key] = pages
+            assert fits
+        except Refused:
+            assert not fits
+        assert admission.free_tokens == (5 - sum(held.values())) * PAGE
+        assert admission.sessions == len(held)
