@@ -33,7 +33,7 @@ DEFAULT_RTT_S = 0.05
 
 
 def usable(record: pb.PeerRecord) -> bool:
-    return record.state == pb.ONLINE
+    return record.state == pb.ONLINE and len(record.addresses) > 0
 
 
 def missing_blocks(records: Iterable[pb.PeerRecord], n_blocks: int) -> list[range]:
@@ -67,7 +67,7 @@ def choose_route(records: Sequence[pb.PeerRecord], rtt_s: Mapping[str, float], r
     if not online or missing_blocks(online, n_blocks):
         gaps = describe_blocks(missing_blocks(online, n_blocks)) if n_blocks else "every block"
         raise NoRoute(f"nobody hosts {gaps}; start a peer with `petal-serve`, or wait for one")
-    best: list[tuple[float, Route]] = [(0.0, ())] + [(float("inf"), ())] * n_blocks
+    best: list[tuple[float, Route]] = [(0.0, ()), *[(float("inf"), ())] * n_blocks]
     for boundary in range(n_blocks):
         cost, route = best[boundary]
         for record in online:

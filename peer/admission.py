@@ -9,7 +9,11 @@ from .pool import PAGE
 
 
 class Refused(Exception):
-    """No room; the message says what is free and when to try again."""
+    """No room; the message says what is free and when to try again. `final`: there never will be."""
+
+    def __init__(self, reason: str, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final
 
 
 @dataclass
@@ -34,7 +38,9 @@ class Admission:
         assert session not in self._pages
         pages = math.ceil(tokens / PAGE)
         if pages > self.n_pages:
-            raise Refused(f"{tokens} tokens never fit this peer's cache of {self.n_pages * PAGE}; ask for fewer")
+            raise Refused(
+                f"{tokens} tokens never fit this peer's cache of {self.n_pages * PAGE}; ask for fewer", final=True
+            )
         if len(self._pages) >= self.max_sessions:
             raise Refused(f"all {self.max_sessions} sessions are taken; retry in {self.retry_s:g} s")
         if pages * PAGE > self.free_tokens:

@@ -32,6 +32,10 @@ class StepFailed(RuntimeError):
     """A step that could not run; the message says why, for the client."""
 
 
+class BadStep(StepFailed):
+    """The step itself is at fault: activations that are none, rows that are no longer there."""
+
+
 class DeadlinePassed(StepFailed):
     """The step waited for compute until its deadline."""
 
@@ -103,6 +107,7 @@ class _Session:
     pending_ids: Sequence[int] = ()
     job: _Job | None = None
     waiting: deque[_Job] = field(default_factory=deque)
+    broken: bool = False
 
 
 class Engine:
@@ -197,8 +202,8 @@ class Engine:
 
     def _queue(self, key: bytes, job: _Job) -> None:
         session = self._sessions.get(key)
-        if session is None:
-            return  # closed while the step was on its way
+        if session is None or session.broken:
+            return  # closed or failed while the step was on its way
         session.waiting.append(job)
         if session.job is None:
             self._begin(key, session)
@@ -212,7 +217,10 @@ class Engine:
             job.rows = self._rows(session, step)
             self._settle(session, step)
         except (RewindRefused, CodecError) as error:
-            self._finish(key, StepFailed(str(error)))
+            self._fail(key, BadStep(str(error)))
+            return
+        except PoolExhausted as error:
+            self._fail(key, StepFailed(str(error)))
             return
         self._scheduler.add(
             Ready(key, session.client, len(job.rows), step.base, step.prefill, session.priority, step.deadline)
@@ -250,22 +258,27 @@ class Engine:
     def _iterate(self) -> None:
         now = time.monotonic()
         for late in self._scheduler.expired(now):
-            self._finish(late.key, DeadlinePassed("the step's deadline passed before its turn"))
+            self._fail(late.key, DeadlinePassed("the step's deadline passed before its turn"))
         slices = self._scheduler.take(now)
         if not slices:
             return
         started_ns = time.monotonic_ns()
         try:
             outputs = self._executor.run([self._segment(piece) for piece in slices])
-        except (PoolExhausted, RuntimeError) as error:
+        except Exception as error:
+            # The thread outlives whatever one batch of strangers' steps may do to it.
             log.exception("an iteration of %d steps failed", len(slices))
             for piece in slices:
-                self._scheduler.cancel(piece.step.key)
-                self._finish(piece.step.key, StepFailed(f"compute failed: {error}"))
+                self._fail(piece.step.key, StepFailed(f"compute failed: {error}"))
             return
         ended_ns = time.monotonic_ns()
         for piece, hidden in zip(slices, outputs, strict=True):
-            self._collect(piece, hidden, started_ns, ended_ns)
+            try:
+                self._collect(piece, hidden, started_ns, ended_ns)
+            except Exception as error:
+                if not isinstance(error, SamplingError):
+                    log.exception("the answer to a step failed")
+                self._fail(piece.step.key, StepFailed(str(error)))
         self._iteration_end_ns = time.monotonic_ns()
 
     def _segment(self, piece: Slice[bytes]) -> Segment:
@@ -286,22 +299,22 @@ class Engine:
         job.hidden.append(hidden)
         if job.step.prefill:
             self.pool.commit(session.cache, range(len(hidden)))
-        if not piece.last:
-            return
-        try:
+        if piece.last:
             output = self._output(session, job)
-        except SamplingError as error:
-            self._finish(piece.step.key, StepFailed(str(error)))
-        else:
-            self._finish(piece.step.key, output)
+            session.job = None
+            job.done(output)
+            if session.waiting:
+                self._begin(piece.step.key, session)
 
-    def _finish(self, key: bytes, result: StepOutput | StepFailed) -> None:
+    def _fail(self, key: bytes, failure: StepFailed) -> None:
+        """End the session's work: what follows a failed step would run on a state that nobody agreed to."""
+        self._scheduler.cancel(key)
         session = self._sessions[key]
         job, session.job = session.job, None
+        session.broken = True
+        session.waiting.clear()
         assert job is not None
-        job.done(result)
-        if session.waiting:
-            self._begin(key, session)
+        job.done(failure)
 
     def _output(self, session: _Session, job: _Job) -> StepOutput:
         hidden = torch.cat(job.hidden) if len(job.hidden) > 1 else job.hidden[0]

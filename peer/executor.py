@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.attention import AttentionPlan, attend
+from ..kernels.attention import attend
+from ..kernels.plan import AttentionPlan
 from .pool import PAGE, KVPool, SessionCache
 from .span import Span
 

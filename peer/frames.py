@@ -12,13 +12,12 @@ from .engine import StepOutput
 def link_frames(header: StepHeader, hidden: bytes, hops: list[pb.Hop]) -> list[pb.LinkFrame]:
     """Frames of at most PART_BYTES of activations for the next peer."""
     frames = []
-    for start in range(0, len(hidden), PART_BYTES):
+    for part in _parts(hidden):
         message = activations_of(header)
-        message.hidden = hidden[start : start + PART_BYTES]
+        message.hidden = part
         message.total_bytes = len(hidden)
-        if not start:
-            message.hops.extend(hops)
         frames.append(pb.LinkFrame(activations=message))
+    frames[0].activations.hops.extend(hops)
     return frames
 
 
@@ -33,11 +32,14 @@ def result_frames(header: StepHeader, result: StepOutput, hops: list[pb.Hop]) ->
             top = [pb.Logprob(id=token, logprob=value) for token, value in row.top]
             first.logprobs.append(pb.RowLogprobs(chosen=row.chosen, top=top))
     results = [first]
-    for field, payload in (("logits", result.logits), ("hidden", result.hidden)):
-        for start in range(0, len(payload), PART_BYTES):
-            results.append(pb.Result(step=header.step, **{field: payload[start : start + PART_BYTES]}))
+    results += [pb.Result(step=header.step, logits=part) for part in _parts(result.logits)]
+    results += [pb.Result(step=header.step, hidden=part) for part in _parts(result.hidden)]
     results[-1].last_part = True
     return [pb.PeerFrame(result=part) for part in results]
+
+
+def _parts(payload: bytes) -> list[bytes]:
+    return [payload[start : start + PART_BYTES] for start in range(0, len(payload), PART_BYTES)]
 
 
 def sampling_of(message: pb.Sampling) -> SamplingParams:

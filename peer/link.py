@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import grpc
 
@@ -25,13 +25,16 @@ class Downlink:
         self._on_fault = on_fault
         self._frames: deque[pb.LinkFrame] = deque()
         self._wake = asyncio.Event()
-        self._credit = 0
+        self._credit = self._queued = 0
         self._call: grpc.aio.StreamStreamCall | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
-    def send(self, frames: Sequence[pb.LinkFrame]) -> None:
-        self._frames.extend(frames)
+    def send(self, frame: pb.LinkFrame) -> int:
+        """Queue a frame; returns the bytes that wait."""
+        self._frames.append(frame)
+        self._queued += frame.ByteSize()
         self._wake.set()
+        return self._queued
 
     async def attach(self, peer_id: str, channel: grpc.aio.Channel, hello: pb.LinkHello) -> None:
         """Open the stream and show the token; frames that wait are sent. Raises LinkFailed."""
@@ -69,6 +72,7 @@ class Downlink:
                 while self._frames and self._credit >= self._frames[0].ByteSize():
                     frame = self._frames.popleft()
                     self._credit -= frame.ByteSize()
+                    self._queued -= frame.ByteSize()
                     await call.write(frame)
                 self._wake.clear()
                 await self._wake.wait()
@@ -78,7 +82,7 @@ class Downlink:
     async def _read(self, peer_id: str, call: grpc.aio.StreamStreamCall) -> None:
         reason = "it closed the link"
         try:
-            while (reply := await call.read()) is not grpc.aio.EOF:
+            while isinstance(reply := await call.read(), pb.LinkReply):
                 self._credit += reply.credit.bytes
                 self._wake.set()
         except grpc.aio.AioRpcError as error:

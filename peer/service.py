@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -52,15 +52,21 @@ class _Writer:
         self._context = context
         self._frames: deque[pb.PeerFrame | pb.LinkReply] = deque()
         self._wake = asyncio.Event()
+        self._queued = 0
 
-    def put(self, frame: pb.PeerFrame | pb.LinkReply) -> None:
+    def put(self, frame: pb.PeerFrame | pb.LinkReply) -> int:
+        """Queue a frame; returns the bytes that wait."""
         self._frames.append(frame)
+        self._queued += frame.ByteSize()
         self._wake.set()
+        return self._queued
 
     async def run(self) -> None:
         while True:
             while self._frames:
-                await self._context.write(self._frames.popleft())
+                frame = self._frames.popleft()
+                await self._context.write(frame)
+                self._queued -= frame.ByteSize()
             self._wake.clear()
             await self._wake.wait()
 
@@ -97,20 +103,18 @@ class PeerService(PeerServicer):
         except SessionFailed as failure:
             await _abort(context, failure)
             return
-        tasks = [
-            asyncio.ensure_future(work)
-            for work in (self._read(session, requests, writer), writer.run(), self._expire(session))
-        ]
+        work = (self._read(session, requests, writer), writer.run(), self._expire(session))
+        tasks = [asyncio.ensure_future(part) for part in work]
         try:
-            done, _ = await asyncio.wait([*tasks, session.failed], return_when=asyncio.FIRST_COMPLETED)
-            failure = session.failed.result() if session.failed in done else _failure_of(done)
+            await asyncio.wait({session.failed, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            ended = session.failed.result() if session.failed.done() else _failure_of(tasks)
         finally:
             # Also when the client vanished and gRPC cancels this handler: its pages are free at once.
             for task in tasks:
                 task.cancel()
             self._close(session)
-        if failure:
-            await _abort(context, failure)
+        if ended:
+            await _abort(context, ended)
 
     async def _open(self, requests: AsyncIterator[pb.ClientFrame], writer: _Writer) -> PeerSession:
         frame = await anext(requests, None)
@@ -123,7 +127,8 @@ class PeerService(PeerServicer):
         try:
             self._admission.reserve(spec.session_id, spec.reserve_tokens)
         except Refused as error:
-            raise SessionFailed(Status.RESOURCE_EXHAUSTED, str(error)) from error
+            code = Status.FAILED_PRECONDITION if error.final else Status.RESOURCE_EXHAUSTED
+            raise SessionFailed(code, str(error)) from error
         session = PeerSession(spec, self._engine, message.route_epoch, writer.put)
         try:
             if parent:
@@ -186,6 +191,8 @@ class PeerService(PeerServicer):
             raise SessionFailed(Status.NOT_FOUND, "there is no session of yours to fork by that id")
         if (parent.spec.codec, parent.spec.blocks) != (message.codec, range(message.start, message.end)):
             raise invalid("a fork keeps its parent's codec and blocks")
+        if message.reserve_tokens < parent.spec.reserve_tokens:
+            raise invalid(f"a fork reserves at least what its parent did, {parent.spec.reserve_tokens} tokens")
         return parent
 
     def _spec(self, message: pb.Open) -> SessionSpec:
@@ -258,7 +265,11 @@ class PeerService(PeerServicer):
             return
         writer = _Writer(context)
         writer.put(pb.LinkReply(linked=pb.Linked(route_epoch=session.epoch, window_bytes=WINDOW_BYTES)))
-        session.credit_upstream = lambda size: writer.put(pb.LinkReply(credit=pb.Credit(bytes=size)))
+
+        def credit(size: int) -> None:
+            writer.put(pb.LinkReply(credit=pb.Credit(bytes=size)))
+
+        session.credit_upstream = credit
         writing = asyncio.ensure_future(writer.run())
         try:
             async for frame in requests:
@@ -297,9 +308,9 @@ async def _frames(requests: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
         raise invalid("what arrived is not a message of this protocol") from error
 
 
-def _failure_of(done: set[asyncio.Future[None]]) -> SessionFailed | None:
+def _failure_of(tasks: Iterable[asyncio.Future[None]]) -> SessionFailed | None:
     """Why a stream's task ended: None where the client closed it or its connection broke."""
-    for task in done:
+    for task in (task for task in tasks if task.done()):
         error = task.exception()
         if isinstance(error, SessionFailed):
             return error

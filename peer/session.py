@@ -15,15 +15,20 @@ from dataclasses import dataclass
 import grpc
 
 from ..protocol import petal_pb2 as pb
-from ..protocol.limits import WINDOW_BYTES
+from ..protocol.limits import ANSWER_BYTES, UNREAD_BYTES, WINDOW_BYTES
 from ..protocol.sampling import SamplingError, SamplingParams
 from ..protocol.step import StepError, StepHeader, header_of
 from ..protocol.tree import TreeError, check_path, depths
-from .engine import DeadlinePassed, Engine, StepFailed, StepInput, StepOutput
+from .engine import BadStep, DeadlinePassed, Engine, StepFailed, StepInput, StepOutput
 from .frames import link_frames, result_frames, sampling_of
 from .link import Downlink
 from .session_spec import SessionFailed, SessionSpec, invalid
 from .tail import TokenHistory
+
+_STATUS = {
+    BadStep: grpc.StatusCode.INVALID_ARGUMENT,
+    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
 
 
 @dataclass
@@ -64,7 +69,7 @@ class _Accepted:
 class PeerSession:
     """One session on this peer. `send` hands frames to the client; `failed` is set when the session must end."""
 
-    def __init__(self, spec: SessionSpec, engine: Engine, epoch: int, send: Callable[[pb.PeerFrame], None]) -> None:
+    def __init__(self, spec: SessionSpec, engine: Engine, epoch: int, send: Callable[[pb.PeerFrame], int]) -> None:
         self.spec = spec
         self.link_token = secrets.token_bytes(16)
         self.epoch = epoch
@@ -274,6 +279,8 @@ class PeerSession:
             )
         if length + max(depths(header.parents)) >= self.spec.context_length:
             raise invalid(f"the model's context ends at position {self.spec.context_length - 1}")
+        if header.want_logits and header.rows * self.spec.vocab_size * 4 > ANSWER_BYTES:
+            raise invalid(f"logits of {header.rows} rows exceed an answer of {ANSWER_BYTES} bytes; ask for fewer rows")
         if header.rows > self.spec.max_rows:
             raise invalid(f"a step of {header.rows} rows; this peer takes up to {self.spec.max_rows}")
         return length
@@ -312,9 +319,7 @@ class PeerSession:
         self, accepted: _Accepted, result: StepOutput | StepFailed, hops: list[pb.Hop], received_ns: int
     ) -> None:
         if isinstance(result, StepFailed):
-            late = isinstance(result, DeadlinePassed)
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.INTERNAL
-            self.fail(SessionFailed(code, str(result)))
+            self.fail(SessionFailed(_STATUS.get(type(result), grpc.StatusCode.INTERNAL), str(result)))
             return
         if accepted.header.trace:
             hop = pb.Hop(
@@ -335,15 +340,16 @@ class PeerSession:
         self._return_credit()
 
     def _answer(self, accepted: _Accepted) -> None:
-        if accepted.answer is None:
-            return
-        if self.spec.is_tail:
-            for frame in accepted.answer:
-                self._send(frame)  # type: ignore[arg-type]
-        else:
-            for frame in accepted.answer:
-                frame.activations.route_epoch = self.epoch  # type: ignore[union-attr]
-            self.downlink.send(accepted.answer)  # type: ignore[arg-type]
+        """Send the step's answer, again where it is a repeat. What nobody takes must not pile up."""
+        queued = 0
+        for frame in accepted.answer or ():
+            if isinstance(frame, pb.PeerFrame):
+                queued = self._send(frame)
+            else:
+                frame.activations.route_epoch = self.epoch
+                queued = self.downlink.send(frame)
+        if queued > UNREAD_BYTES:
+            self.fail(SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{queued} bytes of answers wait to be read"))
 
     def _return_credit(self) -> None:
         """Credit goes back in large pieces: a decode step costs no frame for it."""

@@ -216,9 +216,9 @@ def _drop_unused(model: nn.Module, base: nn.Module, norm: str, *, head_peer: boo
 def _initialize_buffers(model: nn.Module) -> None:
     """Compute what no checkpoint stores (rotary frequencies), by transformers' own initialization."""
     for module in model.modules():
-        pending = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in pending:
-            module._buffers[name] = torch.full_like(module._buffers[name], float("nan"), device="cpu")
+        pending = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in pending.items():
+            module._buffers[name] = torch.full_like(buffer, float("nan"), device="cpu")
         if pending:
             model._init_weights(module)  # type: ignore[operator]
 

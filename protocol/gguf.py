@@ -46,7 +46,7 @@ class GgufFile:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
         cursor = _Cursor(self._file, path)
-        if cursor.take(4) != b"GGUF":
+        if bytes(cursor.take(4)) != b"GGUF":
             raise CheckpointError(f"{path} does not begin like a GGUF file: give a GGUF file.")
         version = cursor.scalar("<u4")
         if version not in (2, 3):

@@ -12,6 +12,9 @@ FRAME_MARGIN = 64 << 10
 PART_BYTES = FRAME_BYTES - FRAME_MARGIN
 # Steps of one session that may be outstanding at a peer, in bytes.
 WINDOW_BYTES = 16 << 20
+# An answer with logits or hidden states; and answers that a client or the next peer may leave unread.
+ANSWER_BYTES = 128 << 20
+UNREAD_BYTES = 256 << 20
 # Rows of one step.
 MAX_ROWS = 2048
 TOP_LOGPROBS = 64

@@ -86,7 +86,8 @@ def walk(tree: DraftTree, draw: Callable[[int, list[int]], int]) -> tuple[list[i
     Returns the accepted rows, row 0 first, and the token drawn at the last of them. Exact for any tree,
     because what is drawn never depends on which children exist.
     """
-    accepted, path_ids = [0], []
+    accepted: list[int] = [0]
+    path_ids: list[int] = []
     while True:
         row = accepted[-1]
         token = draw(row, path_ids)
