@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -106,7 +106,8 @@ class PeerService(PeerServicer):
         work = (self._read(session, requests, writer), writer.run(), self._expire(session))
         tasks = [asyncio.ensure_future(part) for part in work]
         try:
-            await asyncio.wait({session.failed, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            watched: list[asyncio.Future[Any]] = [session.failed, *tasks]
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             ended = session.failed.result() if session.failed.done() else _failure_of(tasks)
         finally:
             # Also when the client vanished and gRPC cancels this handler: its pages are free at once.

@@ -126,7 +126,7 @@ async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
         ({"codec": 9}, Code.INVALID_ARGUMENT, ["float32, bf16, int8"]),
         ({"reserve_tokens": 0}, Code.INVALID_ARGUMENT, ["reserve_tokens is 0"]),
         ({"reserve_tokens": 1 << 31}, Code.INVALID_ARGUMENT, ["the context is 512"]),
-        ({"reserve_tokens": 4400}, Code.RESOURCE_EXHAUSTED, ["never fit", "ask for fewer"]),
+        ({"reserve_tokens": 4400}, Code.FAILED_PRECONDITION, ["never fit", "ask for fewer"]),
         ({"fork_of": b"f" * 16}, Code.NOT_FOUND, ["no session of yours"]),
     ],
     ids=lambda value: next(iter(value.items()))[0] if isinstance(value, dict) else "",
