@@ -86,6 +86,9 @@ def serve(
     # Imported late: --help and bad options answer at once.
     from .server import PeerServer, ServeError
 
+    # The loop and the compute thread hand work to each other: neither should sit on the interpreter for long.
+    sys.setswitchinterval(5e-4)
+
     async def run() -> None:
         loop = asyncio.get_running_loop()
         leaving = asyncio.Event()

@@ -11,14 +11,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 
 import torch
 from torch import Tensor
 
-from ..protocol.codec import CodecError, decode, encode
+from ..protocol.codec import CodecError, encode
 from ..protocol.petal_pb2 import Codec
 from ..protocol.sampling import SamplingError, SamplingParams
 from ..protocol.tree import DraftTree, chain, depths
+from .decode import decode_rows
 from .executor import Executor, Segment
 from .pool import KVPool, PoolExhausted, RewindRefused, SessionCache
 from .scheduler import Budget, Ready, Scheduler, Slice
@@ -26,6 +28,9 @@ from .span import Span
 from .tail import TokenHistory, Verdict, draw_after_prefill, verify
 
 log = logging.getLogger(__name__)
+
+# Quiet for so long, the compute thread checks its own bookkeeping.
+IDLE_S = 1.0
 
 
 class StepFailed(RuntimeError):
@@ -48,7 +53,7 @@ class StepInput:
     """
 
     ids: Sequence[int]
-    hidden: bytes
+    hidden: bytearray
     parents: Sequence[int]
     base: int
     commit: Sequence[int] | None
@@ -119,8 +124,7 @@ class Engine:
         self._executor = Executor(span, pool)
         self._scheduler: Scheduler[bytes] = Scheduler(budget or Budget())
         self._sessions: dict[bytes, _Session] = {}
-        self._commands: deque[Callable[[], None] | None] = deque()
-        self._wake = threading.Condition()
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._iteration_end_ns = 0
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -163,29 +167,28 @@ class Engine:
         self.pool.check(session.cache for session in self._sessions.values())
 
     def _post(self, command: Callable[[], None] | None) -> None:
-        with self._wake:
-            self._commands.append(command)
-            self._wake.notify()
+        self._commands.put(command)
 
     # On the compute thread.
 
     def _run(self) -> None:
-        idle_checked = False
+        checked = False
         while True:
-            with self._wake:
-                if not self._commands and not len(self._scheduler) and not self._wake.wait(None if idle_checked else 1):
-                    pass
-                commands, self._commands = self._commands, deque()
-            for command in commands:
-                if command is None:
-                    return
-                command()
-            if len(self._scheduler):
-                self._iterate()
-                idle_checked = False
-            elif not commands:
-                self.check()
-                idle_checked = True
+            try:
+                # With work at hand take only what is there; idle, wait, and check once that all is in order.
+                busy = len(self._scheduler) > 0
+                command = self._commands.get(not busy, timeout=None if checked else IDLE_S)
+            except Empty:
+                if busy:
+                    self._iterate()
+                    checked = False
+                else:
+                    self.check()
+                    checked = True
+                continue
+            if command is None:
+                return
+            command()
 
     def _open(self, session: bytes, opened: _Session, fork_of: bytes | None) -> None:
         assert session not in self._sessions
@@ -229,7 +232,7 @@ class Engine:
     def _rows(self, session: _Session, step: StepInput) -> Tensor:
         if session.blocks.start == 0:
             return torch.tensor(step.ids)
-        return torch.tensor(decode(session.codec, step.hidden, self.span.hidden_size))
+        return decode_rows(session.codec, step.hidden, self.span.hidden_size)
 
     def _is_tail(self, session: _Session) -> bool:
         return session.blocks.stop == self.span.n_blocks

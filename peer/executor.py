@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -45,10 +46,7 @@ class Executor:
         for segment in segments:
             self._pool.append(segment.cache, len(segment.rows))
         counts = [len(segment.rows) for segment in segments]
-        positions = torch.tensor(
-            [base + depth for base, segment in zip(bases, segments, strict=True) for depth in segment.depths]
-        )
-        plans = self._plans(segments, bases, counts, positions)
+        plans = self._plans(segments, bases, counts)
         pool = self._pool
 
         def attend_rows(
@@ -75,21 +73,21 @@ class Executor:
                 sinks=sinks,
             )
 
-        rows = torch.cat([segment.rows for segment in segments])
-        return self._span.forward(rows, positions, attend_rows, blocks).split(counts)
+        rows = torch.cat([segment.rows for segment in segments]) if len(segments) > 1 else segments[0].rows
+        return self._span.forward(rows, plans[0].positions.long(), attend_rows, blocks).split(counts)
 
-    def _plans(
-        self, segments: Sequence[Segment], bases: Sequence[int], counts: Sequence[int], positions: Tensor
-    ) -> list[AttentionPlan]:
+    def _plans(self, segments: Sequence[Segment], bases: list[int], counts: list[int]) -> list[AttentionPlan]:
         """One plan for each layer group; they differ in the page table alone."""
-        row_count = torch.tensor(counts, dtype=torch.int32)
-        shared = {
-            "row_start": (row_count.cumsum(0) - row_count).to(torch.int32),
-            "row_count": row_count,
-            "base": torch.tensor(bases, dtype=torch.int32),
-            "positions": positions.to(torch.int32),
-            "parents": torch.tensor([p for segment in segments for p in segment.parents], dtype=torch.int32),
+        parts = {
+            "row_start": list(accumulate(counts, initial=0))[:-1],
+            "row_count": counts,
+            "base": bases,
+            "positions": [b + depth for b, segment in zip(bases, segments, strict=True) for depth in segment.depths],
+            "parents": [parent for segment in segments for parent in segment.parents],
         }
+        # One tensor for all: for a single row, making them one by one would take as long as a layer.
+        flat = torch.tensor(list(chain.from_iterable(parts.values())), dtype=torch.int32)
+        shared = dict(zip(parts, flat.split([len(part) for part in parts.values()]), strict=True))
         caches = [segment.cache for segment in segments]
         return [
             AttentionPlan(**shared, page_table=self._pool.page_table(caches, g), page_size=PAGE)

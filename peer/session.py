@@ -61,7 +61,7 @@ class _Accepted:
     """The newest accepted step: what the next one is checked against, and its answer once there is one."""
 
     header: StepHeader
-    digest: bytes
+    ids: tuple[int, ...]
     finished: bool = False
     answer: list[pb.PeerFrame] | list[pb.LinkFrame] | None = None
 
@@ -143,7 +143,7 @@ class PeerSession:
         if newest is not None and not newest.finished:
             raise SessionFailed(grpc.StatusCode.FAILED_PRECONDITION, "a session forks only between two steps")
         self._length = length
-        self._newest = newest and _Accepted(newest.header, newest.digest, finished=True)
+        self._newest = newest and _Accepted(newest.header, newest.ids, finished=True)
 
     # Checks.
 
@@ -223,7 +223,7 @@ class PeerSession:
         if (needs_client and not from_client) or (not self.spec.is_head and not (from_link and from_link.whole)):
             return
         self._forget(step)
-        if from_client and from_link and from_client.header.digest() != from_link.header.digest():
+        if from_client and from_link and from_client.header.content != from_link.header.content:
             raise invalid(f"step {step} differs between the client's stream and the link")
         part = from_client or from_link
         assert part is not None
@@ -238,9 +238,8 @@ class PeerSession:
         """Advance the counters for a new step; re-send the answer of a repeated one. Raises SessionFailed."""
         newest = self._newest
         expected = newest.header.step + 1 if newest else 1
-        digest = header.digest(ids)
         if newest and header.step == newest.header.step:
-            if digest != newest.digest:
+            if (header.content, ids) != (newest.header.content, newest.ids):
                 raise invalid(f"step {header.step} was repeated with other content; a repeat must be the same")
             self._answer(newest)
             return False
@@ -250,7 +249,7 @@ class PeerSession:
         self._length = self._check_base(header, newest)
         if header.prefill:
             self._length += header.rows
-        self._newest = _Accepted(header, digest)
+        self._newest = _Accepted(header, ids)
         return True
 
     def _check_base(self, header: StepHeader, newest: _Accepted | None) -> int:
@@ -292,7 +291,7 @@ class PeerSession:
         assert accepted is not None
         step = StepInput(
             ids=from_client.ids if from_client else (),
-            hidden=bytes(from_link.hidden) if from_link else b"",
+            hidden=from_link.hidden if from_link else bytearray(),
             parents=header.parents,
             base=header.base,
             commit=header.commit or None,

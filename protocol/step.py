@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import petal_pb2 as pb
@@ -37,9 +35,10 @@ class StepHeader:
     def rows(self) -> int:
         return len(self.parents)
 
-    def digest(self, ids: Sequence[int] = ()) -> bytes:
-        """Tells a repeated step from an altered one; the route epoch may differ between repeats."""
-        fields = (
+    @property
+    def content(self) -> tuple[object, ...]:
+        """Tells a repeated step from an altered one; route epoch, tracing and deadline may differ between repeats."""
+        return (
             self.step,
             self.base,
             self.commit,
@@ -50,9 +49,7 @@ class StepHeader:
             self.top_logprobs,
             self.want_logits,
             self.want_hidden,
-            tuple(ids),
         )
-        return hashlib.blake2b(repr(fields).encode(), digest_size=16).digest()
 
 
 def header_of(message: pb.Step | pb.Activations, rows: int) -> StepHeader:
@@ -90,7 +87,7 @@ def header_of(message: pb.Step | pb.Activations, rows: int) -> StepHeader:
 def activations_of(header: StepHeader) -> pb.Activations:
     """The same header on its way to the next peer: no token ids."""
     plain_chain = header.parents == chain(header.rows)
-    return pb.Activations(
+    message = pb.Activations(
         step=header.step,
         route_epoch=header.epoch,
         base=header.base,
@@ -100,7 +97,10 @@ def activations_of(header: StepHeader) -> pb.Activations:
         rows=header.rows,
         prefill=header.prefill,
         sample=header.sample,
-        want=pb.Want(top_logprobs=header.top_logprobs, logits=header.want_logits, hidden=header.want_hidden),
         trace=header.trace,
         deadline_ms=header.deadline_ms,
     )
+    if header.top_logprobs or header.want_logits or header.want_hidden:
+        want = pb.Want(top_logprobs=header.top_logprobs, logits=header.want_logits, hidden=header.want_hidden)
+        message.want.CopyFrom(want)
+    return message
