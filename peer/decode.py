@@ -14,7 +14,7 @@ from ..protocol.petal_pb2 import FLOAT32, Codec
 def decode_rows(codec: Codec, data: bytearray, width: int) -> Tensor:
     """[n, width] float32; in float32 the tensor lies on `data` itself. Raises CodecError as `decode` does."""
     if codec != FLOAT32:
-        return torch.tensor(decode(codec, data, width))
+        return torch.tensor(decode(codec, bytes(data), width))
     if not data or len(data) % (4 * width):
         raise CodecError(f"{len(data)} bytes are no rows of {4 * width}")
     rows = torch.frombuffer(data, dtype=torch.float32).view(-1, width)

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..protocol.codec import CodecError, encode
@@ -22,8 +24,9 @@ from ..protocol.sampling import SamplingError, SamplingParams
 from ..protocol.tree import DraftTree, chain, depths
 from .decode import decode_rows
 from .executor import Executor, Segment
+from .job import BadStep, DeadlinePassed, Done, StepFailed, StepInput, StepOutput
 from .pool import KVPool, PoolExhausted, RewindRefused, SessionCache
-from .scheduler import Budget, Ready, Scheduler, Slice
+from .scheduler import Budget, Gathering, Ready, Scheduler, Slice
 from .span import Span
 from .tail import TokenHistory, Verdict, draw_after_prefill, verify
 
@@ -31,57 +34,6 @@ log = logging.getLogger(__name__)
 
 # Quiet for so long, the compute thread checks its own bookkeeping.
 IDLE_S = 1.0
-
-
-class StepFailed(RuntimeError):
-    """A step that could not run; the message says why, for the client."""
-
-
-class BadStep(StepFailed):
-    """The step itself is at fault: activations that are none, rows that are no longer there."""
-
-
-class DeadlinePassed(StepFailed):
-    """The step waited for compute until its deadline."""
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """A checked step: token ids at head and tail; encoded hidden states of the peer before, except at the head.
-
-    `commit` names accepted rows of the step before; None where nothing is pending.
-    """
-
-    ids: Sequence[int]
-    hidden: bytearray
-    parents: Sequence[int]
-    base: int
-    commit: Sequence[int] | None
-    rewind: int | None
-    prefill: bool
-    sample: bool
-    sampling: SamplingParams | None = None
-    history: TokenHistory | None = None
-    top_logprobs: int = 0
-    want_logits: bool = False
-    want_hidden: bool = False
-    deadline: float | None = None
-
-
-@dataclass
-class StepOutput:
-    """What a step left behind: encoded hidden states for the next peer (or a client that wants them), a verdict at the
-    tail; and when, in nanoseconds of the monotonic clock. `queued_ns`: how long it was ready while others computed."""
-
-    hidden: bytes
-    verdict: Verdict | None
-    logits: bytes
-    started_ns: int
-    ended_ns: int
-    queued_ns: int
-
-
-Done = Callable[["StepOutput | StepFailed"], None]
 
 
 @dataclass
@@ -125,6 +77,7 @@ class Engine:
         self._scheduler: Scheduler[bytes] = Scheduler(budget or Budget())
         self._sessions: dict[bytes, _Session] = {}
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._gathering = Gathering()
         self._iteration_end_ns = 0
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -174,10 +127,14 @@ class Engine:
     def _run(self) -> None:
         checked = False
         while True:
+            busy = len(self._scheduler) > 0
+            wait: float | None
+            if busy:
+                wait = self._gathering.wait(time.monotonic(), self._scheduler.decodes)
+            else:
+                wait = None if checked else IDLE_S
             try:
-                # With work at hand take only what is there; idle, wait, and check once that all is in order.
-                busy = len(self._scheduler) > 0
-                command = self._commands.get(not busy, timeout=None if checked else IDLE_S)
+                command = self._commands.get(wait != 0, timeout=wait)
             except Empty:
                 if busy:
                     self._iterate()
@@ -276,13 +233,10 @@ class Engine:
             return
         ended_ns = time.monotonic_ns()
         for piece, hidden in zip(slices, outputs, strict=True):
-            try:
-                self._collect(piece, hidden, started_ns, ended_ns)
-            except Exception as error:
-                if not isinstance(error, SamplingError):
-                    log.exception("the answer to a step failed")
-                self._fail(piece.step.key, StepFailed(str(error)))
+            self._collect(piece, hidden, started_ns, ended_ns)
+        self._answer([piece.step.key for piece in slices if piece.last])
         self._iteration_end_ns = time.monotonic_ns()
+        self._gathering.ran(now, time.monotonic(), sum(not piece.step.prefill for piece in slices))
 
     def _segment(self, piece: Slice[bytes]) -> Segment:
         session = self._sessions[piece.step.key]
@@ -302,12 +256,38 @@ class Engine:
         job.hidden.append(hidden)
         if job.step.prefill:
             self.pool.commit(session.cache, range(len(hidden)))
-        if piece.last:
-            output = self._output(session, job)
+
+    def _answer(self, keys: Sequence[bytes]) -> None:
+        """Hand out the results of the steps that are through; a batch goes through the LM head at once."""
+        scored = self._score(keys)
+        for key in keys:
+            session = self._sessions[key]
+            job = session.job
+            assert job is not None
+            try:
+                output = self._output(session, job, scored.get(key))
+            except SamplingError as error:
+                self._fail(key, StepFailed(str(error)))
+                continue
             session.job = None
             job.done(output)
             if session.waiting:
-                self._begin(piece.step.key, session)
+                self._begin(key, session)
+
+    def _score(self, keys: Sequence[bytes]) -> dict[bytes, Tensor]:
+        """Logits of the rows that need them, for each session whose tail this is."""
+        rows: dict[bytes, Tensor] = {}
+        for key in keys:
+            session = self._sessions[key]
+            job = session.job
+            assert job is not None
+            if self._is_tail(session) and (job.step.sample or job.step.want_logits):
+                whole = job.step.want_logits or not job.step.prefill
+                rows[key] = torch.cat(job.hidden) if whole else job.hidden[-1][-1:]
+        if not rows:
+            return {}
+        logits = self.span.logits(torch.cat(list(rows.values())))
+        return dict(zip(rows, logits.split([len(part) for part in rows.values()]), strict=True))
 
     def _fail(self, key: bytes, failure: StepFailed) -> None:
         """End the session's work: what follows a failed step would run on a state that nobody agreed to."""
@@ -319,30 +299,23 @@ class Engine:
         assert job is not None
         job.done(failure)
 
-    def _output(self, session: _Session, job: _Job) -> StepOutput:
-        hidden = torch.cat(job.hidden) if len(job.hidden) > 1 else job.hidden[0]
-        tail = self._is_tail(session)
-        verdict, logits = self._verdict(session, job.step, hidden) if tail else (None, None)
-        keep_hidden = not tail or job.step.want_hidden
+    def _output(self, session: _Session, job: _Job, logits: Tensor | None) -> StepOutput:
+        step = job.step
+        values = None if logits is None else logits.float().cpu().numpy()
+        hidden = b""
+        if step.want_hidden or not self._is_tail(session):
+            hidden = encode(session.codec, torch.cat(job.hidden).float().cpu().numpy())
         return StepOutput(
-            encode(session.codec, hidden.float().cpu().numpy()) if keep_hidden else b"",
-            verdict,
-            b"" if logits is None else logits.float().cpu().numpy().tobytes(),
+            hidden,
+            None if values is None or not step.sample else self._verdict(session, step, values),
+            values.tobytes() if values is not None and step.want_logits else b"",
             job.started_ns,
             job.ended_ns,
             job.queued_ns,
         )
 
-    def _verdict(self, session: _Session, step: StepInput, hidden: Tensor) -> tuple[Verdict | None, Tensor | None]:
-        if not step.sample and not step.want_logits:
-            return None, None
-        whole = step.want_logits or not step.prefill
-        logits = self.span.logits(hidden if whole else hidden[-1:])
-        wanted = logits if step.want_logits else None
-        if not step.sample:
-            return None, wanted
-        values = logits.float().cpu().numpy()
+    def _verdict(self, session: _Session, step: StepInput, logits: NDArray[np.float32]) -> Verdict:
         if step.prefill:
-            return draw_after_prefill(values[-1], session.sampling, session.history, step.top_logprobs), wanted
+            return draw_after_prefill(logits[-1], session.sampling, session.history, step.top_logprobs)
         tree = DraftTree(tuple(step.ids), tuple(step.parents))
-        return verify(tree, values, session.sampling, session.history, step.base, step.top_logprobs), wanted
+        return verify(tree, logits, session.sampling, session.history, step.base, step.top_logprobs)

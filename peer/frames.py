@@ -6,7 +6,7 @@ from ..protocol import petal_pb2 as pb
 from ..protocol.limits import PART_BYTES
 from ..protocol.sampling import SamplingError, SamplingParams
 from ..protocol.step import StepHeader, activations_of
-from .engine import StepOutput
+from .job import StepOutput
 
 
 def link_frames(header: StepHeader, hidden: bytes, hops: list[pb.Hop]) -> list[pb.LinkFrame]:

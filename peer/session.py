@@ -19,8 +19,9 @@ from ..protocol.limits import ANSWER_BYTES, UNREAD_BYTES, WINDOW_BYTES
 from ..protocol.sampling import SamplingError, SamplingParams
 from ..protocol.step import StepError, StepHeader, header_of
 from ..protocol.tree import TreeError, check_path, depths
-from .engine import BadStep, DeadlinePassed, Engine, StepFailed, StepInput, StepOutput
+from .engine import Engine
 from .frames import link_frames, result_frames, sampling_of
+from .job import BadStep, DeadlinePassed, StepFailed, StepInput, StepOutput
 from .link import Downlink
 from .session_spec import SessionFailed, SessionSpec, invalid
 from .tail import TokenHistory
