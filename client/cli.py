@@ -41,6 +41,7 @@ TopP = Annotated[float, typer.Option(help="1 is off.")]
 MinP = Annotated[float, typer.Option(help="0 is off.")]
 Repetition = Annotated[float, typer.Option(help="1 is off.")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same text.")]
+Exact = Annotated[bool, typer.Option(help="Only peers that promise the same bits in any batch, tree or chunk.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Times of every hop, at the end.")]
 
 
@@ -70,6 +71,7 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: Repetition = 1.0,
     seed: Seed = 0,
+    exact: Exact = False,
     raw: Annotated[bool, typer.Option(help="Continue the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
     verbose: Verbose = False,
@@ -78,7 +80,7 @@ def generate(
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
 
     def run() -> None:
-        with SwarmModel.connect(model, initial_peers or []) as swarm:
+        with SwarmModel.connect(model, initial_peers or [], exact=exact) as swarm:
             pieces = (
                 swarm.stream(prompt, trace=verbose, **settings)
                 if raw
@@ -105,6 +107,7 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: Repetition = 1.0,
     seed: Seed = 0,
+    exact: Exact = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -112,7 +115,7 @@ def chat(
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
 
     def run() -> None:
-        with SwarmModel.connect(model, initial_peers or []) as swarm:
+        with SwarmModel.connect(model, initial_peers or [], exact=exact) as swarm:
             converse(swarm, settings, system, verbose)
 
     _guarded(run)

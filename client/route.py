@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,6 +104,15 @@ def _stop_cost(record: pb.PeerRecord, blocks: range, rtt_s: Mapping[str, float],
 def context_of(route: Route) -> int:
     """Positions that every peer of the route can hold."""
     return min(stop.peer.context_length for stop in route)
+
+
+def only_exact(records: Sequence[pb.PeerRecord]) -> list[pb.PeerRecord]:
+    """Peers that promise exact mode by one arithmetic: the one that most of them share. Raises NoRoute."""
+    exact = [record for record in records if "exact" in record.features]
+    if not exact:
+        raise NoRoute("no peer promises exact mode; start peers with `petal-serve --exact`")
+    common, _ = Counter(record.numerics for record in exact).most_common(1)[0]
+    return [record for record in exact if record.numerics == common]
 
 
 def by_model(records: Iterable[pb.PeerRecord]) -> dict[bytes, list[pb.PeerRecord]]:

@@ -109,7 +109,7 @@ class Session:
             session_id=self._session_id,
             client_id=self._client_id,
             protocol=PROTOCOL,
-            required_features=["tree"],
+            required_features=["tree", "exact"] if self.options.exact else ["tree"],
             model_digest=stop.peer.model_digest,
             start=stop.blocks.start,
             end=stop.blocks.stop,

@@ -21,7 +21,7 @@ from ..protocol.tokenizer import Tokenizer
 from .background import BackgroundLoop
 from .chat import Chat
 from .generation import GenerationConfig, Piece, config_of, for_sequence, generate
-from .route import NoRoute, Route, by_model, choose_route, context_of
+from .route import NoRoute, Route, by_model, choose_route, context_of, only_exact
 from .session import Session, SessionOptions
 from .stream import PeerError
 
@@ -47,13 +47,16 @@ class Streamer(Protocol):
 class AsyncSwarmModel:
     """The asynchronous core; every method belongs to the event loop that called `connect`."""
 
-    def __init__(self, name: str, directory: Directory, tokenizer: Tokenizer | None, codec: str) -> None:
+    def __init__(
+        self, name: str, directory: Directory, tokenizer: Tokenizer | None, codec: str, exact: bool = False
+    ) -> None:
         if codec not in CODECS:
             raise ValueError(f"codec is one of {', '.join(CODECS)}, not {codec!r}")
         self.name = name
         self.tokenizer = tokenizer
         self._directory = directory
         self._codec = CODECS[codec]
+        self._exact = exact
         self._client_id = secrets.token_bytes(16)
         self._digest: bytes | None = None
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -68,10 +71,12 @@ class AsyncSwarmModel:
         *,
         tokenizer: Tokenizer | None = None,
         codec: str = "float32",
+        exact: bool = False,
         wait_s: float = 0.0,
     ) -> AsyncSwarmModel:
         """Find the model's peers. `initial_peers` are gRPC host:port of any peers, or libp2p multiaddrs.
 
+        `exact` keeps to peers that promise the same bits for a row in any batch, tree or chunk, by one arithmetic.
         Waits up to `wait_s` seconds until every block has a peer. Raises ConnectError.
         """
         name, digest = model, None
@@ -84,7 +89,7 @@ class AsyncSwarmModel:
             if tokenizer is None:
                 raise ConnectError(f"no tokenizer for {model}: {error}") from error
         directory = await open_directory(initial_peers)
-        self = cls(name, directory, tokenizer, codec)
+        self = cls(name, directory, tokenizer, codec, exact)
         self._digest = digest
         try:
             await self._wait_for_route(wait_s)
@@ -120,7 +125,7 @@ class AsyncSwarmModel:
         reachable = [r for r in records if self._banned.get(r.peer_id, 0) < now]
         if not reachable:
             raise NoRoute(f"none of the {len(records)} peers that serve {self.name} can be reached")
-        return choose_route(reachable, self._rtt_s, reserve_tokens)
+        return choose_route(only_exact(reachable) if self._exact else reachable, self._rtt_s, reserve_tokens)
 
     async def open_session(self, reserve_tokens: int, wait_s: float = 30.0) -> Session:
         """Open along the best route; where peers are busy, release all and try again with jitter, for `wait_s`.
@@ -132,7 +137,9 @@ class AsyncSwarmModel:
             try:
                 route = await self.route(reserve_tokens)
                 usable = min(reserve_tokens, context_of(route) + TREE_ROOM)
-                session = Session(route, self._channel, self._client_id, SessionOptions(usable, self._codec))
+                session = Session(
+                    route, self._channel, self._client_id, SessionOptions(usable, self._codec, self._exact)
+                )
                 await session.open()
                 return session
             except PeerError as error:

@@ -126,7 +126,7 @@ def _call(
             dtype == torch.bfloat16,
             k is not None,
             q is not None,
-            torch.get_num_threads(),
+            native.threads(),
             scale,
             softcap or 0.0,
         )

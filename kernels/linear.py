@@ -61,7 +61,7 @@ class PackedLinear(nn.Module):
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features)
         rows = x.numel() // self.in_features
-        product(y.data_ptr(), x.data_ptr(), *self._fixed_arguments(), rows, torch.get_num_threads())
+        product(y.data_ptr(), x.data_ptr(), *self._fixed_arguments(), rows, native.threads())
         return y
 
     def _fixed_arguments(self) -> tuple[int, ...]:

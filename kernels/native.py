@@ -11,11 +11,27 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 # No -ffast-math: it would reorder sums. Contraction makes every a * b + c one fused multiply-add.
 FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-pthread", "-ffp-contract=fast"]
+
+
+_threads: int | None = None
+
+
+def threads() -> int:
+    """Threads of the native kernels: torch's number, unless `set_threads` chose another."""
+    return _threads or torch.get_num_threads()
+
+
+def set_threads(count: int | None) -> None:
+    """Give the native kernels a number of threads of their own; None follows torch again."""
+    global _threads
+    _threads = count
 
 
 @functools.cache

@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         weight = self.weight
         width = weight.shape[0]
         rows = x.numel() // width
-        function(y.data_ptr(), x.data_ptr(), weight.data_ptr(), width, self.epsilon, rows, torch.get_num_threads())
+        function(y.data_ptr(), x.data_ptr(), weight.data_ptr(), width, self.epsilon, rows, native.threads())
         return y
 
 

@@ -60,6 +60,9 @@ def serve(
     cache_tokens: Annotated[int, typer.Option(min=16, help="Size of the KV cache in tokens.")] = 16384,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads; all cores by default.")] = None,
+    exact: Annotated[
+        bool, typer.Option(help="Promise equal bits for a row in any batch, tree or chunk; refuse to start otherwise.")
+    ] = False,
     json_logs: Annotated[bool, typer.Option("--json", help="Log events as JSON lines.")] = False,
 ) -> None:
     """Host a span of MODEL's blocks for a swarm. Without --initial-peers this starts a new swarm."""
@@ -80,6 +83,7 @@ def serve(
         cache_tokens=cache_tokens,
         max_sessions=max_sessions,
         threads=threads,
+        exact=exact,
     )
     ui = _JsonLines() if json_logs else _Terminal()
     ui.set_up_logging()

@@ -31,6 +31,7 @@ class ServeOptions:
     cache_tokens: int = 16384
     max_sessions: int = 64
     threads: int | None = None
+    exact: bool = False
     publish_s: float = 5.0
     idle_s: float = 600.0
 

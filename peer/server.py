@@ -32,6 +32,7 @@ from .speed import decode_rows_per_s, fitting_blocks
 log = logging.getLogger(__name__)
 
 REFRESH_S = 2.0
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner", "ffn_dim", "head_dim")
 
 
 class ServeError(RuntimeError):
@@ -59,9 +60,8 @@ class PeerServer:
     async def start(self) -> None:
         """Raises CheckpointError, DirectoryError or ServeError."""
         options = self.options
-        if options.threads:
-            torch.set_num_threads(options.threads)
         self.checkpoint = open_checkpoint(options.model)
+        self._set_up_threads()
         self.identity = Identity.load_or_create(options.identity)
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
         self.port = self._bind()
@@ -78,6 +78,15 @@ class PeerServer:
         except BaseException:
             await self._grpc.stop(None)
             raise
+
+    def _set_up_threads(self) -> None:
+        """In exact mode torch's own operations keep to one thread: where it cuts a tensor would show in the bits."""
+        options = self.options
+        threads = options.threads or torch.get_num_threads()
+        if options.exact and (obstacle := exactness_obstacle(self.checkpoint)):
+            raise ServeError(f"--exact cannot be promised here: {obstacle}")
+        native.set_threads(threads)
+        torch.set_num_threads(1 if options.exact else threads)
 
     def _bind(self) -> int:
         wanted = f"{self.options.host}:{self.options.port}"
@@ -148,6 +157,7 @@ class PeerServer:
             hidden_size=self.span.hidden_size,
             vocab_size=self.span.vocab_size,
             context_length=self.context_length,
+            features=FEATURES | ({"exact"} if self.options.exact else set()),
             idle_s=self.options.idle_s,
         )
         self.service = PeerService(info, self.engine, self.admission, self._resolve)
@@ -209,7 +219,7 @@ class PeerServer:
             head_digest=self._digests.get("head", b""),
             vocab_size=self.span.vocab_size,
             hidden_size=self.span.hidden_size,
-            features=sorted(FEATURES),
+            features=sorted(self.service.info.features),
         )
 
     def _model_digest(self) -> bytes:
@@ -234,6 +244,16 @@ class PeerServer:
             except DirectoryError as error:
                 log.warning("the directory is out of reach: %s", error)
             await asyncio.sleep(REFRESH_S)
+
+
+def exactness_obstacle(checkpoint: Checkpoint) -> str:
+    """Why rows of this model may not have the same bits in every batch here; empty where they do."""
+    if native.library() is None:
+        return "the native kernels need a C compiler; install one"
+    widths = [value for name, value in checkpoint.config.items() if name in _WIDTHS and isinstance(value, int)]
+    # torch computes the ends of odd tensors with other code than their bulk.
+    odd = [width for width in widths if width % 32]
+    return f"the model has layers of width {odd[0]}, no multiple of 32" if odd else ""
 
 
 def numerics(dtype: str) -> str:

@@ -42,6 +42,7 @@ class ServiceInfo:
     hidden_size: int
     vocab_size: int
     context_length: int
+    features: frozenset[str] = FEATURES
     idle_s: float = 600.0
 
 
@@ -146,7 +147,7 @@ class PeerService(PeerServicer):
             window_bytes=WINDOW_BYTES,
             max_rows=spec.max_rows,
             protocol=PROTOCOL,
-            features=sorted(FEATURES),
+            features=sorted(self.info.features),
         )
         writer.put(pb.PeerFrame(opened=opened))
         return session
@@ -160,7 +161,7 @@ class PeerService(PeerServicer):
                 Status.FAILED_PRECONDITION,
                 f"protocol {message.protocol} is not spoken here; {PROTOCOL_MIN} to {PROTOCOL} are",
             )
-        if unknown := sorted(set(message.required_features) - FEATURES):
+        if unknown := sorted(set(message.required_features) - info.features):
             raise SessionFailed(Status.UNIMPLEMENTED, f"this peer does not know the required feature {unknown[0]!r}")
         if message.model_digest != info.model_digest:
             raise SessionFailed(

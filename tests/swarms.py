@@ -32,7 +32,7 @@ class LocalSwarm:
 
     @asynccontextmanager
     async def connect(self, **options: Any) -> AsyncIterator[AsyncSwarmModel]:
-        client = await AsyncSwarmModel.connect(self.model, [self.address], wait_s=20, **options)
+        client = await AsyncSwarmModel.connect(self.model, [self.address], **{"wait_s": 20, **options})
         try:
             yield client
         finally:
