@@ -87,4 +87,5 @@ def _dequantize(data: NDArray[np.uint8], width: int) -> NDArray[np.float32]:
     split = 4 * _groups(width)
     scales = np.ascontiguousarray(data[:, :split]).view(np.float32)
     quantized = data[:, split:].view(np.int8).astype(np.float32)
-    return quantized * np.repeat(scales, GROUP, axis=1)[:, :width]
+    with np.errstate(invalid="ignore"):  # a scale that is not finite is found by the caller
+        return quantized * np.repeat(scales, GROUP, axis=1)[:, :width]

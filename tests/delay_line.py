@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import random
@@ -156,7 +157,8 @@ class Pipe:
             reset(sink)
         elif data == FIN:
             self.finished = True
-            sink.write_eof()
+            with contextlib.suppress(OSError):  # the other side may be gone already
+                sink.write_eof()
             if self.twin is not None and self.twin.finished:
                 self._hang_up()
         else:

@@ -461,7 +461,7 @@ async def test_bad_chunk_with_more_behind_it_ends_only_its_session() -> None:
             rows = not_finite(pb.FLOAT32, value)
             await session.step(step, [7, 8], base=2 * step - 2, prefill=True)
             await link.send(activations=activations(step=step, base=2 * step - 2, hidden=rows))
-        await until(lambda: len(wire.peer.engine._commands) >= 3)
+        await until(lambda: wire.peer.engine._commands.qsize() >= 3)
         gate.set()
         await session.refused(Code.INVALID_ARGUMENT, "not finite")
         await settled(wire.peer)  # its compute thread is alive

@@ -19,6 +19,7 @@ from petal.protocol import petal_pb2 as pb
 def peer(name, start, end, n_blocks=6, *, speed=100.0, free=1000, sessions=0, state=pb.ONLINE, digest=b"m"):
     return pb.PeerRecord(
         peer_id=name,
+        addresses=["127.0.0.1:1"],
         model_digest=digest,
         n_blocks=n_blocks,
         start=start,

@@ -60,8 +60,8 @@ def test_bfloat16():
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 64, 255, 512])
 def test_prefill_in_any_chunks(rows: int, code: str):
     """One pass over a prompt, and the same prompt cut anywhere: equal bits."""
-    if code == "torch" and rows > 64:
-        pytest.skip("slow")
+    if code == "torch":
+        rows = min(rows, 64)  # it works row by row
     for options in (OPTIONS["plain"], OPTIONS["all"]):
         batch = batch_of([(0, chain(rows))])
         whole = _run(batch, **options)
