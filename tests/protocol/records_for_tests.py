@@ -21,7 +21,7 @@ def good_record(identity: Identity, model: str = "tiny", **changes) -> pb.PeerRe
         block_digests=[b"b" * 32] * 2,
         throughput=10.0,
         version=1,
-        expires_at=time.time() + 300,
+        expires_at=time.time() + 30,
     )
     for field, value in changes.items():
         if isinstance(value, list):

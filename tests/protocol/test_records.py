@@ -21,7 +21,7 @@ from petal.protocol.records import (
 from .records_for_tests import good_record, signed_record
 
 IDENTITY = Identity.ephemeral()
-GOOD = signed_record(IDENTITY)
+GOOD = signed_record(IDENTITY, expires_at=time.time() + 300)
 
 
 def refuse(signed, match, **kwargs):
