@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from types import AsyncGeneratorType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -54,9 +55,19 @@ class BackgroundLoop:
             await self.delegate(_close(source))
 
     def stop(self) -> None:
+        """Cancel what still runs, and end the thread."""
+        self.run(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others)
 
 
 async def _next(source: AsyncIterator[T]) -> T:
@@ -64,6 +75,7 @@ async def _next(source: AsyncIterator[T]) -> T:
 
 
 async def _close(source: AsyncIterator[Any]) -> None:
-    close = getattr(source, "aclose", None)
-    if close:
-        await close()
+    if isinstance(source, AsyncGeneratorType):
+        while source.ag_running:  # noqa: ASYNC110 (an interrupted step is on its way out, and tells nobody)
+            await asyncio.sleep(0)
+        await source.aclose()

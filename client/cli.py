@@ -81,11 +81,8 @@ def generate(
 
     def run() -> None:
         with SwarmModel.connect(model, initial_peers or [], exact=exact) as swarm:
-            pieces = (
-                swarm.stream(prompt, trace=verbose, **settings)
-                if raw
-                else swarm.chat().send(prompt, trace=verbose, **settings)
-            )
+            talk = swarm.chat()
+            pieces = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
             if as_json:
                 _print_json(pieces)
             else:
@@ -183,10 +180,12 @@ def peer_program() -> str | None:
 def show(pieces: Iterator[Piece]) -> list[Piece]:
     """Print the text as it comes."""
     shown = []
-    for piece in pieces:
-        shown.append(piece)
-        print(piece.text, end="", flush=True)
-    print(flush=True)
+    try:
+        for piece in pieces:
+            shown.append(piece)
+            print(piece.text, end="", flush=True)
+    finally:
+        print(flush=True)
     return shown
 
 

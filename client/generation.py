@@ -120,7 +120,7 @@ async def generate(
     if room < 1:
         raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in {room + len(prompt)} positions")
     stopper = _Stopper(config, tokenizer, min(config.max_new_tokens, room + 1))
-    kept = _common_prefix(session.ids, prompt[:-1])
+    kept = common_prefix(session.ids, prompt[:-1])
     session.rewind(kept)
     started = time.perf_counter()
     result = await session.prefill(prompt[kept:], config.sampling, config.want())
@@ -149,7 +149,8 @@ def _propose(config: GenerationConfig, session: Session, ids: list[int], left: i
     return config.drafter.propose(ids, budget)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of what both begin with."""
     length = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

@@ -20,7 +20,7 @@ from ..protocol.limits import CHANNEL_OPTIONS
 from ..protocol.tokenizer import Tokenizer
 from .background import BackgroundLoop
 from .chat import Chat
-from .generation import GenerationConfig, Piece, config_of, for_sequence, generate
+from .generation import GenerationConfig, Piece, common_prefix, config_of, for_sequence, generate
 from .route import NoRoute, Route, by_model, choose_route, context_of, only_exact
 from .session import Session, SessionOptions
 from .stream import PeerError
@@ -29,6 +29,9 @@ from .stream import PeerError
 BAN_S = 10.0
 # Rows a draft tree may add behind prompt and answer.
 TREE_ROOM = 128
+
+# Shorter beginnings are not worth the wait until the trunk is there.
+SHARED_PREFIX = 32
 
 Prompt = str | Sequence[int]
 
@@ -172,27 +175,42 @@ class AsyncSwarmModel:
         finally:
             session.close()
 
-    async def answers(self, prompt: Prompt, n: int, config: GenerationConfig) -> list[list[Piece]]:
-        """`n` answers to one prompt; their sessions fork behind the shared prompt."""
-        ids = self.encode(prompt)
-        first = await self.open_session(len(ids) + config.max_new_tokens + TREE_ROOM)
-        sessions = [first]
+    async def answers(self, prompts: Sequence[Prompt], n: int, config: GenerationConfig) -> list[list[list[Piece]]]:
+        """`n` answers to each prompt. What all prompts begin with is computed once; their sessions fork behind it."""
+        encoded = [self.encode(prompt) for prompt in prompts]
+        reserve = max(map(len, encoded)) + config.max_new_tokens + TREE_ROOM
+        shared = shared_prefix(encoded) if len(encoded) * n > 1 else []
+        trunk = None
+        if len(shared) >= (1 if n > 1 else SHARED_PREFIX):
+            trunk = await self.open_session(reserve)
         try:
-            if n > 1 and len(ids) > 1:
-                await first.prefill(ids[:-1])
-            for _ in range(n - 1):
-                sessions.append(await first.fork())
-            return list(
-                await asyncio.gather(
-                    *(
-                        _collect(generate(session, ids, for_sequence(config, i), self.tokenizer))
-                        for i, session in enumerate(sessions)
-                    )
-                )
-            )
+            if trunk:
+                await trunk.prefill(shared)
+            work = [self._answer(ids, for_sequence(config, i), trunk, reserve) for ids in encoded for i in range(n)]
+            answers = await asyncio.gather(*work)
         finally:
-            for session in sessions:
-                session.close()
+            if trunk:
+                trunk.close()
+        return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+    async def _answer(
+        self, ids: list[int], config: GenerationConfig, trunk: Session | None, reserve: int
+    ) -> list[Piece]:
+        session = await self._branch(trunk, reserve)
+        try:
+            return [piece async for piece in generate(session, ids, config, self.tokenizer)]
+        finally:
+            session.close()
+
+    async def _branch(self, trunk: Session | None, reserve: int) -> Session:
+        """A fork of the trunk; a session of its own, waited for, where the trunk's peers are full."""
+        if trunk:
+            try:
+                return await trunk.fork()
+            except PeerError as error:
+                if not error.busy:
+                    raise
+        return await self.open_session(reserve)
 
     async def generate(
         self, inputs: Any, *, num_return_sequences: int = 1, streamer: Streamer | None = None, **settings: Any
@@ -209,9 +227,7 @@ class AsyncSwarmModel:
                 raise ValueError("a streamer takes one prompt and one sequence")
             groups = [[await self._stream_to(streamer, prompts[0], settings)]]
         else:
-            groups = list(
-                await asyncio.gather(*(self.answers(prompt, num_return_sequences, config) for prompt in prompts))
-            )
+            groups = await self.answers(prompts, num_return_sequences, config)
         results = [_result(prompt, pieces) for prompt, group in zip(prompts, groups, strict=True) for pieces in group]
         if type(inputs).__module__.partition(".")[0] == "torch":
             return _tensor_like(inputs, results, pad=min(self.config().eos_token_ids, default=0))
@@ -337,8 +353,12 @@ async def open_directory(initial_peers: Sequence[str]) -> Directory:
         raise ConnectError(str(error)) from error
 
 
-async def _collect(pieces: AsyncIterator[Piece]) -> list[Piece]:
-    return [piece async for piece in pieces]
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What all prompts begin with; every prompt keeps at least one token of its own, whose row predicts the first."""
+    shared = prompts[0][:-1]
+    for prompt in prompts[1:]:
+        shared = shared[: common_prefix(shared, prompt[:-1])]
+    return list(shared)
 
 
 def _prompts(inputs: Any) -> tuple[list[Prompt], bool]:
