@@ -32,7 +32,7 @@ from .speed import decode_rows_per_s, fitting_blocks
 log = logging.getLogger(__name__)
 
 REFRESH_S = 2.0
-_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner", "ffn_dim", "head_dim")
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner", "ffn_dim")
 
 
 class ServeError(RuntimeError):
