@@ -48,8 +48,8 @@ class Budget:
     """Row budgets of one iteration, in rows without context; a row over `context_scale` cached ones counts double."""
 
     rows: int = 1024
-    rows_beside_decode: int = 32
-    context_scale: int = 3072
+    rows_beside_decode: int = 24
+    context_scale: int = 1200
     decode_memory_s: float = 1.0
 
     def cost(self, rows: int, context: int) -> float:
@@ -92,10 +92,11 @@ class Turns:
 
 @dataclass
 class Gathering:
-    """How long to wait, after a batch of decode steps, for their sessions to come back.
+    """How long to wait, after an iteration with decode steps, for their sessions to come back.
 
-    Clients near by all answer within a moment: to start with the first of them would split one batch into two, and a
-    batch of two costs nearly what one of sixteen does. The patience follows what waiting brought.
+    Clients near by answer within a moment. To start with the first of them would split one batch into two, and a batch
+    of two costs nearly what one of sixteen does; to start with a prefill would make them all wait for it. The patience
+    follows what waiting brought.
     """
 
     most: float = 0.25
@@ -111,9 +112,10 @@ class Gathering:
 
     def wait(self, now: float, decodes: int) -> float:
         """Seconds to wait for more than the `decodes` steps that are ready; 0: run them."""
-        if self._expected <= 1 or decodes >= self._expected:
-            if self._expected > 1:
-                self.patience = min(self.most, self.patience * 1.5)
+        if not self._expected:
+            return 0.0
+        if decodes >= self._expected:
+            self.patience = min(self.most, self.patience * 1.5)
             self._expected = 0
             return 0.0
         left = self._until - now

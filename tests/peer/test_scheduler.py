@@ -3,9 +3,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from petal.peer.scheduler import Budget, Ready, Scheduler
+from petal.peer.scheduler import Budget, Gathering, Ready, Scheduler
 
 BUDGET = Budget(rows=64, rows_beside_decode=8, context_scale=100, decode_memory_s=1.0)
 # One row costs one, whatever its context: then shares can be counted in rows.
@@ -142,7 +143,7 @@ TestScheduler.settings = settings(max_examples=80, stateful_step_count=40, deadl
 
 
 def test_a_decode_step_never_waits_for_a_whole_prompt():
-    scheduler = Scheduler(Budget())
+    scheduler = Scheduler(Budget(rows=1024, rows_beside_decode=32, context_scale=3072))
     scheduler.add(prefill("prompt", rows=100_000))
     assert scheduler.take(0.0)[0].stop == 1024
     scheduler.add(decode("token", b"b"))
@@ -321,3 +322,36 @@ def test_what_decoding_cost_does_not_delay_a_prompt():
             if piece.step.prefill:
                 served[piece.step.key] += piece.stop - piece.start
     assert served == {"a": 100, "b": 100}
+
+
+class TestGathering:
+    """Waiting for a batch's sessions pays while they come, and stops costing when they do not."""
+
+    def test_waits_for_the_sessions_of_the_last_batch(self) -> None:
+        gathering = Gathering(patience=0.1)
+        gathering.ran(0.0, 1.0, decodes=3)
+        assert gathering.wait(1.0, 1) == pytest.approx(0.1)
+        assert gathering.wait(1.05, 2) == pytest.approx(0.05)
+        assert gathering.wait(1.06, 3) == 0
+        assert gathering.wait(1.06, 0) == 0, "nobody is expected any more"
+
+    def test_a_prefill_alone_lets_a_decode_come_back_first(self) -> None:
+        gathering = Gathering(patience=0.1)
+        gathering.ran(0.0, 1.0, decodes=1)
+        assert gathering.wait(1.0, 0) > 0
+
+    def test_never_waits_without_decodes(self) -> None:
+        gathering = Gathering()
+        gathering.ran(0.0, 1.0, decodes=0)
+        assert gathering.wait(1.0, 0) == 0
+
+    def test_patience_follows_what_waiting_brought(self) -> None:
+        gathering = Gathering(patience=0.1)
+        for turn in range(20):
+            gathering.ran(turn, turn + 1, decodes=2)
+            assert gathering.wait(turn + 2, 1) == 0
+        assert gathering.patience == gathering.least
+        for turn in range(20):
+            gathering.ran(turn, turn + 1, decodes=2)
+            assert gathering.wait(turn + 1, 2) == 0
+        assert gathering.patience == gathering.most
