@@ -79,7 +79,7 @@ static void tiles(long rows, long depth, const float *x, long x_row, const float
 {
     for (long row = 0, count; row < rows; row += count) {
         count = tile_rows(rows - row);
-        tile_float(count, depth, x + row * x_row, x_row, w, w_row, y + row * y_row, y_row, start, (ahead_t){0});
+        tile_float(count, depth, x + row * x_row, x_row, 1, w, w_row, y + row * y_row, y_row, start, (ahead_t){0});
     }
 }
 

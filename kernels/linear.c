@@ -2,10 +2,13 @@
 #include "crew.h"
 #include "tile.h"
 
+#include <stdlib.h>
+
 enum {
     DEPTH = 256,           /* depth of one visit to a panel: 24 KiB of it stay in the first-level cache */
     CACHED = 192 * 1024,   /* floats of x that stay in the second level */
     LOWEST = 96,           /* rows that share a visit even if x does not fit */
+    MANY = 48,             /* rows from which packing x pays */
     TOO_SMALL = 32 * 1024, /* multiply-adds below which waking a thread costs more than it saves */
 };
 
@@ -17,13 +20,15 @@ typedef struct {
     long rows, in, out;
     long half;         /* panels are bfloat16 */
     long wide, height; /* panels and rows of a chunk */
+    float *tiles;      /* x again, tile by tile as [in][rows], where many tiles read it; else null */
 } linear_t;
 
 /* One tile, for the panels that reach past `out` through a private copy. */
 static void run_tile(const linear_t *c, long row, long rows, long k, long depth, const char *w, long column,
                      ahead_t ahead)
 {
-    const float *x = c->x + row * c->in + k;
+    const float *x = c->tiles ? c->tiles + row * c->in + k * rows : c->x + row * c->in + k;
+    long x_row = c->tiles ? 1 : c->in, x_step = c->tiles ? rows : 1;
     const float *start = k ? 0 : c->bias + column;
     float *y = c->y + row * c->out + column;
     long y_row = c->out, width = c->out - column;
@@ -35,9 +40,9 @@ static void run_tile(const linear_t *c, long row, long rows, long k, long depth,
         y_row = PANEL;
     }
     if (c->half)
-        tile_half(rows, depth, x, c->in, (const uint16_t *)w, PANEL, y, y_row, start, ahead);
+        tile_half(rows, depth, x, x_row, x_step, (const uint16_t *)w, PANEL, y, y_row, start, ahead);
     else
-        tile_float(rows, depth, x, c->in, (const float *)w, PANEL, y, y_row, start, ahead);
+        tile_float(rows, depth, x, x_row, x_step, (const float *)w, PANEL, y, y_row, start, ahead);
     if (width < PANEL)
         for (long m = 0; m < rows; m++)
             memcpy(c->y + (row + m) * c->out + column, edge + m * PANEL, (size_t)width * sizeof *y);
@@ -59,6 +64,33 @@ static void run_panel(const linear_t *c, long panel, long first, long last)
             ahead.next += (depth + 7) / 8 * lines * 64;
         }
     }
+}
+
+/* Writes the tiles of one block of rows: side by side, the values of a step of depth share a cache line. */
+static void pack_block(void *job, long block)
+{
+    const linear_t *c = job;
+    long first = block * c->height, last = first + c->height < c->rows ? first + c->height : c->rows;
+    for (long row = first, rows; row < last; row += rows) {
+        rows = tile_rows(last - row);
+        float *tile = c->tiles + row * c->in;
+        for (long m = 0; m < rows; m++)
+            for (long k = 0; k < c->in; k++)
+                tile[k * rows + m] = c->x[(row + m) * c->in + k];
+    }
+}
+
+/* Room for packed tiles, kept by each calling thread: fresh memory would cost a fault a page. */
+static float *scratch(long floats)
+{
+    static __thread float *room;
+    static __thread long size;
+    if (floats > size) {
+        free(room);
+        room = malloc((size_t)floats * sizeof *room);
+        size = room ? floats : 0;
+    }
+    return room;
 }
 
 /* Whole panels [from, to) for the few rows of one tile; returns the first panel that is left. */
@@ -92,5 +124,8 @@ void petal_linear(float *y, const float *x, const void *panels, const float *bia
     c.height = CACHED / in > LOWEST ? CACHED / in / TILE * TILE : LOWEST;
     long across = ((out + PANEL - 1) / PANEL + c.wide - 1) / c.wide;
     long chunks = (rows + c.height - 1) / c.height * across;
-    crew_run(rows * in * out < TOO_SMALL ? 1 : threads, chunks, run_chunk, &c);
+    threads = rows * in * out < TOO_SMALL ? 1 : threads;
+    if (rows > MANY && (c.tiles = scratch(rows * in)))
+        crew_run(threads, (rows + c.height - 1) / c.height, pack_block, &c);
+    crew_run(threads, chunks, run_chunk, &c);
 }

@@ -23,8 +23,8 @@ INLINE void load_panel(const void *w, long at, int half, f32x16 *a, f32x16 *b)
 #endif
 
 /* rows and half are constants at every call: the accumulators become registers. */
-INLINE void tile(const int rows, const int half, long depth, const float *x, long x_row, const void *w, long w_row,
-                 float *y, long y_row, const float *start, ahead_t ahead)
+INLINE void tile(const int rows, const int half, long depth, const float *x, long x_row, long x_step, const void *w,
+                 long w_row, float *y, long y_row, const float *start, ahead_t ahead)
 {
     f32x16 sum[TILE][2];
 #pragma GCC unroll 12
@@ -42,7 +42,7 @@ INLINE void tile(const int rows, const int half, long depth, const float *x, lon
             load_panel(w, k * w_row, half, &a, &b);
 #pragma GCC unroll 12
             for (int m = 0; m < rows; m++) {
-                float scale = x[m * x_row + k];
+                float scale = x[m * x_row + k * x_step];
                 sum[m][0] += a * scale;
                 sum[m][1] += b * scale;
                 PIN(sum[m][0], sum[m][1]);
@@ -95,9 +95,13 @@ INLINE void stream(const int rows, const int wide, const int half, long depth, c
             *(f32x16 *)(y + m * y_row + n * LANES) = sum[m][n];
 }
 
-#define ROWS(n, half)                                                     \
-    case n:                                                               \
-        tile(n, half, depth, x, x_row, w, w_row, y, y_row, start, ahead); \
+/* Packed tiles have their own case: there the distance between steps is a constant too. */
+#define ROWS(n, half)                                                            \
+    case n:                                                                      \
+        if (x_row == 1 && x_step == n)                                           \
+            tile(n, half, depth, x, 1, n, w, w_row, y, y_row, start, ahead);     \
+        else                                                                     \
+            tile(n, half, depth, x, x_row, 1, w, w_row, y, y_row, start, ahead); \
         break;
 #ifdef __AVX512F__
 #define ANY_ROWS(half)                                                                                            \
@@ -107,14 +111,14 @@ INLINE void stream(const int rows, const int wide, const int half, long depth, c
 #define ANY_ROWS(half) ROWS(1, half) ROWS(2, half) ROWS(3, half)
 #endif
 
-void tile_float(long rows, long depth, const float *x, long x_row, const float *w, long w_row, float *y, long y_row,
-                const float *start, ahead_t ahead)
+void tile_float(long rows, long depth, const float *x, long x_row, long x_step, const float *w, long w_row, float *y,
+                long y_row, const float *start, ahead_t ahead)
 {
     switch (rows) { ANY_ROWS(0) }
 }
 
-void tile_half(long rows, long depth, const float *x, long x_row, const uint16_t *w, long w_row, float *y, long y_row,
-               const float *start, ahead_t ahead)
+void tile_half(long rows, long depth, const float *x, long x_row, long x_step, const uint16_t *w, long w_row, float *y,
+               long y_row, const float *start, ahead_t ahead)
 {
     switch (rows) { ANY_ROWS(1) }
 }
