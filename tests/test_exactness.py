@@ -64,7 +64,7 @@ async def compare_greedy(client: AsyncSwarmModel, expected: dict, counts: Compar
             counts.take(result.next_token, token, margin)
 
 
-@pytest.mark.parametrize("peers", [1, pytest.param(2, marks=pytest.mark.full), 3])
+@pytest.mark.parametrize("peers", [*(pytest.param(n, marks=pytest.mark.full) for n in (1, 2)), 3])
 async def test_greedy_equals_transformers_generate(peers: int) -> None:
     assert len(EXPECTED) == 21
     assert all(len(e["ids"]) >= NEW_TOKENS for e in EXPECTED.values())
