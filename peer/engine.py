@@ -259,7 +259,13 @@ class Engine:
 
     def _answer(self, keys: Sequence[bytes]) -> None:
         """Hand out the results of the steps that are through; a batch goes through the LM head at once."""
-        scored = self._score(keys)
+        try:
+            scored = self._score(keys)
+        except Exception as error:
+            log.exception("the LM head failed on %d steps", len(keys))
+            for key in keys:
+                self._fail(key, StepFailed(f"compute failed: {error}"))
+            return
         for key in keys:
             session = self._sessions[key]
             job = session.job

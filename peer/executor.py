@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,29 +50,9 @@ class Executor:
         plans = self._plans(segments, bases, counts)
         pool = self._pool
 
-        def attend_rows(
-            layer: int,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            *,
-            scale: float,
-            window: int | None,
-            softcap: float | None,
-            sinks: Tensor | None,
-        ) -> Tensor:
-            return attend(
-                query,
-                key,
-                value,
-                pool.keys[layer],
-                pool.values[layer],
-                plans[pool.group_of[layer]],
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                sinks=sinks,
-            )
+        def attend_rows(layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+            plan = plans[pool.group_of[layer]]
+            return attend(query, key, value, pool.keys[layer], pool.values[layer], plan, **options)
 
         rows = torch.cat([segment.rows for segment in segments]) if len(segments) > 1 else segments[0].rows
         return self._span.forward(rows, plans[0].positions.long(), attend_rows, blocks).split(counts)
