@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # Quiet for so long, the compute thread checks its own bookkeeping.
 IDLE_S = 1.0
+# Commands between two iterations, at most: a flood of them must not keep ready steps waiting.
+MOST_COMMANDS = 256
 
 
 @dataclass
@@ -126,9 +128,14 @@ class Engine:
 
     def _run(self) -> None:
         checked = False
+        commands = 0
         while True:
             busy = len(self._scheduler) > 0
             wait: float | None
+            if busy and commands >= MOST_COMMANDS:
+                self._iterate()
+                commands = 0
+                continue
             if busy:
                 wait = self._gathering.wait(time.monotonic(), self._scheduler.decodes)
             else:
@@ -139,6 +146,7 @@ class Engine:
                 if busy:
                     self._iterate()
                     checked = False
+                    commands = 0
                 else:
                     self.check()
                     checked = True
@@ -146,6 +154,7 @@ class Engine:
             if command is None:
                 return
             command()
+            commands += 1
 
     def _open(self, session: bytes, opened: _Session, fork_of: bytes | None) -> None:
         assert session not in self._sessions
