@@ -60,6 +60,12 @@ def serve(
     cache_tokens: Annotated[int, typer.Option(min=16, help="Size of the KV cache in tokens.")] = 16384,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads; all cores by default.")] = None,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that running sessions get to move elsewhere before this peer leaves.")
+    ] = 30.0,
+    replay_mib: Annotated[
+        int, typer.Option(min=0, help="Memory for outputs that are sent again where another peer fails.")
+    ] = 1024,
     exact: Annotated[
         bool, typer.Option(help="Promise equal bits for a row in any batch, tree or chunk; refuse to start otherwise.")
     ] = False,
@@ -84,6 +90,8 @@ def serve(
         max_sessions=max_sessions,
         threads=threads,
         exact=exact,
+        grace_s=grace,
+        replay_bytes=replay_mib << 20,
     )
     ui = _JsonLines() if json_logs else _Terminal()
     ui.set_up_logging()
@@ -95,9 +103,13 @@ def serve(
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        leaving = asyncio.Event()
+        leaving, hurrying = asyncio.Event(), asyncio.Event()
+
+        def leave() -> None:
+            (hurrying if leaving.is_set() else leaving).set()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, leaving.set)
+            loop.add_signal_handler(number, leave)
         server = PeerServer(options, ui.progress())
         starting = asyncio.create_task(server.start())
         stopped = asyncio.create_task(leaving.wait())
@@ -108,7 +120,11 @@ def serve(
         starting.result()
         ui.ready(server)
         await stopped
-        ui.leaving()
+        ui.leaving(server.service.sessions)
+        draining = asyncio.create_task(server.drain(options.grace_s))
+        hurry = asyncio.create_task(hurrying.wait())
+        await asyncio.wait([draining, hurry], return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
         await server.stop()
 
     try:
@@ -168,8 +184,9 @@ class _Terminal:
         ]
         self._console.print(Panel("\n".join(lines), title=f"Petal peer ready at {server.address}", expand=False))
 
-    def leaving(self) -> None:
-        self._console.print("Leaving the swarm.")
+    def leaving(self, sessions: int) -> None:
+        moving = f" {sessions} sessions move elsewhere first; Ctrl-C again leaves at once." if sessions else ""
+        self._console.print(f"Leaving the swarm.{moving}", highlight=False)
 
     def error(self, text: str) -> None:
         self._bar.stop()
@@ -210,8 +227,8 @@ class _JsonLines:
             rows_per_s=record.throughput,
         )
 
-    def leaving(self) -> None:
-        self._emit("leaving")
+    def leaving(self, sessions: int) -> None:
+        self._emit("leaving", sessions=sessions)
 
     def error(self, text: str) -> None:
         self._emit("error", message=text)

@@ -109,6 +109,13 @@ class Engine:
         job = _Job(step, done, time.monotonic_ns())
         self._post(lambda: self._queue(session, job))
 
+    def resume(self, session: bytes, length: int, commit: Sequence[int], done: Callable[[str], None]) -> None:
+        """Undo what the session does and go back to `length` rows, `commit` naming those that are not committed yet.
+
+        `done` gets the reason where that is impossible; no `done` of an undone step is called after it.
+        """
+        self._post(lambda: done(self._resume(session, length, commit)))
+
     def close(self, session: bytes) -> None:
         """Forget a session at once, whatever it was doing; its pages are free before the next iteration."""
         self._post(lambda: self._close(session))
@@ -195,6 +202,34 @@ class Engine:
             Ready(key, session.client, len(job.rows), step.base, step.prefill, session.priority, step.deadline)
         )
 
+    def _resume(self, key: bytes, length: int, commit: Sequence[int]) -> str:
+        """Why it is impossible; empty where it is done."""
+        session = self._sessions.get(key)
+        if session is None or session.broken:
+            return "the session has ended"
+        self._scheduler.cancel(key)
+        session.job = None
+        session.waiting.clear()
+        cache = session.cache
+        # Fewer rows: the pending ones are of the step that `commit` is about. Else they are of a step to undo.
+        kept = commit if cache.length < length else ()
+        if cache.length + len(kept) < length or list(kept) != sorted({*kept} & {*range(cache.pending)}):
+            return f"cannot resume at {length} rows: {cache.length} are cached"
+        try:
+            self._commit(session, kept)
+            self.pool.rewind(cache, length)
+        except (PoolExhausted, RewindRefused) as error:
+            return str(error)
+        session.history.truncate(length)
+        session.pending_ids = ()
+        return ""
+
+    def _commit(self, session: _Session, rows: Sequence[int]) -> None:
+        """Keep these rows of the step before, drop the others."""
+        self.pool.commit(session.cache, rows)
+        if session.pending_ids:
+            session.history.ids.extend(session.pending_ids[row] for row in rows)
+
     def _rows(self, session: _Session, step: StepInput) -> Tensor:
         if session.blocks.start == 0:
             return torch.tensor(step.ids)
@@ -208,9 +243,7 @@ class Engine:
         cache, history = session.cache, session.history
         if cache.pending:
             assert step.commit is not None
-            self.pool.commit(cache, step.commit)
-            if session.pending_ids:
-                history.ids.extend(session.pending_ids[row] for row in step.commit)
+            self._commit(session, step.commit)
         if step.rewind is not None:
             self.pool.rewind(cache, step.rewind)
             history.truncate(step.rewind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from ..protocol import petal_pb2 as pb
 from ..protocol.limits import PART_BYTES
 from ..protocol.sampling import SamplingError, SamplingParams
@@ -21,6 +23,16 @@ def link_frames(header: StepHeader, hidden: bytes, hops: list[pb.Hop]) -> list[p
     return frames
 
 
+def replay_frames(step: int, epoch: int, base: int, chunks: Iterable[bytes], row_bytes: int) -> Iterator[pb.LinkFrame]:
+    """The chunks' rows from `base` on, behind `step`, for a peer that lacks them: whole rows in every frame."""
+    for part in whole_rows(chunks, row_bytes, PART_BYTES):
+        rows = len(part) // row_bytes
+        message = pb.Activations(step=step, route_epoch=epoch, base=base, rows=rows, prefill=True, replay=True)
+        message.hidden, message.total_bytes = part, len(part)
+        yield pb.LinkFrame(activations=message)
+        base += rows
+
+
 def result_frames(header: StepHeader, result: StepOutput, hops: list[pb.Hop]) -> list[pb.PeerFrame]:
     """Frames for the client: the verdict in the first, large payloads in parts."""
     first = pb.Result(step=header.step, hops=hops)
@@ -36,6 +48,20 @@ def result_frames(header: StepHeader, result: StepOutput, hops: list[pb.Hop]) ->
     results += [pb.Result(step=header.step, hidden=part) for part in _parts(result.hidden)]
     results[-1].last_part = True
     return [pb.PeerFrame(result=part) for part in results]
+
+
+def whole_rows(chunks: Iterable[bytes], row_bytes: int, most: int) -> Iterator[bytes]:
+    """The chunks' rows, in order, in parts of at most `most` bytes, but of one row at least."""
+    size = max(1, most // row_bytes) * row_bytes
+    waiting = bytearray()
+    for chunk in chunks:
+        for start in range(0, len(chunk), size):
+            waiting += chunk[start : start + size]
+            if len(waiting) >= size:
+                yield bytes(waiting[:size])
+                del waiting[:size]
+    if waiting:
+        yield bytes(waiting)
 
 
 def _parts(payload: bytes) -> list[bytes]:

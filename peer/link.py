@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grpc
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.petal_pb2_grpc import PeerStub
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 class LinkFailed(ConnectionError):
@@ -24,6 +24,7 @@ class Downlink:
     def __init__(self, on_fault: Callable[[str, str], None]) -> None:
         self._on_fault = on_fault
         self._frames: deque[pb.LinkFrame] = deque()
+        self._replay: Iterator[pb.LinkFrame] = iter(())
         self._wake = asyncio.Event()
         self._credit = self._queued = 0
         self._call: grpc.aio.StreamStreamCall | None = None
@@ -58,6 +59,13 @@ class Downlink:
             asyncio.create_task(self._write(call)),
         ]
 
+    def restart(self, replay: Iterator[pb.LinkFrame]) -> None:
+        """Drop the link and what waits for it. The next one begins with `replay`, which is asked as credit allows."""
+        self.close()
+        self._frames.clear()
+        self._queued = 0
+        self._replay = replay
+
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -69,15 +77,24 @@ class Downlink:
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
         try:
             while True:
-                while self._frames and self._credit >= self._frames[0].ByteSize():
-                    frame = self._frames.popleft()
-                    self._credit -= frame.ByteSize()
-                    self._queued -= frame.ByteSize()
-                    await call.write(frame)
-                self._wake.clear()
-                await self._wake.wait()
+                frame = next(self._replay, None) or await self._waiting()
+                while self._credit < frame.ByteSize():
+                    await self._woken()
+                self._credit -= frame.ByteSize()
+                await call.write(frame)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # the reader reports the fault
+
+    async def _waiting(self) -> pb.LinkFrame:
+        while not self._frames:
+            await self._woken()
+        frame = self._frames.popleft()
+        self._queued -= frame.ByteSize()
+        return frame
+
+    async def _woken(self) -> None:
+        self._wake.clear()
+        await self._wake.wait()
 
     async def _read(self, peer_id: str, call: grpc.aio.StreamStreamCall) -> None:
         reason = "it closed the link"

@@ -34,6 +34,8 @@ class ServeOptions:
     exact: bool = False
     publish_s: float = 5.0
     idle_s: float = 600.0
+    grace_s: float = 30.0
+    replay_bytes: int = 1 << 30
 
     def announced(self, port: int) -> str:
         """The host:port under which others reach this peer."""

@@ -159,6 +159,7 @@ class PeerServer:
             context_length=self.context_length,
             features=FEATURES | ({"exact"} if self.options.exact else set()),
             idle_s=self.options.idle_s,
+            replay_bytes=self.options.replay_bytes,
         )
         self.service = PeerService(info, self.engine, self.admission, self._resolve)
         directory = DirectoryService(
@@ -177,6 +178,21 @@ class PeerServer:
         await self._publisher.publish()
         self._publisher.start()
         self._refresher = asyncio.create_task(self._refresh())
+
+    async def drain(self, grace_s: float) -> None:
+        """Say in the record that this peer leaves, take no new sessions, and give the running ones time to move."""
+        self._state = pb.DRAINING
+        announcing = asyncio.create_task(self._announce())
+        try:
+            await self.service.drain(grace_s)
+        finally:
+            announcing.cancel()
+
+    async def _announce(self) -> None:
+        try:
+            await self._publisher.publish()
+        except DirectoryError as error:
+            log.warning("leaving, but the directory does not hear of it: %s", error)
 
     async def stop(self) -> None:
         """Take no new sessions, withdraw the record, end what runs, leave the DHT."""
@@ -225,16 +241,13 @@ class PeerServer:
     def _model_digest(self) -> bytes:
         return bytes.fromhex(self.checkpoint.digest())
 
-    async def _resolve(self, peer_id: str) -> list[str]:
-        """Addresses of a peer from its own signed record; asks the DHT where the book does not know it yet."""
-        for fresh in (False, True):
-            if fresh:
-                with contextlib.suppress(DirectoryError):  # then the book is all there is
-                    await self.dht.list(self.checkpoint.name)
-            for record in self.dht.book.list(self.checkpoint.name):
-                if record.peer_id == peer_id:
-                    return list(record.addresses)
-        return []
+    async def _resolve(self, peer_id: str, fresh: bool) -> list[str]:
+        """Addresses of a peer from its own signed record; where `fresh`, the DHT is asked for it anew."""
+        if fresh:
+            with contextlib.suppress(DirectoryError):  # then the book is all there is
+                await self.dht.list(self.checkpoint.name)
+        records = self.dht.book.list(self.checkpoint.name)
+        return [address for record in records if record.peer_id == peer_id for address in record.addresses]
 
     async def _refresh(self) -> None:
         """Keep the book that clients and links read fresh."""

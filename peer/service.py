@@ -19,14 +19,18 @@ from ..protocol.petal_pb2_grpc import PeerServicer
 from .admission import Admission, Refused
 from .engine import Engine
 from .link import LinkFailed
+from .replay import ReplayBudget
 from .session import PeerSession
 from .session_spec import SessionFailed, SessionSpec, invalid
 
-FEATURES = frozenset({"tree", "fork", "rewind", "logits", "hidden", "top_logprobs"})
+FEATURES = frozenset({"tree", "fork", "rewind", "resume", "logits", "hidden", "top_logprobs"})
 Status = grpc.StatusCode
 Frame = TypeVar("Frame")
 # Finds the addresses of a peer in this peer's own directory; empty where it is not known.
-Resolve = Callable[[str], Awaitable[list[str]]]
+# With `fresh` it asks the swarm anew.
+Resolve = Callable[[str, bool], Awaitable[list[str]]]
+# Of a peer that leaves, a session in which nothing happened for so long ends at once: its client resumes elsewhere.
+DRAIN_IDLE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class ServiceInfo:
     context_length: int
     features: frozenset[str] = FEATURES
     idle_s: float = 600.0
+    replay_bytes: int = 1 << 30
+
+
+_LEAVING = SessionFailed(Status.UNAVAILABLE, "this peer is shutting down")
 
 
 class _Writer:
@@ -81,6 +89,7 @@ class PeerService(PeerServicer):
         self._engine = engine
         self._admission = admission
         self._resolve = resolve
+        self._replay_budget = ReplayBudget(info.replay_bytes)
         self._sessions: dict[bytes, PeerSession] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
 
@@ -88,9 +97,22 @@ class PeerService(PeerServicer):
     def sessions(self) -> int:
         return len(self._sessions)
 
+    async def drain(self, grace_s: float) -> None:
+        """Take no new sessions, tell the clients, and wait up to `grace_s` seconds until theirs have moved or ended."""
+        self.draining = True
+        draining = pb.PeerFrame(draining=pb.Draining(grace_ms=int(grace_s * 1000)))
+        for session in self._sessions.values():
+            session.send(draining)
+        deadline = time.monotonic() + grace_s
+        while self._sessions and time.monotonic() < deadline:
+            for session in self._sessions.values():
+                if session.idle_s > DRAIN_IDLE_S:
+                    session.fail(_LEAVING)
+            await asyncio.sleep(0.05)
+
     async def close(self) -> None:
         for session in self._sessions.values():
-            session.fail(SessionFailed(Status.UNAVAILABLE, "this peer is shutting down"))
+            session.fail(_LEAVING)
         for channel in self._channels.values():
             await channel.close()
 
@@ -126,20 +148,24 @@ class PeerService(PeerServicer):
         self._check_open(message)
         parent = self._parent(message)
         spec = self._spec(message)
+        if former := self._sessions.get(spec.session_id):
+            self._close(former)
         try:
             self._admission.reserve(spec.session_id, spec.reserve_tokens)
         except Refused as error:
             code = Status.FAILED_PRECONDITION if error.final else Status.RESOURCE_EXHAUSTED
             raise SessionFailed(code, str(error)) from error
-        session = PeerSession(spec, self._engine, message.route_epoch, writer.put)
+        session = PeerSession(spec, self._engine, self._replay_budget, message.route_epoch, writer.put)
         try:
             if parent:
                 session.adopt(parent)
+            if message.HasField("resume"):
+                session.start_behind(message.resume)
         except SessionFailed:
             self._admission.release(spec.session_id)
             raise
         self._engine.open(
-            spec.session_id, spec.client_id, spec.codec, spec.blocks, message.priority, message.fork_of or None
+            session.key, spec.client_id, spec.codec, spec.blocks, message.priority, parent.key if parent else None
         )
         self._sessions[spec.session_id] = session
         opened = pb.Opened(
@@ -174,8 +200,10 @@ class PeerService(PeerServicer):
             )
         if len(message.session_id) != 16 or len(message.client_id) != 16:
             raise invalid("session_id and client_id are 16 bytes each")
-        if message.session_id in self._sessions:
+        if (former := self._sessions.get(message.session_id)) and not _replaces(message, former):
             raise SessionFailed(Status.ALREADY_EXISTS, "that session id is taken; choose 16 random bytes")
+        if message.fork_of and message.HasField("resume"):
+            raise invalid("a session forks or resumes, not both")
         if message.codec not in (pb.FLOAT32, pb.BF16, pb.INT8):
             raise invalid("codec is none of float32, bf16, int8")
         if not 0 < message.reserve_tokens <= info.context_length + 4096:
@@ -213,30 +241,45 @@ class PeerService(PeerServicer):
         )
 
     async def _read(self, session: PeerSession, requests: AsyncIterator[pb.ClientFrame], writer: _Writer) -> None:
-        async for frame in requests:
-            kind = frame.WhichOneof("kind")
-            if kind == "step":
-                session.on_step(frame.step, frame.ByteSize())
-            elif kind == "link_to":
-                await self._link(session, frame.link_to, writer)
-            elif kind == "route":
-                session.on_route(frame.route.route_epoch)
-            else:
-                raise invalid("after the open frame only link_to, step and route frames follow")
+        dialing: asyncio.Task[None] | None = None
+        try:
+            async for frame in requests:
+                kind = frame.WhichOneof("kind")
+                if kind == "step":
+                    session.on_step(frame.step, frame.ByteSize())
+                elif kind == "route":
+                    session.on_route(frame.route.route_epoch)
+                elif kind in ("link_to", "resume"):
+                    if dialing:
+                        dialing.cancel()  # the client has changed its mind
+                    if kind == "link_to":
+                        session.on_route(frame.link_to.route_epoch)
+                        dialing = asyncio.create_task(self._link(session, frame.link_to, writer))
+                    else:
+                        session.on_resume(frame.resume)
+                else:
+                    raise invalid("after the open frame only resume, link_to, step and route frames follow")
+        finally:
+            if dialing:
+                dialing.cancel()
 
     async def _link(self, session: PeerSession, message: pb.LinkTo, writer: _Writer) -> None:
         """Dial the next peer at the address in its own signed record, never at one that a client names."""
-        session.on_route(message.route_epoch)
         hello = pb.LinkHello(session_id=session.spec.session_id, token=message.token, route_epoch=message.route_epoch)
         reason = "it is not in this peer's directory"
-        for address in await self._resolve(message.peer_id):
-            try:
-                await session.downlink.attach(message.peer_id, self._channel(address), hello)
-            except LinkFailed as error:
-                reason = f"{address}: {error}"
-                continue
-            writer.put(pb.PeerFrame(linked=pb.Linked(route_epoch=message.route_epoch)))
-            return
+        tried: set[str] = set()
+        for fresh in (False, True):  # it may have come back at another address
+            for address in await self._resolve(message.peer_id, fresh):
+                if address in tried:
+                    continue
+                tried.add(address)
+                try:
+                    await session.downlink.attach(message.peer_id, self._channel(address), hello)
+                except LinkFailed as error:
+                    reason = f"{address}: {error}"
+                    continue
+                writer.put(pb.PeerFrame(linked=pb.Linked(route_epoch=message.route_epoch)))
+                return
         fault = pb.Fault(peer_id=message.peer_id, reason=reason, route_epoch=message.route_epoch)
         writer.put(pb.PeerFrame(fault=fault))
 
@@ -247,14 +290,16 @@ class PeerService(PeerServicer):
 
     async def _expire(self, session: PeerSession) -> None:
         # A step only notes the time: it must not pay for waking a task.
-        while (left := session.last_used + self.info.idle_s - time.monotonic()) > 0:  # noqa: ASYNC110
+        while (left := self.info.idle_s - session.idle_s) > 0:  # noqa: ASYNC110
             await asyncio.sleep(left)
         raise SessionFailed(Status.DEADLINE_EXCEEDED, f"the session was idle for {self.info.idle_s:g} s")
 
     def _close(self, session: PeerSession) -> None:
-        session.close()
-        self._admission.release(session.spec.session_id)
-        del self._sessions[session.spec.session_id]
+        session_id = session.spec.session_id
+        if self._sessions.get(session_id) is session:  # else its client has opened it anew, in its place
+            session.close()
+            self._admission.release(session_id)
+            del self._sessions[session_id]
 
     # The link from the peer before.
 
@@ -271,10 +316,13 @@ class PeerService(PeerServicer):
         def credit(size: int) -> None:
             writer.put(pb.LinkReply(credit=pb.Credit(bytes=size)))
 
-        session.credit_upstream = credit
+        session.on_uplink(credit)
         writing = asyncio.ensure_future(writer.run())
+        token = session.link_token
         try:
             async for frame in requests:
+                if session.link_token != token:
+                    await _abort(context, SessionFailed(Status.FAILED_PRECONDITION, "the route of this link is over"))
                 if not frame.HasField("activations"):
                     raise invalid("after the hello only activations follow on a link")
                 session.on_activations(frame.activations, frame.ByteSize())
@@ -293,12 +341,17 @@ class PeerService(PeerServicer):
         # One answer for an unknown session and for a wrong token: ids cannot be probed.
         if session is None or not hmac.compare_digest(session.link_token, hello.token):
             raise SessionFailed(Status.PERMISSION_DENIED, "the link's token opens no session here")
-        if hello.route_epoch < session.epoch:
+        if hello.route_epoch != session.epoch:
+            word = "over" if hello.route_epoch < session.epoch else "not announced"
             raise SessionFailed(
-                Status.FAILED_PRECONDITION, f"route epoch {hello.route_epoch} is over; {session.epoch} is current"
+                Status.FAILED_PRECONDITION, f"route epoch {hello.route_epoch} is {word}; {session.epoch} is current"
             )
-        session.on_route(hello.route_epoch)
         return session
+
+
+def _replaces(message: pb.Open, former: PeerSession) -> bool:
+    """Whether a client opens its own session anew: its stream broke, which this peer may not have noticed yet."""
+    return hmac.compare_digest(former.spec.client_id, message.client_id) and message.route_epoch > former.epoch
 
 
 async def _frames(requests: AsyncIterator[Frame]) -> AsyncIterator[Frame]:

@@ -1,4 +1,4 @@
-"""A peer's side of one session: counters, commits and repeats, checked before anything reaches the engine.
+"""A peer's side of one session: frames become steps, steps become answers; going back where the route changed.
 
 Lives on the event loop and never blocks. Steps come in from the client (head and tail) and from the peer before;
 results go to the next peer, or to the client.
@@ -9,22 +9,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
 import grpc
 
 from ..protocol import petal_pb2 as pb
-from ..protocol.limits import ANSWER_BYTES, UNREAD_BYTES, WINDOW_BYTES
-from ..protocol.sampling import SamplingError, SamplingParams
-from ..protocol.step import StepError, StepHeader, header_of
-from ..protocol.tree import TreeError, check_path, depths
+from ..protocol.limits import UNREAD_BYTES, WINDOW_BYTES
+from ..protocol.step import StepHeader
 from .engine import Engine
-from .frames import link_frames, result_frames, sampling_of
+from .frames import link_frames, replay_frames, result_frames
 from .job import BadStep, DeadlinePassed, StepFailed, StepInput, StepOutput
+from .ledger import Entry, Ledger
 from .link import Downlink
+from .parts import ClientPart, LinkPart
+from .replay import ReplayBudget, ReplayLog
 from .session_spec import SessionFailed, SessionSpec, invalid
-from .tail import TokenHistory
 
 _STATUS = {
     BadStep: grpc.StatusCode.INVALID_ARGUMENT,
@@ -32,61 +31,44 @@ _STATUS = {
 }
 
 
-@dataclass
-class _ClientPart:
-    """What the client sends of a step: ids for head and tail, sampling for the tail."""
-
-    header: StepHeader
-    ids: tuple[int, ...]
-    sampling: SamplingParams | None
-    history: TokenHistory | None
-
-
-@dataclass
-class _LinkPart:
-    """What the peer before sends of a step, in parts until it is whole."""
-
-    header: StepHeader
-    hidden: bytearray
-    total: int
-    hops: list[pb.Hop]
-    ids: tuple[int, ...] = ()
-
-    @property
-    def whole(self) -> bool:
-        return len(self.hidden) == self.total
-
-
-@dataclass
-class _Accepted:
-    """The newest accepted step: what the next one is checked against, and its answer once there is one."""
-
-    header: StepHeader
-    ids: tuple[int, ...]
-    finished: bool = False
-    answer: list[pb.PeerFrame] | list[pb.LinkFrame] | None = None
-
-
 class PeerSession:
     """One session on this peer. `send` hands frames to the client; `failed` is set when the session must end."""
 
-    def __init__(self, spec: SessionSpec, engine: Engine, epoch: int, send: Callable[[pb.PeerFrame], int]) -> None:
+    def __init__(
+        self,
+        spec: SessionSpec,
+        engine: Engine,
+        budget: ReplayBudget,
+        epoch: int,
+        send: Callable[[pb.PeerFrame], int],
+    ) -> None:
         self.spec = spec
+        # The engine's name for it: a session that is opened anew shares nothing with the one before.
+        self.key = secrets.token_bytes(16)
         self.link_token = secrets.token_bytes(16)
         self.epoch = epoch
         self.failed: asyncio.Future[SessionFailed] = asyncio.get_running_loop().create_future()
         self.downlink = Downlink(self._link_fault)
-        self.credit_upstream: Callable[[int], None] | None = None
-        self.last_used = time.monotonic()
+        self.ledger = Ledger(spec)
+        self.send = send
+        self._last_used = time.monotonic()
+        self._running = 0
+        self._credit_upstream: Callable[[int], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._engine = engine
-        self._send = send
-        self._length = 0
-        self._newest: _Accepted | None = None
-        self._client_part: dict[int, _ClientPart] = {}
-        self._link_part: dict[int, _LinkPart] = {}
+        # What the tail says goes to the client alone, who has it.
+        self._log = None if spec.is_tail else ReplayLog(spec.row_bytes, budget)
+        self._resuming: pb.Resume | None = None
+        self._passes_replay_on = False
+        self._client_part: dict[int, ClientPart] = {}
+        self._link_part: dict[int, LinkPart] = {}
         self._outstanding = {"client": 0, "link": 0}
         self._owed = {"client": 0, "link": 0}
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since anything happened."""
+        return 0.0 if self._running else time.monotonic() - self._last_used
 
     # Frames from the client and from the peer before.
 
@@ -97,7 +79,12 @@ class PeerSession:
         self._take_credit("client", size)
         if not self._current(message.route_epoch):
             return
-        part = self._check_client_part(message)
+        part = ClientPart.of(message, self.spec)
+        if part.header.replay:
+            if not self.spec.is_head:
+                raise invalid("token ids are replayed to the head peer only")
+            self._replay(part.header, part.ids, bytearray())
+            return
         self._check_order(part.header.step, self._client_part)
         self._client_part[part.header.step] = part
         self._join(part.header.step)
@@ -109,12 +96,17 @@ class PeerSession:
         self._take_credit("link", size)
         if not self._current(message.route_epoch):
             return
-        if self.spec.is_tail and self._newest and message.step <= self._newest.header.step:
+        if self.spec.is_tail and not message.replay and message.step <= self.ledger.step:
             return  # a repeat, which the client's word drives here
-        part = self._link_part.get(message.step) or self._new_link_part(message)
-        part.hidden += message.hidden
-        if len(part.hidden) > part.total:
-            raise invalid(f"step {message.step} brings {len(part.hidden)} bytes, {part.total} were announced")
+        part = self._link_part.get(message.step) or LinkPart.of(message, self.spec)
+        part.add(message.hidden)
+        if part.header.replay:
+            if not part.whole:
+                raise invalid("replayed rows come in frames of whole rows")
+            self._replay(part.header, (), part.hidden)
+            return
+        self._check_order(part.header.step, self._link_part)
+        self._link_part[message.step] = part
         if part.whole:
             self._join(message.step)
 
@@ -127,80 +119,68 @@ class PeerSession:
             self._link_part.clear()
         self.epoch = epoch
 
+    def on_resume(self, message: pb.Resume) -> None:
+        """Go back to where the client stands; `Resumed` tells it once the compute thread has. Raises SessionFailed."""
+        self.on_route(message.route_epoch)
+        if message.step > self.ledger.step:
+            raise invalid(f"cannot resume behind step {message.step}: step {self.ledger.step} is the newest")
+        self._last_used = time.monotonic()
+        self._client_part.clear()
+        self._link_part.clear()
+        self.downlink.restart(iter(()))
+        self.link_token = secrets.token_bytes(16)
+        self._resuming = message
+
+        def done(refusal: str) -> None:
+            self._loop.call_soon_threadsafe(self._resumed, message, refusal)
+
+        kept = 0 if message.replayed else message.length
+        self._engine.resume(self.key, kept, tuple(message.commit), done)
+
+    def on_uplink(self, credit: Callable[[int], None]) -> None:
+        """The peer before has linked up; `credit` gives it bytes back."""
+        self._credit_upstream = credit
+        self._outstanding["link"] = self._owed["link"] = 0
+
+    def start_behind(self, message: pb.Resume) -> None:
+        """Take another peer's place: its rows come as a replay. Raises SessionFailed."""
+        if message.length > self.spec.reserve_tokens:
+            raise invalid(f"{message.length} rows to replay, but only {self.spec.reserve_tokens} are reserved")
+        self._passes_replay_on = message.replay
+        self.ledger.resume(message.step, message.length, missing=message.length)
+
+    def adopt(self, parent: PeerSession) -> None:
+        """Start as a fork of a session of the same client. Raises SessionFailed."""
+        self.ledger.adopt(parent.ledger)
+        self._log = parent._log and parent._log.fork()
+
     def close(self) -> None:
-        self._engine.close(self.spec.session_id)
+        self._engine.close(self.key)
         self.downlink.close()
+        if self._log:
+            self._log.close()
 
     def fail(self, failure: SessionFailed) -> None:
         if not self.failed.done():
             self.failed.set_result(failure)
-
-    def state_of_fork(self) -> tuple[int, _Accepted | None]:
-        return self._length, self._newest
-
-    def adopt(self, parent: PeerSession) -> None:
-        """Start as a fork of a session of the same client, whose newest step must have finished."""
-        length, newest = parent.state_of_fork()
-        if newest is not None and not newest.finished:
-            raise SessionFailed(grpc.StatusCode.FAILED_PRECONDITION, "a session forks only between two steps")
-        self._length = length
-        self._newest = newest and _Accepted(newest.header, newest.ids, finished=True)
 
     # Checks.
 
     def _current(self, epoch: int) -> bool:
         if epoch > self.epoch:
             raise invalid(f"route epoch {epoch} was not announced; this session is at {self.epoch}")
+        if epoch == self.epoch and self._resuming:
+            raise invalid("steps wait for the resumed frame")
         return epoch == self.epoch
-
-    def _check_client_part(self, message: pb.Step) -> _ClientPart:
-        try:
-            if message.op != pb.FORWARD:
-                raise StepError("this peer runs forward steps only")
-            if message.embeddings:
-                raise StepError("this peer does not take embeddings yet; send token ids")
-            header = header_of(message, len(message.ids))
-            worst = max(message.ids)
-            if worst >= self.spec.vocab_size:
-                raise StepError(f"token id {worst} is past the vocabulary of {self.spec.vocab_size}")
-            sampling = sampling_of(message.sampling) if message.HasField("sampling") else None
-            history = self._history(message) if message.HasField("history") else None
-        except (StepError, SamplingError) as error:
-            raise invalid(str(error)) from error
-        return _ClientPart(header, tuple(message.ids), sampling, history)
-
-    def _history(self, message: pb.Step) -> TokenHistory:
-        history = message.history
-        if len(history.ids) != message.base or history.prompt_length > len(history.ids):
-            raise StepError(f"a history of {len(history.ids)} ids does not fit {message.base} cached rows")
-        if history.ids and max(history.ids) >= self.spec.vocab_size:
-            raise StepError(f"the history holds an id past the vocabulary of {self.spec.vocab_size}")
-        return TokenHistory(list(history.ids), history.prompt_length)
-
-    def _new_link_part(self, message: pb.Activations) -> _LinkPart:
-        try:
-            header = header_of(message, message.rows)
-        except StepError as error:
-            raise invalid(str(error)) from error
-        expected = header.rows * self.spec.row_bytes
-        if message.total_bytes != expected:
-            raise invalid(
-                f"{header.rows} rows are {expected} bytes in this session's codec, {message.total_bytes} were announced"
-            )
-        self._check_order(header.step, self._link_part)
-        part = _LinkPart(header, bytearray(), expected, list(message.hops))
-        self._link_part[header.step] = part
-        return part
 
     def _check_order(self, step: int, waiting: Iterable[int]) -> None:
         """On one stream no step is left out, else what never becomes whole would pile up."""
-        newest = self._newest.header.step if self._newest else 0
-        expected = max(newest, *waiting, 0) + 1
+        expected = max(self.ledger.step, *waiting, 0) + 1
         if step > expected:
             raise invalid(f"step {step} is ahead; step {expected} comes next")
 
     def _take_credit(self, side: str, size: int) -> None:
-        self.last_used = time.monotonic()
+        self._last_used = time.monotonic()
         self._outstanding[side] += size
         if self._outstanding[side] > WINDOW_BYTES:
             raise SessionFailed(
@@ -215,7 +195,7 @@ class PeerSession:
         """Accept the step once every stream that carries a part of it has brought it."""
         from_client, from_link = self._client_part.get(step), self._link_part.get(step)
         needs_client = self.spec.is_head or self.spec.is_tail
-        if self._newest and step <= self._newest.header.step:
+        if step <= self.ledger.step:
             # A repeat: the client's word drives it at head and tail, the link's elsewhere.
             self._forget(step)
             if driver := from_client if needs_client else from_link:
@@ -228,68 +208,24 @@ class PeerSession:
             raise invalid(f"step {step} differs between the client's stream and the link")
         part = from_client or from_link
         assert part is not None
-        if self._accept(part.header, part.ids):
-            self._submit(part.header, from_client, from_link, time.monotonic_ns())
+        if entry := self._accept(part.header, part.ids):
+            self._submit(entry, from_client, from_link, time.monotonic_ns())
 
     def _forget(self, step: int) -> None:
         self._client_part.pop(step, None)
         self._link_part.pop(step, None)
 
-    def _accept(self, header: StepHeader, ids: tuple[int, ...]) -> bool:
-        """Advance the counters for a new step; re-send the answer of a repeated one. Raises SessionFailed."""
-        newest = self._newest
-        expected = newest.header.step + 1 if newest else 1
-        if newest and header.step == newest.header.step:
-            if (header.content, ids) != (newest.header.content, newest.ids):
-                raise invalid(f"step {header.step} was repeated with other content; a repeat must be the same")
-            self._answer(newest)
-            return False
-        if header.step != expected:
-            word = "stale" if header.step < expected else "ahead"
-            raise invalid(f"step {header.step} is {word}; step {expected} comes next")
-        self._length = self._check_base(header, newest)
-        if header.prefill:
-            self._length += header.rows
-        self._newest = _Accepted(header, ids)
-        return True
-
-    def _check_base(self, header: StepHeader, newest: _Accepted | None) -> int:
-        """Committed rows before this step, after its commit and rewind."""
-        length = self._length
-        if newest and not newest.header.prefill:
-            if not newest.finished:
-                raise invalid("one tree is in flight a session; wait for its result")
-            try:
-                check_path(newest.header.parents, header.commit)
-            except TreeError as error:
-                raise invalid(f"bad commit: {error}") from error
-            length += len(header.commit)
-        elif header.commit:
-            raise invalid("the step before left nothing to commit")
-        if header.rewind is not None:
-            if header.rewind > length:
-                raise invalid(f"cannot rewind to {header.rewind}: only {length} rows are cached")
-            length = header.rewind
-        if header.base != length:
-            raise invalid(f"base is {header.base}, but {length} rows are cached")
-        if length + header.rows > self.spec.reserve_tokens:
-            raise SessionFailed(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{length + header.rows} rows exceed the {self.spec.reserve_tokens} that this session reserved",
-            )
-        if length + max(depths(header.parents)) >= self.spec.context_length:
-            raise invalid(f"the model's context ends at position {self.spec.context_length - 1}")
-        if header.want_logits and header.rows * self.spec.vocab_size * 4 > ANSWER_BYTES:
-            raise invalid(f"logits of {header.rows} rows exceed an answer of {ANSWER_BYTES} bytes; ask for fewer rows")
-        if header.rows > self.spec.max_rows:
-            raise invalid(f"a step of {header.rows} rows; this peer takes up to {self.spec.max_rows}")
-        return length
+    def _accept(self, header: StepHeader, ids: tuple[int, ...]) -> Entry | None:
+        """The new step, if it is one; a repeat gets its answer again. Raises SessionFailed."""
+        entry = self.ledger.accept(header, ids)
+        if entry is None and self.ledger.newest:
+            self._answer(self.ledger.newest)
+        return entry
 
     def _submit(
-        self, header: StepHeader, from_client: _ClientPart | None, from_link: _LinkPart | None, received_ns: int
+        self, entry: Entry, from_client: ClientPart | None, from_link: LinkPart | None, received_ns: int
     ) -> None:
-        accepted = self._newest
-        assert accepted is not None
+        header = entry.header
         step = StepInput(
             ids=from_client.ids if from_client else (),
             hidden=from_link.hidden if from_link else bytearray(),
@@ -307,44 +243,93 @@ class PeerSession:
             deadline=time.monotonic() + header.deadline_ms / 1000 if header.deadline_ms else None,
         )
         hops = from_link.hops if from_link else []
+        self._run(step, lambda output: self._finished(entry, output, hops, received_ns))
+
+    def _replay(self, header: StepHeader, ids: tuple[int, ...], hidden: bytearray) -> None:
+        """Compute rows that another peer had computed before. Raises SessionFailed."""
+        self.ledger.replay(header)
+        step = StepInput(ids, hidden, header.parents, header.base, commit=None, rewind=None, prefill=True, sample=False)
+        self._run(step, lambda output: self._replayed(header, output))
+
+    def _run(self, step: StepInput, finished: Callable[[StepOutput], None]) -> None:
+        """`finished` hears of the output on the event loop, unless a resumption undid the step."""
 
         def done(result: StepOutput | StepFailed) -> None:
-            self._loop.call_soon_threadsafe(self._finished, accepted, result, hops, received_ns)
+            self._loop.call_soon_threadsafe(hand_over, result)
 
-        self._engine.submit(self.spec.session_id, step, done)
+        def hand_over(result: StepOutput | StepFailed) -> None:
+            if self._resuming:
+                return
+            self._running -= 1
+            self._last_used = time.monotonic()
+            if isinstance(result, StepFailed):
+                self.fail(SessionFailed(_STATUS.get(type(result), grpc.StatusCode.INTERNAL), str(result)))
+                return
+            finished(result)
+            self._return_credit()
+
+        self._running += 1
+        self._engine.submit(self.key, step, done)
 
     # Results.
 
-    def _finished(
-        self, accepted: _Accepted, result: StepOutput | StepFailed, hops: list[pb.Hop], received_ns: int
-    ) -> None:
-        if isinstance(result, StepFailed):
-            self.fail(SessionFailed(_STATUS.get(type(result), grpc.StatusCode.INTERNAL), str(result)))
-            return
-        if accepted.header.trace:
+    def _finished(self, entry: Entry, output: StepOutput, hops: list[pb.Hop], received_ns: int) -> None:
+        header = entry.header
+        if header.trace:
             hop = pb.Hop(
                 peer_id=self.spec.peer_id,
                 received_ns=received_ns,
-                start_ns=result.started_ns,
-                end_ns=result.ended_ns,
-                queue_ns=result.queued_ns,
+                start_ns=output.started_ns,
+                end_ns=output.ended_ns,
+                queue_ns=output.queued_ns,
             )
             hops = [*hops, hop]
-        accepted.finished = True
-        accepted.answer = (
-            result_frames(accepted.header, result, hops)
-            if self.spec.is_tail
-            else link_frames(accepted.header, result.hidden, hops)
+        entry.finished = True
+        if self._log:
+            self._log.settle(header.commit, header.rewind)
+            (self._log.append if header.prefill else self._log.hold)(output.hidden)
+        entry.answer = (
+            result_frames(header, output, hops) if self.spec.is_tail else link_frames(header, output.hidden, hops)
         )
-        self._answer(accepted)
-        self._return_credit()
+        self._answer(entry)
 
-    def _answer(self, accepted: _Accepted) -> None:
+    def _replayed(self, header: StepHeader, output: StepOutput) -> None:
+        if self._log:
+            self._log.append(output.hidden)
+        if self._passes_replay_on:
+            for frame in self._replay_frames(header.step, header.base, [output.hidden]):
+                self.downlink.send(frame)
+
+    def _replay_frames(self, step: int, base: int, chunks: Iterable[bytes]) -> Iterator[pb.LinkFrame]:
+        return replay_frames(step, self.epoch, base, chunks, self.spec.row_bytes)
+
+    def _resumed(self, message: pb.Resume, refusal: str) -> None:
+        """The compute thread went back; nothing of later steps comes from it any more."""
+        if message is not self._resuming:
+            return  # the client went on to another route meanwhile
+        if refusal:
+            self.fail(SessionFailed(grpc.StatusCode.ABORTED, refusal))
+            return
+        self._resuming = None
+        self._running = 0
+        self.ledger.resume(message.step, message.length, missing=message.length if message.replayed else 0)
+        self._passes_replay_on = message.replay and message.replayed
+        if self._log and message.replayed:
+            self._log.restart()
+        elif self._log:
+            self._log.resume(message.length, message.commit)
+            if message.replay and not self._log.lost:
+                self.downlink.restart(self._replay_frames(message.step, 0, self._log.chunks))
+        lost = message.replay and self._log is not None and self._log.lost
+        resumed = pb.Resumed(route_epoch=message.route_epoch, link_token=self.link_token, log_lost=lost)
+        self.send(pb.PeerFrame(resumed=resumed))
+
+    def _answer(self, entry: Entry) -> None:
         """Send the step's answer, again where it is a repeat. What nobody takes must not pile up."""
         queued = 0
-        for frame in accepted.answer or ():
+        for frame in entry.answer or ():
             if isinstance(frame, pb.PeerFrame):
-                queued = self._send(frame)
+                queued = self.send(frame)
             else:
                 frame.activations.route_epoch = self.epoch
                 queued = self.downlink.send(frame)
@@ -359,9 +344,9 @@ class PeerSession:
             self._outstanding[side] -= owed
             self._owed[side] = 0
             if side == "client":
-                self._send(pb.PeerFrame(credit=pb.Credit(bytes=owed)))
-            elif self.credit_upstream:
-                self.credit_upstream(owed)
+                self.send(pb.PeerFrame(credit=pb.Credit(bytes=owed)))
+            elif self._credit_upstream:
+                self._credit_upstream(owed)
 
     def _link_fault(self, peer_id: str, reason: str) -> None:
-        self._send(pb.PeerFrame(fault=pb.Fault(peer_id=peer_id, reason=reason, route_epoch=self.epoch)))
+        self.send(pb.PeerFrame(fault=pb.Fault(peer_id=peer_id, reason=reason, route_epoch=self.epoch)))

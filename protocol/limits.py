@@ -19,11 +19,13 @@ UNREAD_BYTES = 256 << 20
 MAX_ROWS = 2048
 TOP_LOGPROBS = 64
 
+# A peer that is silent for so long is gone: a ping goes out before, and its answer has the rest of the time.
 KEEPALIVE_S = 5.0
+PING_EVERY_S = 2.5
 
 _KEEPALIVE = [
-    ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
-    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1000)),
+    ("grpc.keepalive_time_ms", int(PING_EVERY_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int((KEEPALIVE_S - PING_EVERY_S) * 1000)),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
@@ -34,7 +36,14 @@ _SIZES = [
     # The window opens at once: a growing one would cost several round trips a prompt on a long link.
     ("grpc.http2.lookahead_bytes", 8 << 20),
 ]
-CHANNEL_OPTIONS = [*_KEEPALIVE, *_SIZES, ("grpc.use_local_subchannel_pool", 1)]
+CHANNEL_OPTIONS = [
+    *_KEEPALIVE,
+    *_SIZES,
+    ("grpc.use_local_subchannel_pool", 1),
+    # A peer that comes back is dialed within seconds, not minutes.
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
 SERVER_OPTIONS = [
     *_KEEPALIVE,
     *_SIZES,

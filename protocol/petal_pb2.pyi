@@ -190,7 +190,7 @@ class Want(_message.Message):
     def __init__(self, top_logprobs: _Optional[int] = ..., logits: bool = ..., hidden: bool = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "client_id", "protocol", "required_features", "model_digest", "start", "end", "reserve_tokens", "codec", "route_epoch", "fork_of", "exact", "adapter_id", "priority", "trace_id", "block_prompts")
+    __slots__ = ("session_id", "client_id", "protocol", "required_features", "model_digest", "start", "end", "reserve_tokens", "codec", "route_epoch", "fork_of", "exact", "adapter_id", "priority", "trace_id", "block_prompts", "resume")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +207,7 @@ class Open(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TRACE_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     client_id: bytes
     protocol: int
@@ -223,7 +224,40 @@ class Open(_message.Message):
     priority: int
     trace_id: bytes
     block_prompts: bytes
-    def __init__(self, session_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., protocol: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., reserve_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., route_epoch: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., exact: bool = ..., adapter_id: _Optional[str] = ..., priority: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., block_prompts: _Optional[bytes] = ...) -> None: ...
+    resume: Resume
+    def __init__(self, session_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., protocol: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., reserve_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., route_epoch: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., exact: bool = ..., adapter_id: _Optional[str] = ..., priority: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., block_prompts: _Optional[bytes] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("route_epoch", "step", "length", "commit", "replayed", "replay")
+    ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_FIELD_NUMBER: _ClassVar[int]
+    route_epoch: int
+    step: int
+    length: int
+    commit: _containers.RepeatedScalarFieldContainer[int]
+    replayed: bool
+    replay: bool
+    def __init__(self, route_epoch: _Optional[int] = ..., step: _Optional[int] = ..., length: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., replayed: bool = ..., replay: bool = ...) -> None: ...
+
+class Resumed(_message.Message):
+    __slots__ = ("route_epoch", "link_token", "log_lost")
+    ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LINK_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LOG_LOST_FIELD_NUMBER: _ClassVar[int]
+    route_epoch: int
+    link_token: bytes
+    log_lost: bool
+    def __init__(self, route_epoch: _Optional[int] = ..., link_token: _Optional[bytes] = ..., log_lost: bool = ...) -> None: ...
+
+class Draining(_message.Message):
+    __slots__ = ("grace_ms",)
+    GRACE_MS_FIELD_NUMBER: _ClassVar[int]
+    grace_ms: int
+    def __init__(self, grace_ms: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("link_token", "window_bytes", "max_rows", "protocol", "features")
@@ -258,7 +292,7 @@ class Linked(_message.Message):
     def __init__(self, route_epoch: _Optional[int] = ..., window_bytes: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "route_epoch", "base", "commit", "rewind", "ids", "parents", "prefill", "sample", "want", "sampling", "history", "op", "embeddings", "trace", "deadline_ms")
+    __slots__ = ("step", "route_epoch", "base", "commit", "rewind", "ids", "parents", "prefill", "sample", "want", "sampling", "history", "op", "embeddings", "trace", "deadline_ms", "replay")
     STEP_FIELD_NUMBER: _ClassVar[int]
     ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +309,7 @@ class Step(_message.Message):
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_FIELD_NUMBER: _ClassVar[int]
     step: int
     route_epoch: int
     base: int
@@ -291,7 +326,8 @@ class Step(_message.Message):
     embeddings: bytes
     trace: bool
     deadline_ms: int
-    def __init__(self, step: _Optional[int] = ..., route_epoch: _Optional[int] = ..., base: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., rewind: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., prefill: bool = ..., sample: bool = ..., want: _Optional[_Union[Want, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., history: _Optional[_Union[History, _Mapping]] = ..., op: _Optional[_Union[Op, str]] = ..., embeddings: _Optional[bytes] = ..., trace: bool = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    replay: bool
+    def __init__(self, step: _Optional[int] = ..., route_epoch: _Optional[int] = ..., base: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., rewind: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., prefill: bool = ..., sample: bool = ..., want: _Optional[_Union[Want, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., history: _Optional[_Union[History, _Mapping]] = ..., op: _Optional[_Union[Op, str]] = ..., embeddings: _Optional[bytes] = ..., trace: bool = ..., deadline_ms: _Optional[int] = ..., replay: bool = ...) -> None: ...
 
 class Route(_message.Message):
     __slots__ = ("route_epoch",)
@@ -300,16 +336,18 @@ class Route(_message.Message):
     def __init__(self, route_epoch: _Optional[int] = ...) -> None: ...
 
 class ClientFrame(_message.Message):
-    __slots__ = ("open", "link_to", "step", "route")
+    __slots__ = ("open", "link_to", "step", "route", "resume")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     LINK_TO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     open: Open
     link_to: LinkTo
     step: Step
     route: Route
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., link_to: _Optional[_Union[LinkTo, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ...) -> None: ...
+    resume: Resume
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., link_to: _Optional[_Union[LinkTo, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
 
 class Hop(_message.Message):
     __slots__ = ("peer_id", "received_ns", "start_ns", "end_ns", "queue_ns")
@@ -380,18 +418,22 @@ class Credit(_message.Message):
     def __init__(self, bytes: _Optional[int] = ...) -> None: ...
 
 class PeerFrame(_message.Message):
-    __slots__ = ("opened", "linked", "result", "credit", "fault")
+    __slots__ = ("opened", "linked", "result", "credit", "fault", "resumed", "draining")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     LINKED_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     linked: Linked
     result: Result
     credit: Credit
     fault: Fault
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., linked: _Optional[_Union[Linked, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ...) -> None: ...
+    resumed: Resumed
+    draining: Draining
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., linked: _Optional[_Union[Linked, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
 
 class LinkHello(_message.Message):
     __slots__ = ("session_id", "token", "route_epoch")
@@ -404,7 +446,7 @@ class LinkHello(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., token: _Optional[bytes] = ..., route_epoch: _Optional[int] = ...) -> None: ...
 
 class Activations(_message.Message):
-    __slots__ = ("step", "route_epoch", "base", "commit", "rewind", "parents", "rows", "prefill", "sample", "want", "hidden", "total_bytes", "trace", "hops", "deadline_ms")
+    __slots__ = ("step", "route_epoch", "base", "commit", "rewind", "parents", "rows", "prefill", "sample", "want", "hidden", "total_bytes", "trace", "hops", "deadline_ms", "replay")
     STEP_FIELD_NUMBER: _ClassVar[int]
     ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -420,6 +462,7 @@ class Activations(_message.Message):
     TRACE_FIELD_NUMBER: _ClassVar[int]
     HOPS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_FIELD_NUMBER: _ClassVar[int]
     step: int
     route_epoch: int
     base: int
@@ -435,7 +478,8 @@ class Activations(_message.Message):
     trace: bool
     hops: _containers.RepeatedCompositeFieldContainer[Hop]
     deadline_ms: int
-    def __init__(self, step: _Optional[int] = ..., route_epoch: _Optional[int] = ..., base: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., rewind: _Optional[int] = ..., parents: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., prefill: bool = ..., sample: bool = ..., want: _Optional[_Union[Want, _Mapping]] = ..., hidden: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., trace: bool = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    replay: bool
+    def __init__(self, step: _Optional[int] = ..., route_epoch: _Optional[int] = ..., base: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., rewind: _Optional[int] = ..., parents: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., prefill: bool = ..., sample: bool = ..., want: _Optional[_Union[Want, _Mapping]] = ..., hidden: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., trace: bool = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., deadline_ms: _Optional[int] = ..., replay: bool = ...) -> None: ...
 
 class LinkFrame(_message.Message):
     __slots__ = ("hello", "activations")

@@ -30,6 +30,7 @@ class StepHeader:
     want_hidden: bool
     trace: bool
     deadline_ms: int
+    replay: bool
 
     @property
     def rows(self) -> int:
@@ -65,6 +66,8 @@ def header_of(message: pb.Step | pb.Activations, rows: int) -> StepHeader:
         raise StepError(str(error)) from error
     if message.prefill and parents != chain(rows):
         raise StepError("a prefill chunk is a chain, not a tree")
+    if message.replay and (message.sample or not message.prefill or message.commit or message.HasField("rewind")):
+        raise StepError("replayed rows are a prefill that samples, commits and rewinds nothing")
     if message.want.top_logprobs > TOP_LOGPROBS:
         raise StepError(f"top_logprobs is {message.want.top_logprobs}; at most {TOP_LOGPROBS} are returned")
     return StepHeader(
@@ -81,6 +84,7 @@ def header_of(message: pb.Step | pb.Activations, rows: int) -> StepHeader:
         want_hidden=message.want.hidden,
         trace=message.trace,
         deadline_ms=message.deadline_ms,
+        replay=message.replay,
     )
 
 
