@@ -1,6 +1,6 @@
-/* y[rows][out] = x[rows][in] * w^T + bias, w packed as panels[ceil(out / 32)][in][32]. */
+#include "linear.h"
+
 #include "crew.h"
-#include "tile.h"
 
 #include <stdlib.h>
 
@@ -12,22 +12,11 @@ enum {
     TOO_SMALL = 32 * 1024, /* multiply-adds below which waking a thread costs more than it saves */
 };
 
-typedef struct {
-    float *y;
-    const float *x;
-    const char *panels;
-    const float *bias; /* padded to whole panels */
-    long rows, in, out;
-    long half;         /* panels are bfloat16 */
-    long wide, height; /* panels and rows of a chunk */
-    float *tiles;      /* x again, tile by tile as [in][rows], where many tiles read it; else null */
-} linear_t;
-
 /* One tile, for the panels that reach past `out` through a private copy. */
 static void run_tile(const linear_t *c, long row, long rows, long k, long depth, const char *w, long column,
                      ahead_t ahead)
 {
-    const float *x = c->tiles ? c->tiles + row * c->in + k * rows : c->x + row * c->in + k;
+    const float *x = c->tiles ? (float *)c->tiles + row * c->in + k * rows : c->x + row * c->in + k;
     long x_row = c->tiles ? 1 : c->in, x_step = c->tiles ? rows : 1;
     const float *start = k ? 0 : c->bias + column;
     float *y = c->y + row * c->out + column;
@@ -40,7 +29,7 @@ static void run_tile(const linear_t *c, long row, long rows, long k, long depth,
         y_row = PANEL;
     }
     if (c->half)
-        tile_half(rows, depth, x, x_row, x_step, (const uint16_t *)w, PANEL, y, y_row, start, ahead);
+        tile_half(rows, depth, x, x_row, x_step, (const uint16_t *)w, y, y_row, start, ahead);
     else
         tile_float(rows, depth, x, x_row, x_step, (const float *)w, PANEL, y, y_row, start, ahead);
     if (width < PANEL)
@@ -54,7 +43,7 @@ static void run_panel(const linear_t *c, long panel, long first, long last)
     long line = PANEL * (c->half ? 2 : 4);
     for (long k = 0; k < c->in; k += DEPTH) {
         long depth = c->in - k < DEPTH ? c->in - k : DEPTH;
-        const char *w = c->panels + (panel * c->in + k) * line;
+        const char *w = c->panels + (panel * c->depth + k) * line;
         long tiles = (last - first + TILE - 1) / TILE;
         long lines = (line / 8 + tiles - 1) / tiles;
         ahead_t ahead = {w + (tiles > 1 ? depth * line : STREAM_AHEAD), lines};
@@ -73,22 +62,30 @@ static void pack_block(void *job, long block)
     long first = block * c->height, last = first + c->height < c->rows ? first + c->height : c->rows;
     for (long row = first, rows; row < last; row += rows) {
         rows = tile_rows(last - row);
-        float *tile = c->tiles + row * c->in;
+        float *tile = (float *)c->tiles + row * c->in;
         for (long m = 0; m < rows; m++)
             for (long k = 0; k < c->in; k++)
                 tile[k * rows + m] = c->x[(row + m) * c->in + k];
     }
 }
 
-/* Room for packed tiles, kept by each calling thread: fresh memory would cost a fault a page. */
-static float *scratch(long floats)
+static void round_row(void *job, long row)
 {
-    static __thread float *room;
+    const linear_t *c = job;
+    const float *from = c->x + row * c->in;
+    float *to = (float *)c->tiles + row * c->in;
+    for (long k = 0; k < c->in; k++)
+        to[k] = half_to_float(float_to_half(from[k]));
+}
+
+void *scratch(long bytes)
+{
+    static __thread void *room;
     static __thread long size;
-    if (floats > size) {
+    if (bytes > size) {
         free(room);
-        room = malloc((size_t)floats * sizeof *room);
-        size = room ? floats : 0;
+        room = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
+        size = room ? bytes : 0;
     }
     return room;
 }
@@ -96,36 +93,60 @@ static float *scratch(long floats)
 /* Whole panels [from, to) for the few rows of one tile; returns the first panel that is left. */
 static long run_streams(const linear_t *c, long from, long to)
 {
-    long wide = stream_width(c->rows), w_panel = c->in * PANEL * (c->half ? 2 : 4);
+    long wide = stream_width(c->rows), w_panel = c->depth * PANEL * (c->half ? 2 : 4);
     for (; from + wide <= to && (from + wide) * PANEL <= c->out; from += wide)
         tile_stream(c->rows, c->half, c->in, c->x, c->in, c->panels + from * w_panel, w_panel, c->y + from * PANEL,
                     c->out, c->bias + from * PANEL);
     return from;
 }
 
-/* A chunk is `wide` panels for a block of rows. */
 static void run_chunk(void *job, long chunk)
 {
     const linear_t *c = job;
-    long count = (c->out + PANEL - 1) / PANEL, across = (count + c->wide - 1) / c->wide;
-    long from = chunk % across * c->wide, to = from + c->wide < count ? from + c->wide : count;
-    long first = chunk / across * c->height, last = first + c->height < c->rows ? first + c->height : c->rows;
+    part_t part = part_of(c, chunk);
+    long panel = part.from;
     if (stream_width(c->rows))
-        from = run_streams(c, from, to);
-    for (; from < to; from++)
-        run_panel(c, from, first, last);
+        panel = run_streams(c, panel, part.to);
+    for (; panel < part.to; panel++)
+        run_panel(c, panel, part.first, part.last);
 }
 
-void petal_linear(float *y, const float *x, const void *panels, const float *bias, long in, long out, long half,
-                  long rows, long threads)
+static int run_tiles(linear_t *c, long threads)
 {
-    linear_t c = {y, x, panels, bias, rows, in, out, half};
-    c.wide = stream_width(rows) ? stream_width(rows) : 1;
-    c.height = CACHED / in > LOWEST ? CACHED / in / TILE * TILE : LOWEST;
-    long across = ((out + PANEL - 1) / PANEL + c.wide - 1) / c.wide;
-    long chunks = (rows + c.height - 1) / c.height * across;
+    bool many = c->rows > MANY;
+    long values = c->rows * c->in;
+    float *room = c->half || many ? scratch(values * (c->half + many) * (long)sizeof *room) : 0;
+    if ((c->half || many) && !room)
+        return 1;
+    c->wide = stream_width(c->rows) ? stream_width(c->rows) : 1;
+    c->height = CACHED / c->in > LOWEST ? CACHED / c->in / TILE * TILE : LOWEST;
+    if (c->half) {
+        c->tiles = room;
+        crew_run(threads, c->rows, round_row, c);
+        c->x = room;
+        room += values;
+    }
+    c->tiles = many ? room : 0;
+    if (many)
+        crew_run(threads, (c->rows + c->height - 1) / c->height, pack_block, c);
+    crew_run(threads, count_parts(c), run_chunk, c);
+    return 0;
+}
+
+int petal_matrix_unit(void) { return amx_ready(); }
+
+/* Nonzero, with y unfinished, where memory lacks. */
+int petal_linear(float *y, const float *x, const void *panels, const float *bias, long in, long out, long half,
+                 long rows, long threads)
+{
+    long depth = half ? (in + DEPTH_UNIT - 1) / DEPTH_UNIT * DEPTH_UNIT : in;
+    linear_t c = {y, x, panels, bias, rows, in, out, depth, half};
     threads = rows * in * out < TOO_SMALL ? 1 : threads;
-    if (rows > MANY && (c.tiles = scratch(rows * in)))
-        crew_run(threads, (rows + c.height - 1) / c.height, pack_block, &c);
-    crew_run(threads, chunks, run_chunk, &c);
+    if (!half || !amx_ready())
+        return run_tiles(&c, threads);
+    c.tiles = scratch(rows * depth * 2);
+    if (!c.tiles)
+        return 1;
+    amx_run(&c, threads);
+    return 0;
 }

@@ -14,34 +14,39 @@ from . import native
 
 PANEL = 32  # columns packed side by side; PANEL of tile.h
 TILE = 16  # rows of one product where there are no native kernels
+# Steps of depth that are neighbours in a panel, and the unit that its depth is rounded up to; see linear.h.
+_PAIRING = {torch.float32: (1, 1), torch.bfloat16: (2, 32)}
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b in float32: each y[m, n] is one chain of fused multiply-adds over increasing input index.
+    """y = x Wᵀ + b with float32 sums, each added up in one order that neither other rows nor threads change.
 
-    So a row's bits depend on that row and the weights only, never on the number of rows or threads. Only the packed
-    weights are kept, on the CPU: `panels` is [⌈out / 32⌉, in, 32] in the weights' dtype, zero-padded like `bias`.
-    There are no gradients.
+    So a row's bits depend on that row and the weights only. With bfloat16 weights x is rounded to bfloat16 as well:
+    products are exact, and `arithmetic` says whose order the sums have. Only the packed weights are kept, on the CPU:
+    `panels` is [⌈out / 32⌉, in, 32, 1] in float32, [⌈out / 32⌉, in / 2 rounded up to 16, 32, 2] in bfloat16,
+    zero-padded like `bias`. There are no gradients.
     """
 
     panels: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight: [out, in], float32 or bfloat16 (half the bytes; products are still float32). bias: [out].
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        """weight: [out, in], bias: [out]. dtype: float32 or bfloat16, the weight's own by default.
 
         Raises TypeError for another dtype, ValueError for another shape.
         """
         super().__init__()
-        if weight.dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"weights are float32 or bfloat16, not {weight.dtype}")
+        dtype = dtype or weight.dtype
+        if dtype not in _PAIRING:
+            raise TypeError(f"weights are float32 or bfloat16, not {dtype}")
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             raise ValueError(f"weight {tuple(weight.shape)} and bias do not make a linear layer")
         self.out_features, self.in_features = weight.shape
-        count = -(-self.out_features // PANEL)
-        panels = weight.new_zeros(count, self.in_features, PANEL)
+        pair, unit = _PAIRING[dtype]
+        count, padding = -(-self.out_features // PANEL), -self.in_features % unit
+        panels = weight.new_zeros(count, (self.in_features + padding) // pair, PANEL, pair, dtype=dtype)
         for panel, rows in zip(panels, weight.detach().split(PANEL), strict=True):
-            panel[:, : len(rows)] = rows.T
+            panel[:, : len(rows)] = F.pad(rows, (0, padding)).view(len(rows), -1, pair).transpose(0, 1)
         padded = torch.zeros(count * PANEL, dtype=torch.float32, device=weight.device)
         if bias is not None:
             padded[: self.out_features] = bias.detach()
@@ -61,7 +66,8 @@ class PackedLinear(nn.Module):
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features)
         rows = x.numel() // self.in_features
-        product(y.data_ptr(), x.data_ptr(), *self._fixed_arguments(), rows, native.threads())
+        if product(y.data_ptr(), x.data_ptr(), *self._fixed_arguments(), rows, native.threads()):
+            raise MemoryError(f"no memory to pack {rows} rows of {self.in_features} values")
         return y
 
     def _fixed_arguments(self) -> tuple[int, ...]:
@@ -79,16 +85,18 @@ class PackedLinear(nn.Module):
 
     def _tiled(self, x: Tensor) -> Tensor:
         """The same contract in torch: every product has TILE rows, so its bits do not depend on their number."""
+        weights = self.panels.transpose(1, 2).flatten(2).transpose(1, 2).float()
+        x = F.pad(x.to(self.panels.dtype).float(), (0, weights.shape[1] - self.in_features))
         y = x.new_empty(len(x), self.out_features)
         for out, rows in zip(y.split(TILE), x.split(TILE), strict=True):
             tile = F.pad(rows, (0, 0, 0, TILE - len(rows)))
-            product = torch.matmul(tile, self.panels.float()).transpose(0, 1).reshape(TILE, -1) + self.bias
+            product = torch.matmul(tile, weights).transpose(0, 1).reshape(TILE, -1) + self.bias
             out.copy_(product[: len(rows), : self.out_features])
         return y
 
     def dense(self) -> Tensor:
         """The weights as [out, in], unpacked."""
-        return self.panels.transpose(1, 2).flatten(0, 1)[: self.out_features]
+        return self.panels.transpose(1, 2).flatten(2).flatten(0, 1)[: self.out_features, : self.in_features]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.panels.dtype}"
@@ -101,5 +109,13 @@ def _product() -> Callable[..., None] | None:
         return None
     function = library.petal_linear
     function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 5
-    function.restype = None
+    function.restype = ctypes.c_int
     return function
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """What computes the products: layers of one dtype agree bit by bit where this is equal."""
+    library = native.library()
+    if library is None:
+        return f"torch-{torch.__version__}"
+    return "amx" if dtype == torch.bfloat16 and library.petal_matrix_unit() else "native"

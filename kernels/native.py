@@ -38,6 +38,7 @@ def set_threads(count: int | None) -> None:
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None where `PETAL_NATIVE=0` is set, there is no C compiler or the build fails.
 
+    `PETAL_NATIVE=portable` leaves the matrix unit out: bits as on any processor, for exact mode over mixed machines.
     Built files are kept in `$XDG_CACHE_HOME/petal/native` (default `~/.cache`). Calls release the interpreter lock.
     """
     if os.environ.get("PETAL_NATIVE") == "0":
@@ -52,16 +53,17 @@ def library() -> ctypes.CDLL | None:
 
 def _built() -> Path:
     compiler = shlex.split(os.environ.get("CC", "cc"))
+    flags = [*FLAGS, "-DPETAL_PORTABLE"] if os.environ.get("PETAL_NATIVE") == "portable" else FLAGS
     files = sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")])
     version = _run([*compiler, "--version"])
-    identity = [*compiler, *FLAGS, version, _cpu(), *(file.read_text() for file in files)]
+    identity = [*compiler, *flags, version, _cpu(), *(file.read_text() for file in files)]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petal" / "native"
     target = cache / f"{digest}.so"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _run([*compiler, *FLAGS, "-c", *(str(file) for file in files if file.suffix == ".c")], folder)
+            _run([*compiler, *flags, "-c", *(str(file) for file in files if file.suffix == ".c")], folder)
             objects = sorted(str(file) for file in Path(folder).glob("*.o"))
             _run([*compiler, "-shared", "-pthread", "-o", "out.so", *objects, "-lm"], folder)
             os.replace(Path(folder) / "out.so", target)  # atomic: several processes may build at once

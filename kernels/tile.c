@@ -2,14 +2,16 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE void load_panel(const void *w, long at, int half, f32x16 *a, f32x16 *b)
+/* Step k of depth. */
+INLINE void load_panel(const void *w, long k, long w_row, int half, f32x16 *a, f32x16 *b)
 {
     if (half) {
-        const uint16_t *p = (const uint16_t *)w + at;
-        *a = load_half(p);
-        *b = load_half(p + LANES);
+        const u32x16 *pair = (const u32x16 *)((const uint16_t *)w + (k & ~1L) * w_row);
+        int shift = k & 1 ? 0 : 16; /* the even step is the lower half of each pair */
+        *a = (f32x16)(pair[0] << shift & 0xffff0000);
+        *b = (f32x16)(pair[1] << shift & 0xffff0000);
     } else {
-        const float *p = (const float *)w + at;
+        const float *p = (const float *)w + k * w_row;
         *a = *(const f32x16 *)p;
         *b = *(const f32x16 *)(p + LANES);
     }
@@ -39,7 +41,7 @@ INLINE void tile(const int rows, const int half, long depth, const float *x, lon
             __builtin_prefetch(ahead.next, 0, 3);
         for (; k < stop; k++) {
             f32x16 a, b;
-            load_panel(w, k * w_row, half, &a, &b);
+            load_panel(w, k, w_row, half, &a, &b);
 #pragma GCC unroll 12
             for (int m = 0; m < rows; m++) {
                 float scale = x[m * x_row + k * x_step];
@@ -72,10 +74,10 @@ INLINE void stream(const int rows, const int wide, const int half, long depth, c
         f32x16 column[2 * STREAM_PANELS];
 #pragma GCC unroll 8
         for (int p = 0; p < wide; p++) {
-            const char *from = w + p * w_panel + k * line;
+            const char *from = w + p * w_panel;
             for (long byte = 0; byte < line; byte += 64)
-                __builtin_prefetch(from + STREAM_AHEAD + byte, 0, 3);
-            load_panel(from, 0, half, &column[2 * p], &column[2 * p + 1]);
+                __builtin_prefetch(from + k * line + STREAM_AHEAD + byte, 0, 3);
+            load_panel(from, k, PANEL, half, &column[2 * p], &column[2 * p + 1]);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < rows; m++) {
@@ -117,9 +119,10 @@ void tile_float(long rows, long depth, const float *x, long x_row, long x_step, 
     switch (rows) { ANY_ROWS(0) }
 }
 
-void tile_half(long rows, long depth, const float *x, long x_row, long x_step, const uint16_t *w, long w_row, float *y,
-               long y_row, const float *start, ahead_t ahead)
+void tile_half(long rows, long depth, const float *x, long x_row, long x_step, const uint16_t *w, float *y, long y_row,
+               const float *start, ahead_t ahead)
 {
+    const long w_row = PANEL;
     switch (rows) { ANY_ROWS(1) }
 }
 

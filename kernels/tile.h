@@ -35,12 +35,12 @@ typedef struct {
 } ahead_t;
 
 /* y continues from its stored value, or from start[32] where start is given. Distances between rows (x_row, w_row,
- * y_row) are in elements; x_step, between steps of depth, is 1, or `rows` where x_row is 1. w holds bfloat16 in
- * tile_half. */
+ * y_row) are in elements; x_step, between steps of depth, is 1, or `rows` where x_row is 1. In tile_half w is
+ * w[depth / 2][32][2] in bfloat16. */
 void tile_float(long rows, long depth, const float *x, long x_row, long x_step, const float *w, long w_row, float *y,
                 long y_row, const float *start, ahead_t ahead);
-void tile_half(long rows, long depth, const float *x, long x_row, long x_step, const uint16_t *w, long w_row, float *y,
-               long y_row, const float *start, ahead_t ahead);
+void tile_half(long rows, long depth, const float *x, long x_row, long x_step, const uint16_t *w, float *y, long y_row,
+               const float *start, ahead_t ahead);
 
 /* Panels that `rows` rows walk at once; 0 where they are too many for it. */
 int stream_width(long rows);
