@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels.attention import attend
 from ..kernels.plan import AttentionPlan
+from . import cached
 from .pool import PAGE, KVPool, SessionCache
 from .span import Span
 
@@ -46,6 +47,8 @@ class Executor:
         bases = [segment.cache.length for segment in segments]
         for segment in segments:
             self._pool.append(segment.cache, len(segment.rows))
+        if not self._span.ragged:
+            return [cached.forward(self._span, self._pool, s.cache, s.rows, s.parents, blocks) for s in segments]
         counts = [len(segment.rows) for segment in segments]
         plans = self._plans(segments, bases, counts)
         pool = self._pool

@@ -152,6 +152,21 @@ class KVPool:
             for cache in caches:
                 assert len(cache.tables[g]) == -(-(cache.length + cache.pending) // PAGE)
 
+    def read(self, cache: SessionCache, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer in any shape of slots, [*slots, kv_heads, width] each."""
+        at = self._at(cache, layer, slots)
+        return self.keys[layer][at], self.values[layer][at]
+
+    def write(self, cache: SessionCache, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values, as `read` gives them, in pending slots."""
+        at = self._at(cache, layer, slots)
+        self.keys[layer][at] = keys.to(self.keys[layer].dtype)
+        self.values[layer][at] = values.to(self.values[layer].dtype)
+
+    def _at(self, cache: SessionCache, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        pages = torch.tensor(cache.tables[self.group_of[layer]])
+        return pages[slots // PAGE], slots % PAGE
+
     def _require(self, cache: SessionCache, first: int, end: int) -> None:
         """Raise PoolExhausted unless there are pages to make slots [first, end) exist and be writable."""
         for group, table in zip(self.groups, cache.tables, strict=True):

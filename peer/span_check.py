@@ -1,0 +1,219 @@
+"""A fresh span compares itself with transformers' own way to run its modules, and settles how it will be run.
+
+Nothing here knows a family. A span that gives other hidden states when its rows are cut in two, when its blocks run one
+by one, or behind another prompt needs more than hidden states, keys and values, and is refused. One whose rows give the
+same in a ragged row as in transformers' own attention runs ragged, any other runs cached.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from ..protocol.checkpoint import CheckpointError
+from .span_forward import LayerSpec, Span, attention_options
+from .span_run import EAGER, RAGGED, Attend, Run, choose_attention, current, ragged_attention
+
+log = logging.getLogger(__name__)
+
+_PROBE = "petal-probe"
+_ROWS = 6
+# Largest difference as a share of what the blocks change. Wrong attention differs by tenths.
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
+_MASKED = -1e30
+
+
+class _NotRagged(Exception):
+    """Why a span cannot run ragged."""
+
+
+def settle(span: Span, dtype: torch.dtype) -> None:
+    """Fill in `span.layers` and `span.ragged`; `dtype` is that of the weights.
+
+    Raises CheckpointError for a span that cannot be served.
+    """
+    family = type(span.model).__name__
+    # What modules of any author may raise is without number.
+    try:
+        sample = _Sample(span, _TOLERANCE[dtype])
+        sample.check_cuts()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{family} cannot be served: a pass over transformers' cache fails ({type(error).__name__}: {error})."
+        ) from error
+    try:
+        sample.check_ragged()
+    except Exception as error:
+        log.debug("%s runs cached: %s: %s", family, type(error).__name__, error)
+        choose_attention(span.model, EAGER)
+        span.layers, span.ragged = sample.specs, False
+
+
+class _Sample:
+    """A few rows that go through a span in every way that should not matter."""
+
+    def __init__(self, span: Span, tolerance: float) -> None:
+        self.span, self.tolerance = span, tolerance
+        self.positions = torch.arange(_ROWS)
+        self.rows, self.others = self._rows(0), self._rows(1)
+        self.entry = self._through(Run(range(0)), self.rows)
+        self.whole, cached = span.forward_cached(self.rows[None], self.positions[None], [])
+        self.specs = [LayerSpec(k.shape[1], k.shape[3], v.shape[3], None) for k, v in cached]
+        if any(k.shape[2] != _ROWS or v.shape[2] != _ROWS for k, v in cached):
+            raise self._stateful()
+
+    def check_cuts(self) -> None:
+        """Raise CheckpointError unless rows and blocks may be cut anywhere."""
+        span, cut = self.span, _ROWS // 2
+        _, past = span.forward_cached(self.rows[None, :cut], self.positions[None, :cut], [])
+        second, _ = span.forward_cached(self.rows[None, cut:], self.positions[None, cut:], past)
+        if self._differs(second[0], slice(cut, None)):
+            raise self._stateful()
+        hidden = self.entry
+        for block in range(span.start, span.end):
+            hidden = self._through(Run(range(block, block + 1), hidden[None]), self.others)
+        if self._differs(hidden):
+            family = type(span.model).__name__
+            raise CheckpointError(f"{family} cannot be served: its blocks share more than their hidden states.")
+
+    def check_ragged(self) -> None:
+        """Settle the span as ragged, or raise whatever tells that it is not."""
+        span = self.span
+        span.layers = self._probe()
+        span.ragged = True
+        choose_attention(span.model, RAGGED)
+        # Rows in any order, and a stranger far away in the same forward.
+        order = torch.tensor([0, 3, 1, 5, 2, 4, 0])
+        session = torch.tensor([0] * _ROWS + [1])
+        positions = self.positions[order]
+        positions[-1] = span.context_length - 1
+        hidden = span.forward(self.rows[order], positions, _attention(session, positions))
+        if self._differs(hidden[order[:-1].argsort()]):
+            raise _NotRagged("rows of a ragged row differ from transformers' own attention")
+
+    def _rows(self, seed: int) -> Tensor:
+        noise = torch.Generator().manual_seed(seed)
+        if self.span.start == 0:
+            return torch.randint(self.span.vocab_size, (_ROWS,), generator=noise)
+        return torch.randn(_ROWS, self.span.hidden_size, generator=noise)
+
+    @torch.inference_mode()
+    def _through(self, run: Run, rows: Tensor) -> Tensor:
+        return self.span.through(run, rows[None], self.positions[None])[0]
+
+    def _differs(self, hidden: Tensor, rows: slice = slice(None)) -> bool:
+        change = (self.whole[0] - self.entry).abs().max()
+        return not bool((hidden - self.whole[0, rows]).abs().max() <= self.tolerance * change)
+
+    def _stateful(self) -> CheckpointError:
+        return CheckpointError(
+            f"{type(self.span.model).__name__} cannot be served: its blocks keep state besides keys and values, as "
+            "state-space and linear-attention layers do."
+        )
+
+    def _probe(self) -> list[LayerSpec]:
+        """What each block caches, and its window by the mask that its model makes; raises _NotRagged for a bias."""
+        span, found = self.span, dict[int, LayerSpec]()
+        attend = _attention(torch.zeros(_ROWS), self.positions)
+        run = Run(range(span.start, span.end))
+
+        def record(
+            block: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+        ) -> Tensor:
+            if block in found:
+                raise _NotRagged("a block attends twice")
+            if mask is None:
+                raise _NotRagged("a block attends without a mask")
+            window = run.windows[round(mask.min().item() / _MASKED) - 1]
+            distance = self.positions[:, None] - self.positions
+            seen = (distance >= 0) & (distance < (window or _ROWS))
+            if not torch.equal(mask == 0, seen.expand_as(mask)):
+                raise _NotRagged("a block adds a bias to its scores")
+            found[block] = LayerSpec(key.shape[1], key.shape[2], value.shape[2], window)
+            return attend(block, query, key, value, window=window, **attention_options(query, options))
+
+        run.attend = record
+        choose_attention(span.model, _PROBE)
+        self._through(run, self.rows)
+        if len(found) != span.end - span.start:
+            raise _NotRagged("blocks do not use the attention interface")
+        return [found[block] for block in range(span.start, span.end)]
+
+
+def _attention(session: Tensor, positions: Tensor) -> Attend:
+    """Plain attention of rows in any order: a row sees rows of its session up to its own position."""
+
+    def attend(
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        group = query.shape[1] // key.shape[1]
+        scores = torch.einsum("nhd,mhd->hnm", query, key.repeat_interleave(group, 1)) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = positions[:, None] - positions
+        seen = (session[:, None] == session) & (distance >= 0) & (distance < (window or torch.inf))
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(query), 1)), 2)
+        weights = scores.softmax(2)[:, :, : len(key)]
+        return torch.einsum("hnm,mhd->nhd", weights, value.repeat_interleave(group, 1)).contiguous()
+
+    return attend
+
+
+def _note_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """transformers' mask interface: the mask, in values that tell which of the run's masks it is."""
+    assert mask_function is not None
+    run = current()
+    run.windows.append(_window_of(mask_function, options["config"].get_text_config()))
+    rows, columns = torch.arange(q_length) + q_offset, torch.arange(kv_length) + kv_offset
+    seen = _seen(mask_function, rows, columns)
+    return torch.where(seen, 0.0, _MASKED * len(run.windows)).expand(batch_size, 1, q_length, kv_length)
+
+
+def _window_of(mask_function: Callable[..., Tensor], config: Any) -> int | None:
+    """How far back a row sees; raises _NotRagged where that is not all, or not a number of positions."""
+    last = (getattr(config, "max_position_embeddings", None) or 2048) - 1
+    windows = set()
+    for row in {last, last // 2, last // 3}:
+        seen = _seen(mask_function, torch.tensor([row]), torch.arange(row + 1))[0]
+        first = int(seen.int().argmax())
+        if not seen[first:].all():
+            raise _NotRagged("a row sees positions in pieces")
+        windows.add(row + 1 - first if first else None)
+    if len(windows - {None}) > 1:
+        raise _NotRagged("a row sees more or less of the past by its position")
+    return max(windows, key=lambda window: window or 0)
+
+
+def _seen(mask_function: Callable[..., Tensor], rows: Tensor, columns: Tensor) -> Tensor:
+    zero = torch.zeros((), dtype=torch.long)
+    return mask_function(zero, zero, rows[:, None], columns[None]).expand(len(rows), len(columns))
+
+
+AttentionInterface.register(_PROBE, ragged_attention)
+AttentionMaskInterface.register(_PROBE, _note_mask)

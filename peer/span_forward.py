@@ -1,0 +1,123 @@
+"""A span's forwards. No model family has code of its own.
+
+Blocks that use transformers' attention interface run *ragged*: all rows of an iteration in one row, attention by a
+function that each forward brings along. Others run *cached*: one session at a time over transformers' own cache, with
+the family's own attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from .span_run import Attend, Run, running
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer asks of the KV cache."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+    window: int | None
+
+
+class Span:
+    """Blocks [start, end) of a model, with the embedding where start is 0 and the head where end is n_blocks.
+
+    `layers` and `ragged` are found out by `span_check`; `ragged` tells which of the two forwards works.
+    """
+
+    def __init__(self, model: PreTrainedModel, start: int, end: int, n_blocks: int) -> None:
+        config = model.config.get_text_config()
+        self.start, self.end, self.n_blocks = start, end, n_blocks
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.context_length: int = getattr(config, "max_position_embeddings", None) or 2048
+        self.layers: list[LayerSpec] = []
+        self.ragged = False
+        self.model = model
+        self._base = model.base_model
+        self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
+
+    @torch.inference_mode()
+    def forward(self, rows: Tensor, positions: Tensor, attend: Attend, blocks: range | None = None) -> Tensor:
+        """Token ids [N] (from block 0 on) or hidden states [N, d], positions [N] -> hidden states [N, d].
+
+        `blocks` is the part of the span to apply, all of it by default.
+        """
+
+        def attend_block(
+            block: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+        ) -> Tensor:
+            assert mask is None, "ragged rows have no mask"
+            layer = block - self.start
+            return attend(
+                layer, query, key, value, window=self.layers[layer].window, **attention_options(query, options)
+            )
+
+        return self.through(
+            Run(blocks or range(self.start, self.end), attend=attend_block), rows[None], positions[None]
+        )[0]
+
+    @torch.inference_mode()
+    def forward_cached(
+        self, rows: Tensor, positions: Tensor, past: Sequence[KeysValues], blocks: range | None = None
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """A batch of pieces behind equally long pasts: ids [B, n] or hidden states [B, n, d], positions [B, n].
+
+        Returns hidden states [B, n, d] and what each block of `blocks` adds to its cache. Keys and values, there and in
+        `past`, are [B, kv_heads, length, width].
+        """
+        blocks = blocks or range(self.start, self.end)
+        cache = DynamicCache()
+        length = past[0][0].shape[2] if past else 0
+        if length:
+            # A model asks any layer, hosted or not, how long the cache is.
+            nothing = torch.zeros(()).expand(len(rows), 1, length, 1)
+            for layer in range(self.n_blocks):
+                keys, values = past[layer - blocks.start] if layer in blocks else (nothing, nothing)
+                cache.update(keys, values, layer)
+        hidden = self.through(Run(blocks), rows, positions, past_key_values=cache)
+        made = [cache.layers[layer] for layer in blocks]
+        return hidden, [(layer.keys[:, :, length:], layer.values[:, :, length:]) for layer in made]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and LM head: [n, d] -> [n, vocab]."""
+        assert self.end == self.n_blocks
+        positions = torch.zeros(1, len(hidden), dtype=torch.long)
+        with running(Run(range(0), hidden[None])):
+            return self.model(**self._inputs(hidden[None], positions), use_cache=False).logits[0]
+
+    def through(self, run: Run, rows: Tensor, positions: Tensor, **options: Any) -> Tensor:
+        """The base model under `run`: hidden states behind the run's last block, [B, n, d]."""
+        if run.hidden is None and rows.is_floating_point():
+            run.hidden = rows
+        with running(run):
+            self._base(**self._inputs(rows, positions), use_cache="past_key_values" in options, **options)
+        assert run.hidden is not None
+        return run.hidden
+
+    def _inputs(self, rows: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        inputs = {"inputs_embeds" if rows.is_floating_point() else "input_ids": rows}
+        return inputs | ({"position_ids": positions} if self._takes_positions else {})
+
+
+def attention_options(query: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """What `Attend` takes, of what a block says to the attention interface."""
+    scale = options.get("scaling")
+    return {
+        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+        "softcap": options.get("softcap"),
+        "sinks": options.get("s_aux"),
+    }

@@ -1,0 +1,134 @@
+"""A forward through transformers' own modules under our control: which blocks compute, what enters them, who attends.
+
+Every block's `forward` is wrapped by a gate. A gate hands the hidden states on by itself, so that peers that receive
+hidden states skip whatever a model does between its embedding and its first block; and it lets its block compute only
+in a run that includes the block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+RAGGED = "petal"
+EAGER = "eager"
+
+
+class Attend(Protocol):
+    """query [N, heads, width], key and value [N, kv_heads, width] of the ragged row -> [N, heads, value_width].
+
+    `layer` counts the span's blocks from 0.
+    """
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor: ...
+
+
+class BlockAttend(Protocol):
+    """What the attention interface calls: the block, its rows as `Attend` takes them, and all that the block says."""
+
+    def __call__(
+        self, block: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+    ) -> Tensor: ...
+
+
+@dataclass
+class Run:
+    """One forward: `hidden` is what enters the next block, None where the model's own embedding decides.
+
+    `windows` are those of the masks that the model asked for, in order: a probe's.
+    """
+
+    blocks: range
+    hidden: Tensor | None = None
+    attend: BlockAttend | None = None
+    block: int = -1
+    windows: list[int | None] = field(default_factory=list)
+
+
+class _Current(threading.local):
+    """The run of this thread."""
+
+    run: Run | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def running(run: Run) -> Iterator[Run]:
+    """Gates and attention of this thread follow `run`."""
+    _current.run = run
+    try:
+        yield run
+    finally:
+        _current.run = None
+
+
+def current() -> Run:
+    assert _current.run is not None, "a gated model runs within `running` only"
+    return _current.run
+
+
+@dataclass
+class BlockStyle:
+    """What blocks of a model return: hidden states alone or first in a tuple."""
+
+    tuples: bool = False
+
+
+def gate(block: int, layer: nn.Module, style: BlockStyle) -> None:
+    """Wrap a block's forward; see the module."""
+    compute: Callable[..., Any] = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        run = current()
+        if run.hidden is None:
+            run.hidden = args[0] if args else kwargs["hidden_states"]
+        if block not in run.blocks:
+            return (run.hidden, None, None) if style.tuples else run.hidden
+        run.block = block
+        if args:
+            result = compute(run.hidden, *args[1:], **kwargs)
+        else:
+            result = compute(**{**kwargs, "hidden_states": run.hidden})
+        run.hidden = result[0] if isinstance(result, tuple) else result
+        return result
+
+    layer.forward = forward  # type: ignore[method-assign]
+
+
+def choose_attention(model: PreTrainedModel, name: str) -> None:
+    """Let every attention module of `model` use the attention function registered as `name`."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._attn_implementation = name
+
+
+def ragged_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [1, heads, N, width] -> [1, N, heads, width]."""
+    run = current()
+    assert run.attend is not None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return run.attend(run.block, query, key, value, attention_mask, options)[None], None
+
+
+AttentionInterface.register(RAGGED, ragged_attention)

@@ -1,0 +1,189 @@
+"""Reading a span's tensors into its modules: names and layouts as transformers converts them, one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from ..kernels.linear import PackedLinear
+from ..protocol.checkpoint import Checkpoint, CheckpointError
+from .span_model import Skeleton, fill_in
+
+# Masks and frequencies that old exports stored beside the weights.
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|attention\.(masked_)?bias|position_ids)$")
+
+
+@dataclass
+class _Source:
+    """Stored tensors that make one or more of the model's: as they are, or through a conversion of the family."""
+
+    names: list[tuple[str, str | None]] = field(default_factory=list)
+    converter: WeightConverter | None = None
+
+
+def fill(
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    progress: Callable[[int], None],
+    dtype: torch.dtype,
+) -> None:
+    """Read what a peer with blocks [start, end) holds; `progress` hears the bytes of each tensor read.
+
+    dtype: float32 or bfloat16, of linears and embeddings.
+
+    Raises CheckpointError for a tensor that is missing, left over, of the wrong shape, or not finite.
+    """
+    model = skeleton.model
+    modules = dict(model.named_modules())
+    wanted = {
+        f"{path}.{name}" if path else name: modules[path]
+        for path in skeleton.hosted(start, end)
+        for name in _tensor_names(modules[path])
+    }
+    sources, extra = _sources(skeleton, checkpoint, _stored_names(checkpoint, start, end), wanted)
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    for name in extra:
+        if not _COMPUTED.search(name) and not any(pattern.search(name) for pattern in ignored):
+            raise CheckpointError(f"{checkpoint.name} holds the tensor {name}, for which its config has no use.")
+    filler = _Filler(model, wanted, dtype)
+    for target, source in sources.items():
+        for name, value in _values(source, target, checkpoint, skeleton, progress):
+            filler.put(name, value)
+    for name in filler.missing():
+        stored = _tied(skeleton, checkpoint, name)
+        filler.put(name, _read(checkpoint, stored, progress))
+
+
+def _tensor_names(module: nn.Module) -> Iterator[str]:
+    yield from (name for name, parameter in module._parameters.items() if parameter is not None)
+    persistent = module._buffers.keys() - module._non_persistent_buffers_set
+    yield from sorted(name for name in persistent if module._buffers[name] is not None)
+
+
+def _stored_names(checkpoint: Checkpoint, start: int, end: int) -> Iterable[str]:
+    names = {name for block in range(start, end) for name in checkpoint.block_tensors(block)}
+    for part in checkpoint.shared_tensors().values():
+        names.update(part)
+    return sorted(names, key=dot_natural_key)
+
+
+def _sources(
+    skeleton: Skeleton, checkpoint: Checkpoint, stored: Iterable[str], wanted: dict[str, nn.Module]
+) -> tuple[dict[str, _Source], list[str]]:
+    """For each wanted tensor (the first, where one conversion makes several) what it is made of, and what is left."""
+    model = skeleton.model
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    sources: dict[str, _Source] = {}
+    extra: list[str] = []
+    for name in stored:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            extra.append(name)
+        elif target in wanted:
+            source = sources.setdefault(target, _Source())
+            source.names.append((name, pattern))
+            if pattern is not None and source.converter is None:
+                known = by_pattern[pattern]
+                source.converter = known.copy(known.source_patterns, known.target_patterns, operations=known.operations)
+    return sources, extra
+
+
+def _values(
+    source: _Source, target: str, checkpoint: Checkpoint, skeleton: Skeleton, progress: Callable[[int], None]
+) -> Iterator[tuple[str, Tensor]]:
+    if source.converter is None:
+        yield target, _read(checkpoint, source.names[-1][0], progress)
+        return
+    for name, pattern in source.names:
+        assert pattern is not None
+        source.converter.add_tensor(target, name, pattern, _read(checkpoint, name, progress))
+    made = source.converter.convert(target, model=skeleton.model, config=skeleton.model.config)
+    for name, value in made.items():
+        yield name, value[0] if isinstance(value, list) else value
+
+
+def _read(checkpoint: Checkpoint, name: str, progress: Callable[[int], None]) -> Tensor:
+    array = checkpoint.read_f32(name)
+    # A view of the file would tie the weights to it.
+    value = torch.from_numpy(array if array.flags.writeable else array.copy())
+    if value.numel() and not all(map(torch.isfinite, value.aminmax())):
+        raise CheckpointError(f"{checkpoint.name}: {name} holds a value that is not finite: download it again.")
+    progress(checkpoint.tensors[name].nbytes)
+    return value
+
+
+def _tied(skeleton: Skeleton, checkpoint: Checkpoint, name: str) -> str:
+    """The stored tensor that also stands for `name`."""
+    output = skeleton.model.get_output_embeddings()
+    if checkpoint.layout.tied and output is not None and name.endswith("weight"):
+        owner = skeleton.model.get_submodule(name.rpartition(".")[0])
+        if owner is output:
+            return checkpoint.layout.token_matrix
+    raise CheckpointError(f"{checkpoint.name} lacks the tensor {name}, which its config asks for.")
+
+
+class _Filler:
+    """Puts tensors into modules; a linear is packed as soon as it is whole, so that one at a time is held twice."""
+
+    def __init__(self, model: nn.Module, wanted: dict[str, nn.Module], dtype: torch.dtype) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._wanted = dict(wanted)
+
+    def put(self, name: str, value: Tensor) -> None:
+        module = self._wanted.pop(name, None)
+        if module is None:
+            return  # the other half of a conversion that another peer holds
+        path, _, leaf = name.rpartition(".")
+        expected = getattr(module, leaf)
+        if value.shape != expected.shape:
+            raise CheckpointError(f"{name} has shape {list(value.shape)}, the config asks for {list(expected.shape)}.")
+        value = value.to(expected.dtype)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+        if not any(f"{path}.{other}" in self._wanted for other in _tensor_names(module)):
+            self._finish(path, module)
+
+    def missing(self) -> list[str]:
+        """Parameters that nothing filled; buffers keep what initialization gave them."""
+        return [name for name, module in self._wanted.items() if name.rpartition(".")[2] in module._parameters]
+
+    def _finish(self, path: str, module: nn.Module) -> None:
+        fill_in(module)
+        if packed := _packed(module, self._dtype):
+            parent, _, leaf = path.rpartition(".")
+            setattr(self._model.get_submodule(parent), leaf, packed)
+        elif isinstance(module, nn.Embedding) and self._dtype != torch.float32:
+            module.to(self._dtype).register_forward_hook(lambda module, ids, rows: rows.float())
+
+
+def _packed(module: nn.Module, dtype: torch.dtype) -> PackedLinear | None:
+    """The same product by our kernel, for modules that compute nothing else."""
+    if type(module) is nn.Linear:
+        return PackedLinear(module.weight, module.bias, dtype)
+    if isinstance(module, Conv1D):
+        return PackedLinear(module.weight.T.contiguous(), module.bias, dtype)
+    if isinstance(module, nn.Linear) and not list(module.children()):
+        sample = torch.randn(2, module.in_features, generator=torch.Generator().manual_seed(0))
+        if torch.allclose(module(sample), F.linear(sample, module.weight, module.bias), rtol=1e-4, atol=1e-5):
+            return PackedLinear(module.weight, module.bias, dtype)
+    return None
