@@ -28,7 +28,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from ..protocol.checkpoint import CheckpointError
 from ..protocol.directory import DirectoryError
-from .options import ServeOptions, data_dir
+from .options import DTYPES, ServeOptions, data_dir
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -56,7 +56,7 @@ def serve(
     dht_port: Annotated[int, typer.Option(help="DHT port; 0 picks one.")] = 0,
     identity: Annotated[Path | None, typer.Option(help="Identity file, made if missing.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Arithmetic of the blocks.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, or bf16 for half the memory.")] = "float32",
     cache_tokens: Annotated[int, typer.Option(min=16, help="Size of the KV cache in tokens.")] = 16384,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads; all cores by default.")] = None,
@@ -72,8 +72,8 @@ def serve(
     json_logs: Annotated[bool, typer.Option("--json", help="Log events as JSON lines.")] = False,
 ) -> None:
     """Host a span of MODEL's blocks for a swarm. Without --initial-peers this starts a new swarm."""
-    if device != "cpu" or dtype != "float32":
-        raise typer.BadParameter(f"this version computes on cpu in float32 only, not on {device} in {dtype}")
+    if device != "cpu" or dtype not in DTYPES:
+        raise typer.BadParameter(f"this version computes on cpu in {' or '.join(DTYPES)}, not on {device} in {dtype}")
     options = ServeOptions(
         model=model,
         blocks=_parse_blocks(blocks),

@@ -7,6 +7,8 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+DTYPES = ("float32", "bf16")
+
 
 def data_dir() -> Path:
     """Where identities are kept."""

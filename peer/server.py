@@ -12,6 +12,7 @@ import grpc
 import torch
 
 from ..kernels import native
+from ..kernels.linear import arithmetic
 from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint import Checkpoint, open_checkpoint
 from ..protocol.dht import DhtDirectory
@@ -32,6 +33,7 @@ from .speed import decode_rows_per_s, fitting_blocks
 log = logging.getLogger(__name__)
 
 REFRESH_S = 2.0
+_TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner", "ffn_dim")
 
 
@@ -55,6 +57,7 @@ class PeerServer:
         self._progress = progress or Progress()
         self._state: pb.PeerState = pb.JOINING
         self._throughput = 0.0
+        self._dtype = _TORCH_DTYPES[options.dtype]
         self._bootstrap: list[str] = []
 
     async def start(self) -> None:
@@ -126,7 +129,7 @@ class PeerServer:
             done += nbytes
             self._progress.loading(done, total)
 
-        return load_span(self.checkpoint, self.blocks.start, self.blocks.stop, progress)
+        return load_span(self.checkpoint, self.blocks.start, self.blocks.stop, progress, self._dtype)
 
     async def _choose_blocks(self) -> range:
         n_blocks, options = self.checkpoint.n_blocks, self.options
@@ -137,7 +140,7 @@ class PeerServer:
                     f"which has blocks 0:{n_blocks}"
                 )
             return options.blocks
-        size = options.num_blocks or fitting_blocks(self.checkpoint)
+        size = options.num_blocks or fitting_blocks(self.checkpoint, self._dtype.itemsize)
         if size < 1:
             raise ServeError("not one block of this model fits the free memory; free some, or try a smaller model")
         records = await self.dht.list(self.checkpoint.name)
@@ -218,7 +221,7 @@ class PeerServer:
             multiaddrs=self._bootstrap[:8],
             dtype=self.options.dtype,
             quantization="none",
-            numerics=numerics(self.options.dtype),
+            numerics=f"{self.options.dtype}/{arithmetic(self._dtype)}",
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL,
             state=self._state,
@@ -267,11 +270,6 @@ def exactness_obstacle(checkpoint: Checkpoint) -> str:
     # torch computes the ends of odd tensors with other code than their bulk.
     odd = [width for width in widths if width % 32]
     return f"the model has layers of width {odd[0]}, no multiple of 32" if odd else ""
-
-
-def numerics(dtype: str) -> str:
-    """Peers of one value agree bit by bit in exact mode."""
-    return f"{dtype}/native" if native.library() else f"{dtype}/torch-{torch.__version__}"
 
 
 def loaded_bytes(checkpoint: Checkpoint, blocks: range) -> int:

@@ -172,6 +172,7 @@ class _Filler:
         if packed := _packed(module, self._dtype):
             parent, _, leaf = path.rpartition(".")
             setattr(self._model.get_submodule(parent), leaf, packed)
+            module._parameters.clear()  # somebody may hold the module still
         elif isinstance(module, nn.Embedding) and self._dtype != torch.float32:
             module.to(self._dtype).register_forward_hook(lambda module, ids, rows: rows.float())
 
@@ -184,6 +185,7 @@ def _packed(module: nn.Module, dtype: torch.dtype) -> PackedLinear | None:
         return PackedLinear(module.weight.T.contiguous(), module.bias, dtype)
     if isinstance(module, nn.Linear) and not list(module.children()):
         sample = torch.randn(2, module.in_features, generator=torch.Generator().manual_seed(0))
-        if torch.allclose(module(sample), F.linear(sample, module.weight, module.bias), rtol=1e-4, atol=1e-5):
+        product, found = F.linear(sample, module.weight, module.bias), module(sample)
+        if isinstance(found, Tensor) and torch.allclose(found, product, rtol=1e-4, atol=1e-5):
             return PackedLinear(module.weight, module.bias, dtype)
     return None

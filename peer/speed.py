@@ -18,16 +18,16 @@ from .span import Span
 MEMORY_SHARE = 0.6
 
 
-def fitting_blocks(checkpoint: Checkpoint) -> int:
-    """Blocks whose float32 weights fit the free memory beside embedding and head."""
+def fitting_blocks(checkpoint: Checkpoint, value_bytes: int) -> int:
+    """Blocks whose weights, of so many bytes a value, fit the free memory beside embedding and head."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE
-    shared = sum(_dense_bytes(checkpoint, names) for names in checkpoint.shared_tensors().values())
-    block = max(_dense_bytes(checkpoint, checkpoint.block_tensors(b)) for b in range(checkpoint.n_blocks))
-    return min(checkpoint.n_blocks, int((free - shared) // block))
+    shared = sum(_values(checkpoint, names) for names in checkpoint.shared_tensors().values())
+    block = max(_values(checkpoint, checkpoint.block_tensors(b)) for b in range(checkpoint.n_blocks))
+    return min(checkpoint.n_blocks, int((free / value_bytes - shared) // block))
 
 
-def _dense_bytes(checkpoint: Checkpoint, names: list[str]) -> int:
-    return sum(4 * math.prod(checkpoint.info(name).shape) for name in names)
+def _values(checkpoint: Checkpoint, names: list[str]) -> int:
+    return sum(math.prod(checkpoint.info(name).shape) for name in names)
 
 
 def decode_rows_per_s(span: Span, rounds: int = 5) -> float:
