@@ -1,0 +1,193 @@
+"""A small language model as drafter: any causal LM that transformers knows, with the target's vocabulary.
+
+Runs on `peer/span.py`, which builds models and knows neither sockets nor sessions: the one thing that a client takes
+from `peer/`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.topk import topk
+from ...peer.span import Span, load_span
+from ...protocol.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from ...protocol.sampling import SamplingParams, TokenCounts
+from ...protocol.tokenizer import Tokenizer
+from .cache import SlotCache
+from .drafter import Drafter, DrafterError, ScoredTree
+from .growth import GrowingTree, Ints
+from .noise import score_children
+
+# Nodes of one forward, children a node, and candidates among which the noise may choose.
+BEAMS = 12
+BRANCH = 24
+CANDIDATES = 128
+# While a tree is in flight, the drafter grows its own to so many times the budget.
+AHEAD = 3
+PREFILL_ROWS = 256
+
+
+class DraftModel:
+    """A draft model's weights, on this machine's CPU in bfloat16. Every sequence has a `ModelDrafter` of its own."""
+
+    def __init__(self, name: str, span: Span, vocab_size: int) -> None:
+        self.name = name
+        self.span = span
+        self.vocab_size = vocab_size
+
+    @classmethod
+    def load(cls, source: str, tokenizer: Tokenizer) -> DraftModel:
+        """Read a checkpoint (folder, GGUF file or hub id). Raises DrafterError where it does not fit the target."""
+        try:
+            with open_checkpoint(source) as checkpoint:
+                _check_vocabulary(checkpoint, tokenizer)
+                span = load_span(checkpoint, 0, checkpoint.n_blocks, dtype=torch.bfloat16)
+                return cls(checkpoint.name, span, min(tokenizer.vocab_size, span.vocab_size))
+        except CheckpointError as error:
+            raise DrafterError(f"no drafter in {source}: {error}") from error
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, d] -> [n, vocab], without the padding behind the vocabulary."""
+        return self.span.logits(hidden)[:, : self.vocab_size].contiguous()
+
+
+def _check_vocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Ids must mean the same to both; padding behind the vocabulary does not count."""
+    try:
+        own = checkpoint.tokenizer()
+    except CheckpointError:
+        raise DrafterError(f"{checkpoint.name} brings no tokenizer, so nobody knows what its token ids mean") from None
+    if own.vocab_digest != tokenizer.vocab_digest:
+        raise DrafterError(
+            f"{checkpoint.name} has another vocabulary than the model ({own.vocab_size} and {tokenizer.vocab_size} "
+            "tokens, or other words); a drafter needs the very same"
+        )
+
+
+class ModelDrafter(Drafter):
+    """Grows a tree of one sequence with a draft model. Its KV cache follows the text: nothing is encoded twice."""
+
+    heavy = True
+
+    def __init__(self, model: DraftModel) -> None:
+        self._model = model
+        self._cache = SlotCache(model.span.layers)
+        self._params = SamplingParams()
+        self._prompt_length = 0
+        self._counts = TokenCounts()
+        # The text that the draft model has seen, its last token the tree's root, and the slots of its rows.
+        self._ids: list[int] = []
+        self._slots: list[int] = []
+        self._tree = GrowingTree(-1)
+        # Of the tree's nodes; -1 for those that the draft model has not seen.
+        self._node_slots: Ints = np.array([-1])
+        self._budget = 0
+
+    def fresh(self) -> ModelDrafter:
+        return ModelDrafter(self._model)
+
+    def start(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
+        self._params, self._prompt_length = sampling, len(prompt)
+        self._forget(len(self._ids))
+
+    def propose(self, ids: Sequence[int], budget: int, worth: float = 0.0) -> ScoredTree:
+        self._budget = budget
+        self._follow(list(ids))
+        while len(nodes := self._tree.frontier(budget, BEAMS)) and np.exp(self._tree.scores[nodes]).sum() > worth:
+            self._expand(nodes)
+        return self._tree.best(budget)
+
+    def ahead(self) -> bool:
+        nodes = self._tree.frontier(AHEAD * self._budget, BEAMS)
+        if len(nodes):
+            self._expand(nodes)
+        return len(nodes) > 0
+
+    # Following the text.
+
+    def _follow(self, ids: list[int]) -> None:
+        """Make the last of `ids` the tree's root, by descending into the tree where it was foreseen."""
+        if ids[: len(self._ids)] != self._ids or len(self._tree) == 1:
+            self._forget(_common(self._ids, ids[:-1]))
+        if self._params.penalized:
+            self._counts = TokenCounts(ids[: self._prompt_length], ids[self._prompt_length :])
+        node = 0
+        for token in ids[len(self._ids) :]:
+            child = self._tree.child(node, token)
+            if child is None or not self._tree.expanded[child]:
+                break
+            node = child
+        if node:
+            self._commit(node)
+        if len(self._ids) < len(ids):
+            self._encode(ids[len(self._ids) :])
+
+    def _forget(self, length: int) -> None:
+        """Keep the first `length` tokens and no tree."""
+        drafted = self._node_slots[1:]
+        self._cache.give([*drafted[drafted >= 0].tolist(), *self._slots[length:]])
+        del self._ids[length:], self._slots[length:]
+        self._tree, self._node_slots = GrowingTree(-1), np.array([-1])
+
+    def _commit(self, node: int) -> None:
+        """The text went on down to `node`, whose row is cached already."""
+        path = [*self._tree.ancestors(node)[1:], node]
+        self._ids += self._tree.tokens[path].tolist()
+        self._slots += self._node_slots[path].tolist()
+        kept = self._tree.reroot(node)
+        gone = np.setdiff1d(np.arange(1, len(self._node_slots)), [*kept, *path])
+        slots = self._node_slots[gone]
+        self._cache.give(slots[slots >= 0].tolist())
+        self._node_slots = self._node_slots[kept]
+
+    def _encode(self, ids: list[int]) -> None:
+        """Read tokens that were not foreseen; the last is the root of a new tree."""
+        self._forget(len(self._ids))
+        for start in range(0, len(ids), PREFILL_ROWS):
+            piece = ids[start : start + PREFILL_ROWS]
+            self._slots += self._cache.take(len(piece))
+            self._ids += piece
+            hidden = self._forward(piece, [self._slots], len(piece))
+        self._tree, self._node_slots = GrowingTree(ids[-1]), np.array(self._slots[-1:])
+        self._grow(np.zeros(1, dtype=np.int64), hidden[-1:])
+
+    # Growing the tree.
+
+    def _expand(self, nodes: Ints) -> None:
+        started = time.perf_counter()
+        self._node_slots[nodes] = self._cache.take(len(nodes))
+        paths = [self._slots + self._node_slots[self._path(node)].tolist() for node in nodes.tolist()]
+        self._grow(nodes, self._forward(self._tree.tokens[nodes].tolist(), paths, 1))
+        seconds = time.perf_counter() - started
+        self.level_s += 0.2 * (seconds - self.level_s) if self.level_s else seconds
+
+    def _path(self, node: int) -> list[int]:
+        """Nodes from below the root down to `node`."""
+        return [*self._tree.ancestors(node)[1:], node]
+
+    def _forward(self, ids: list[int], paths: list[list[int]], rows: int) -> Tensor:
+        positions, attend = self._cache.attention(paths, rows)
+        return self._model.span.forward(torch.tensor(ids), positions, attend)
+
+    def _grow(self, nodes: Ints, hidden: Tensor) -> None:
+        """Add the children of nodes, given their last hidden states [n, d]."""
+        logits = self._model.logits(hidden)
+        if self._params.penalized:
+            for row, node in zip(logits.numpy(), nodes.tolist(), strict=True):
+                path = self._tree.tokens[self._path(node)].tolist() if node else []
+                self._counts.penalize(row, self._params, path)
+        values, ids = topk(logits, min(CANDIDATES, self._model.vocab_size))
+        positions = len(self._ids) + self._tree.depths[nodes]
+        tokens, logprobs = score_children(ids.numpy(), values.double().numpy(), positions, self._params, BRANCH)
+        self._tree.expand(nodes, tokens, logprobs)
+        added = np.full(len(self._tree) - len(self._node_slots), -1)
+        self._node_slots = np.concatenate((self._node_slots, added))
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
