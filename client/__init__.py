@@ -1,9 +1,10 @@
 """Generate with a swarm: `from petal.client import SwarmModel`."""
 
 from .generation import Drafter, GenerationConfig, Piece
+from .known_peers import ConnectError
 from .route import NoRoute
 from .stream import PeerError
-from .swarm import AsyncSwarmModel, ConnectError, SwarmModel
+from .swarm import AsyncSwarmModel, SwarmModel
 
 __all__ = [
     "AsyncSwarmModel",

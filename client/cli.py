@@ -17,10 +17,11 @@ from rich.markup import escape
 from ..protocol.directory import DirectoryError
 from ..protocol.sampling import SamplingError
 from .generation import Piece
+from .known_peers import ConnectError
 from .route import NoRoute
 from .status import print_status, swarm_status
 from .stream import PeerError
-from .swarm import ConnectError, SwarmModel, open_directory
+from .swarm import SwarmModel, open_directory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
 swarm_app = typer.Typer(no_args_is_help=True, help="Look at a swarm.")

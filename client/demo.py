@@ -21,7 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .cli import converse, peer_program, show, speed_line
-from .swarm import ConnectError, SwarmModel
+from .known_peers import ConnectError
+from .swarm import SwarmModel
 
 MODEL = "demo"
 N_BLOCKS = 30

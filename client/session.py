@@ -1,37 +1,25 @@
-"""A session: one sequence's state along one route of peers."""
+"""A session: one sequence's state along a route of peers, whoever of them fails meanwhile."""
 
 from __future__ import annotations
 
-import asyncio
-import secrets
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.codec import row_bytes
-from ..protocol.limits import PROTOCOL
 from ..protocol.sampling import SamplingParams
 from ..protocol.tree import DraftTree, chain
-from .route import Route, context_of
-from .stream import PeerError, PeerStream
+from .failover import Failover, PeerFinder, move, plan
+from .open_route import Channels, OpenRoute, SessionOptions, Standpoint
+from .route import NoRoute, Route, context_of
+from .stream import PeerError
 
-OPEN_TIMEOUT_S = 15.0
-Channels = Callable[[str], grpc.aio.Channel]
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """What a session asks of its peers when it opens."""
-
-    reserve_tokens: int
-    codec: pb.Codec = pb.FLOAT32
-    exact: bool = False
-    priority: int = 0
-    step_timeout_s: float = 120.0
+# A step that fails on so many peers, one after the other, is itself at fault.
+MOST_FAILOVERS = 8
 
 
 @dataclass(frozen=True)
@@ -64,79 +52,55 @@ class StepResult:
 
 
 class Session:
-    """Sends steps along a route. `ids` are the tokens whose rows every peer holds, once the next step has told them."""
+    """Sends steps along a route. `ids` are the tokens whose rows every peer holds, once the next step has told them.
 
-    def __init__(self, route: Route, channels: Channels, client_id: bytes, options: SessionOptions) -> None:
+    Where a peer fails, another takes its place and the session goes on; `take_events` says so.
+    """
+
+    def __init__(
+        self, route: Route, finder: PeerFinder, channels: Channels, client_id: bytes, options: SessionOptions
+    ) -> None:
         self.route = route
         self.options = options
         self.ids: list[int] = []
-        self.max_rows = 0
+        self._finder = finder
         self._channels = channels
         self._client_id = client_id
-        self._session_id = secrets.token_bytes(16)
-        self._inbox: asyncio.Queue[tuple[PeerStream, pb.PeerFrame | PeerError]] = asyncio.Queue()
-        self._streams: list[PeerStream] = []
-        self._epoch = 1
+        self._line = OpenRoute(channels, client_id, options)
         self._step = 0
         self._commit: list[int] = []
         self._rewind: int | None = None
         self._sampling: SamplingParams | None = None
+        self._prompt_length = 0
+        # Steps without an answer yet, oldest first; a change of route sends them again.
+        self._unanswered: dict[int, pb.Step] = {}
+        # Changes of route, until the answer after them tells how long they took.
+        self._moves: list[tuple[str, tuple[str, ...]]] = []
+        self._events: list[Failover] = []
+        self._failovers = 0
+        self._waiting_since = 0.0
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that the route's peers take in a step."""
+        return self._line.max_rows
+
+    @property
+    def max_nodes(self) -> int:
+        """Rows of a tree below row 0; none where a peer knows no trees."""
+        return self._line.max_nodes
 
     # Opening and closing.
 
     async def open(self) -> None:
         """Reserve on every peer and join the links, or release all and raise PeerError."""
-        await self._open(b"")
-
-    async def _open(self, fork_of: bytes) -> None:
-        self._streams = [
-            PeerStream(stop.name, stop.peer.peer_id, self._channels(stop.peer.addresses[0]), self._deliver)
-            for stop in self.route
-        ]
-        try:
-            opened = await asyncio.gather(
-                *(stream.open(self._open_message(i, fork_of), OPEN_TIMEOUT_S) for i, stream in enumerate(self._streams))
-            )
-            self.max_rows = min(reply.max_rows for reply in opened)
-            await self._join([reply.link_token for reply in opened])
-        except BaseException:
-            self.close()
-            raise
-
-    def _open_message(self, index: int, fork_of: bytes) -> pb.Open:
-        stop = self.route[index]
-        return pb.Open(
-            session_id=self._session_id,
-            client_id=self._client_id,
-            protocol=PROTOCOL,
-            required_features=["tree", "exact"] if self.options.exact else ["tree"],
-            model_digest=stop.peer.model_digest,
-            start=stop.blocks.start,
-            end=stop.blocks.stop,
-            reserve_tokens=self.options.reserve_tokens,
-            codec=self.options.codec,
-            route_epoch=self._epoch,
-            fork_of=fork_of,
-            exact=self.options.exact,
-            priority=self.options.priority,
-        )
-
-    async def _join(self, tokens: Sequence[bytes]) -> None:
-        """Let each peer dial the next one, with the token that the next one gave out."""
-        for stream, stop, token in zip(self._streams, self.route[1:], tokens[1:], strict=False):
-            link = pb.LinkTo(peer_id=stop.peer.peer_id, token=token, route_epoch=self._epoch)
-            await stream.send(pb.ClientFrame(link_to=link))
-        for _ in self.route[1:]:
-            stream, frame = await self._receive()
-            if not frame.HasField("linked"):
-                raise _unexpected(stream, frame)
+        await self._line.open(self.route)
 
     def close(self) -> None:
-        for stream in self._streams:
-            stream.close()
+        self._line.close()
 
     async def __aenter__(self) -> Session:
-        if not self._streams:
+        if not self._line.legs:
             await self.open()
         return self
 
@@ -145,13 +109,18 @@ class Session:
 
     async def fork(self) -> Session:
         """A session with the same state that shares this one's pages on every peer."""
-        child = Session(self.route, self._channels, self._client_id, self.options)
-        child._epoch = self._epoch
-        await child._open(self._session_id)
+        child = Session(self.route, self._finder, self._channels, self._client_id, self.options)
+        await child._line.open(self.route, fork_of=self._line.session_id)
         child.ids = list(self.ids)
         child._step, child._commit = self._step, list(self._commit)
         child._rewind, child._sampling = self._rewind, self._sampling
+        child._prompt_length = self._prompt_length
         return child
+
+    def take_events(self) -> list[Failover]:
+        """What happened to the route since the last call."""
+        events, self._events = self._events, []
+        return events
 
     # Steps.
 
@@ -161,6 +130,7 @@ class Session:
             raise ValueError(f"cannot rewind to {length}: the session holds {len(self.ids)} tokens")
         if length < len(self.ids):
             self._rewind = length if self._rewind is None else min(length, self._rewind)
+            self._prompt_length = min(self._prompt_length, length)
             del self.ids[length:]
 
     async def prefill(
@@ -187,6 +157,7 @@ class Session:
                 piece, (), prefill=True, sample=last and sampling is not None, sampling=sampling, want=want
             )
             self.ids.extend(piece)
+            self._prompt_length = len(self.ids)
         while len(results) < len(starts):
             results.append(await self._result(first + len(results)))
         if want.logits:
@@ -214,10 +185,12 @@ class Session:
         sampling: SamplingParams | None,
         want: Want,
     ) -> None:
+        if not self._unanswered:
+            self._waiting_since = time.monotonic()
+        await self._hand_over()
         self._step += 1
         message = pb.Step(
             step=self._step,
-            route_epoch=self._epoch,
             base=len(self.ids),
             commit=self._commit,
             rewind=self._rewind,
@@ -228,24 +201,47 @@ class Session:
             want=want.message(),
             trace=want.trace,
         )
-        self._commit, self._rewind = [], None
-        frame = pb.ClientFrame(step=message)
-        if len(self._streams) > 1:
-            await self._streams[0].send(frame)
         if sampling is not None and sampling != self._sampling:
             message.sampling.CopyFrom(sampling_message(sampling))
             self._sampling = sampling
-            frame = pb.ClientFrame(step=message)
-        await self._streams[-1].send(frame)
+        self._commit, self._rewind = [], None
+        self._unanswered[self._step] = message
+        try:
+            await self._transmit(message)
+        except PeerError as error:
+            await self._fail_over(error)
+
+    async def _transmit(self, message: pb.Step) -> None:
+        """To the head, and to the tail with what only the tail needs; a new tail needs all of it."""
+        head, tail = self._line.legs[0], self._line.legs[-1]
+        message.route_epoch = self._line.epoch
+        to_head, to_tail = pb.ClientFrame(step=message), pb.ClientFrame(step=message)
+        to_head.step.ClearField("sampling")
+        if not tail.whole:
+            prompt_length = min(self._prompt_length, message.base)
+            to_tail.step.history.CopyFrom(pb.History(ids=self.ids[: message.base], prompt_length=prompt_length))
+            if self._sampling:
+                to_tail.step.sampling.CopyFrom(sampling_message(self._sampling))
+        if head is not tail:
+            await self._line.send(head, to_head)
+        await self._line.send(tail, to_tail)
 
     async def _result(self, step: int) -> StepResult:
+        while True:
+            try:
+                result = await self._answer(step)
+            except PeerError as error:
+                await self._fail_over(error)
+                continue
+            del self._unanswered[step]
+            self._progress()
+            return result
+
+    async def _answer(self, step: int) -> StepResult:
         result = StepResult()
         logits = bytearray()
         while True:
-            stream, frame = await self._receive()
-            if not frame.HasField("result"):
-                raise _unexpected(stream, frame)
-            part = frame.result
+            part = await self._line.result()
             if part.step != step:
                 continue  # the answer to a repeat that was no longer needed
             if part.sampled:
@@ -258,6 +254,61 @@ class Session:
         if logits:
             result.logits = np.frombuffer(bytes(logits), np.float32).reshape(-1, self.vocab_size)
         return result
+
+    # Failover.
+
+    async def _fail_over(self, error: PeerError) -> None:
+        """Find a route without the peers that failed, and send what has no answer again. Raises NoRoute, PeerError."""
+        while True:
+            self._failovers += 1
+            if not error.replaceable or self._failovers > MOST_FAILOVERS:
+                raise error
+            try:
+                await self._move(str(error))
+                return
+            except PeerError as another:
+                error = another
+
+    async def _hand_over(self) -> None:
+        """Move away from peers that are about to leave, where others can take over."""
+        leaving = [leg for leg in self._line.legs if leg.draining and not leg.failed]
+        if not leaving:
+            return
+        try:
+            plan(self._line.legs, self.route, self._finder, self.options, {leg.stop.peer.peer_id for leg in leaving})
+            await self._move(f"peer {leaving[0].stop.name} is leaving")
+        except NoRoute:
+            return  # it may still finish what runs
+        except PeerError as error:
+            await self._fail_over(error)
+
+    async def _move(self, fault: str) -> None:
+        """Change the route, and send the steps that have no answer along the new one. Raises NoRoute, PeerError."""
+        before = {leg.stop.key for leg in self._line.legs if not leg.failed}
+        self.route = await move(self._line, self.route, self._finder, self.options, self._standpoint())
+        self._moves.append((fault, tuple(stop.name for stop in self.route if stop.key not in before)))
+        # Commit and rewind are part of where the peers stand now.
+        self._commit, self._rewind = [], None
+        for message in self._unanswered.values():
+            message.ClearField("commit")
+            message.ClearField("rewind")
+            await self._transmit(message)
+
+    def _standpoint(self) -> Standpoint:
+        """Behind the last step that was answered."""
+        if not self._unanswered:
+            return Standpoint(self._step, self.ids, self._commit)
+        first = next(iter(self._unanswered.values()))
+        return Standpoint(first.step - 1, self.ids[: first.base], list(first.commit))
+
+    def _progress(self) -> None:
+        """An answer came: the whole route is well."""
+        now = time.monotonic()
+        self._events += [Failover(fault, others, now - self._waiting_since) for fault, others in self._moves]
+        self._moves.clear()
+        self._waiting_since = now
+        self._failovers = 0
+        self._line.settle()
 
     @property
     def vocab_size(self) -> int:
@@ -276,28 +327,6 @@ class Session:
     def _chunks_in_flight(self, chunk: int) -> int:
         size = chunk * row_bytes(self.options.codec, self.route[0].peer.hidden_size)
         return max(2, (8 << 20) // size)
-
-    # Frames from peers.
-
-    def _deliver(self, stream: PeerStream, frame: pb.PeerFrame | PeerError) -> None:
-        self._inbox.put_nowait((stream, frame))
-
-    async def _receive(self) -> tuple[PeerStream, pb.PeerFrame]:
-        try:
-            stream, frame = await asyncio.wait_for(self._inbox.get(), self.options.step_timeout_s)
-        except asyncio.TimeoutError:
-            raise PeerError("route", grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time") from None
-        if isinstance(frame, PeerError):
-            raise frame
-        if frame.HasField("fault"):
-            fault = frame.fault
-            reason = f"cannot reach peer {fault.peer_id[-8:]}: {fault.reason}"
-            raise PeerError(stream.name, grpc.StatusCode.UNAVAILABLE, reason, fault.peer_id)
-        return stream, frame
-
-
-def _unexpected(stream: PeerStream, frame: pb.PeerFrame) -> PeerError:
-    return stream.error(grpc.StatusCode.INTERNAL, f"sent an unexpected {frame.WhichOneof('kind')} frame")
 
 
 def sampling_message(params: SamplingParams) -> pb.Sampling:

@@ -10,6 +10,8 @@ import grpc
 from ..protocol import petal_pb2 as pb
 from ..protocol.petal_pb2_grpc import PeerStub
 
+_OUR_FAULT = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED})
+
 
 class PeerError(RuntimeError):
     """A peer refused or failed; the message is one sentence that names it."""
@@ -26,6 +28,11 @@ class PeerError(RuntimeError):
     @property
     def gone(self) -> bool:
         return self.code == grpc.StatusCode.UNAVAILABLE
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether another peer may do what this one could not: the session itself is not at fault."""
+        return bool(self.peer_id) and self.code not in _OUR_FAULT
 
 
 class PeerStream:

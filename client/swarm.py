@@ -12,21 +12,22 @@ from typing import Any, Protocol
 
 import grpc
 
-from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint import CheckpointError, open_checkpoint
 from ..protocol.codec import CODECS
-from ..protocol.directory import Directory, DirectoryError, GrpcDirectory, ping_all
+from ..protocol.directory import Directory, DirectoryError, GrpcDirectory
 from ..protocol.limits import CHANNEL_OPTIONS
 from ..protocol.tokenizer import Tokenizer
 from .background import BackgroundLoop
 from .chat import Chat
 from .generation import GenerationConfig, Piece, common_prefix, config_of, for_sequence, generate
-from .route import NoRoute, Route, by_model, choose_route, context_of, only_exact
-from .session import Session, SessionOptions
+from .known_peers import ConnectError, KnownPeers
+from .open_route import SessionOptions
+from .route import NoRoute, Route, choose_route, context_of
+from .session import Session
 from .stream import PeerError
 
-# A peer that failed is left out of routes for so long.
-BAN_S = 10.0
+# For blocks that lose their last peer in mid-generation.
+WAIT_S = 30.0
 # Rows a draft tree may add behind prompt and answer.
 TREE_ROOM = 128
 
@@ -34,10 +35,6 @@ TREE_ROOM = 128
 SHARED_PREFIX = 32
 
 Prompt = str | Sequence[int]
-
-
-class ConnectError(RuntimeError):
-    """Why there is no such model to talk to, in one sentence that says what to do."""
 
 
 class Streamer(Protocol):
@@ -51,7 +48,14 @@ class AsyncSwarmModel:
     """The asynchronous core; every method belongs to the event loop that called `connect`."""
 
     def __init__(
-        self, name: str, directory: Directory, tokenizer: Tokenizer | None, codec: str, exact: bool = False
+        self,
+        name: str,
+        digest: bytes | None,
+        directory: Directory,
+        tokenizer: Tokenizer | None,
+        codec: str,
+        exact: bool,
+        wait_s: float,
     ) -> None:
         if codec not in CODECS:
             raise ValueError(f"codec is one of {', '.join(CODECS)}, not {codec!r}")
@@ -61,10 +65,9 @@ class AsyncSwarmModel:
         self._codec = CODECS[codec]
         self._exact = exact
         self._client_id = secrets.token_bytes(16)
-        self._digest: bytes | None = None
+        self._wait_s = wait_s
+        self._known = KnownPeers(directory, name, digest, exact)
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._rtt_s: dict[str, float] = {}
-        self._banned: dict[str, float] = {}
 
     @classmethod
     async def connect(
@@ -75,12 +78,13 @@ class AsyncSwarmModel:
         tokenizer: Tokenizer | None = None,
         codec: str = "float32",
         exact: bool = False,
-        wait_s: float = 0.0,
+        wait_s: float | None = None,
     ) -> AsyncSwarmModel:
         """Find the model's peers. `initial_peers` are gRPC host:port of any peers, or libp2p multiaddrs.
 
         `exact` keeps to peers that promise the same bits for a row in any batch, tree or chunk, by one arithmetic.
-        Waits up to `wait_s` seconds until every block has a peer. Raises ConnectError.
+        Waits up to `wait_s` seconds for blocks without a peer: by default not at all to begin with, and WAIT_S where
+        they are lost while it generates. Raises ConnectError.
         """
         name, digest = model, None
         try:
@@ -92,43 +96,24 @@ class AsyncSwarmModel:
             if tokenizer is None:
                 raise ConnectError(f"no tokenizer for {model}: {error}") from error
         directory = await open_directory(initial_peers)
-        self = cls(name, directory, tokenizer, codec, exact)
-        self._digest = digest
+        self = cls(name, digest, directory, tokenizer, codec, exact, WAIT_S if wait_s is None else wait_s)
         try:
-            await self._wait_for_route(wait_s)
+            await self._wait_for_route(wait_s or 0.0)
+            self._known.keep_fresh()
         except BaseException:
             await self.close()
             raise
         return self
 
     async def close(self) -> None:
+        self._known.close()
         await self._directory.close()
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
-    async def peers(self) -> list[pb.PeerRecord]:
-        """Records of the peers that host this very model. Raises ConnectError."""
-        try:
-            groups = by_model(await self._directory.list(self.name))
-        except DirectoryError as error:
-            raise ConnectError(str(error)) from error
-        if self._digest is None and groups:
-            # Without a checkpoint of our own: the digest that most peers serve, pinned from now on.
-            self._digest = max(groups, key=lambda digest: len(groups[digest]))
-        if groups and self._digest not in groups:
-            raise ConnectError(f"the swarm serves other weights under the name {self.name}; compare model digests")
-        return groups.get(self._digest or b"", [])
-
     async def route(self, reserve_tokens: int = 0) -> Route:
-        """The route that a new session would take. Raises NoRoute."""
-        records = await self.peers()
-        if not records:
-            raise NoRoute(f"no peer serves {self.name}; start one with `petal-serve {self.name}`")
-        await self._measure(records)
-        now = time.monotonic()
-        reachable = [r for r in records if self._banned.get(r.peer_id, 0) < now]
-        if not reachable:
-            raise NoRoute(f"none of the {len(records)} peers that serve {self.name} can be reached")
-        return choose_route(only_exact(reachable) if self._exact else reachable, self._rtt_s, reserve_tokens)
+        """The route that a new session would take. Raises NoRoute, ConnectError."""
+        await self._known.look()
+        return choose_route(self._known.usable(), self._known.rtt_s, reserve_tokens)
 
     async def open_session(self, reserve_tokens: int, wait_s: float = 30.0) -> Session:
         """Open along the best route; where peers are busy, release all and try again with jitter, for `wait_s`.
@@ -140,16 +125,15 @@ class AsyncSwarmModel:
             try:
                 route = await self.route(reserve_tokens)
                 usable = min(reserve_tokens, context_of(route) + TREE_ROOM)
-                session = Session(
-                    route, self._channel, self._client_id, SessionOptions(usable, self._codec, self._exact)
-                )
+                options = SessionOptions(usable, self._codec, self._exact, wait_s=self._wait_s)
+                session = Session(route, self._known, self._channel, self._client_id, options)
                 await session.open()
                 return session
             except PeerError as error:
                 if not (error.busy or error.gone) or time.monotonic() > deadline:
                     raise
                 if error.gone and error.peer_id:
-                    self._banned[error.peer_id] = time.monotonic() + BAN_S
+                    self._known.ban(error.peer_id)
                 await asyncio.sleep(random.uniform(0.1, 0.5) if error.busy else 0)
 
     def config(self, **settings: Any) -> GenerationConfig:
@@ -253,15 +237,6 @@ class AsyncSwarmModel:
                 if time.monotonic() >= deadline:
                     raise ConnectError(str(error)) from error
             await asyncio.sleep(0.5)
-
-    async def _measure(self, records: Sequence[pb.PeerRecord]) -> None:
-        """Round trips to peers that were never measured; a silent one is banned for a while."""
-        fresh = {r.addresses[0]: r.peer_id for r in records if r.addresses and r.peer_id not in self._rtt_s}
-        for address, pong in (await ping_all(fresh)).items() if fresh else ():
-            if pong is None or pong.peer_id != fresh[address]:
-                self._banned[fresh[address]] = time.monotonic() + BAN_S
-            else:
-                self._rtt_s[fresh[address]] = pong.rtt_s
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:

@@ -75,18 +75,13 @@ class ReplayLog:
 
     def restart(self) -> None:
         """Every row comes again."""
-        self.close()
+        self._drop()
         self.lost = False
 
     def lose(self) -> None:
         """Drop everything, and record nothing until a restart."""
-        self.close()
+        self._drop()
         self.lost = True
-
-    def close(self) -> None:
-        """Drop everything."""
-        self._budget.forget(self)
-        self._chunks, self._tree, self.rows = [], b"", 0
 
     def fork(self) -> ReplayLog:
         """The same outputs for another session; each pays for them in full."""
@@ -100,6 +95,10 @@ class ReplayLog:
     def chunks(self) -> tuple[bytes, ...]:
         """The committed rows as of now: whatever becomes of the log, they stay as they are."""
         return tuple(self._chunks)
+
+    def _drop(self) -> None:
+        self._budget.forget(self)
+        self._chunks, self._tree, self.rows = [], b"", 0
 
     def _append(self, outputs: bytes) -> None:
         self._chunks.append(outputs)

@@ -89,7 +89,7 @@ class PeerService(PeerServicer):
         self._engine = engine
         self._admission = admission
         self._resolve = resolve
-        self._replay_budget = ReplayBudget(info.replay_bytes)
+        self.replay_budget = ReplayBudget(info.replay_bytes)
         self._sessions: dict[bytes, PeerSession] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
 
@@ -155,7 +155,7 @@ class PeerService(PeerServicer):
         except Refused as error:
             code = Status.FAILED_PRECONDITION if error.final else Status.RESOURCE_EXHAUSTED
             raise SessionFailed(code, str(error)) from error
-        session = PeerSession(spec, self._engine, self._replay_budget, message.route_epoch, writer.put)
+        session = PeerSession(spec, self._engine, self.replay_budget, message.route_epoch, writer.put)
         try:
             if parent:
                 session.adopt(parent)

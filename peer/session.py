@@ -158,7 +158,7 @@ class PeerSession:
         self._engine.close(self.key)
         self.downlink.close()
         if self._log:
-            self._log.close()
+            self._log.lose()
 
     def fail(self, failure: SessionFailed) -> None:
         if not self.failed.done():

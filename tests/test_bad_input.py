@@ -615,7 +615,7 @@ async def test_no_route_names_the_missing_blocks() -> None:
 
 async def test_other_weights_under_the_same_name_are_refused(swarm: LocalSwarm) -> None:
     async with swarm.connect() as other:
-        other._digest = b"x" * 32
+        other._known.digest = b"x" * 32
         with pytest.raises(ConnectError, match="other weights"):
             await other.route()
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from petal.client.generation import config_of, generate
+from petal.client.route import NoRoute
 from petal.client.session import Session, Want
 from petal.client.stream import PeerError
 from petal.client.swarm import AsyncSwarmModel
@@ -245,9 +246,9 @@ async def test_repeat_travels_through_the_route(client: AsyncSwarmModel) -> None
         token = await start(session, PROMPT, GREEDY)
         first = await session.step(DraftTree.of_chain([token]))
         message = pb.Step(step=2, route_epoch=1, base=len(PROMPT), ids=[token], sample=True, want=pb.Want())
-        for stream in (session._streams[0], session._streams[-1]):
-            await stream.send(pb.ClientFrame(step=message))
-        again = await session._result(2)
+        for leg in (session._line.legs[0], session._line.legs[-1]):
+            await leg.stream.send(pb.ClientFrame(step=message))
+        again = await session._answer(2)
         assert (again.accepted, again.next_token) == (first.accepted, first.next_token)
         expected = await fresh(client, PROMPT, GREEDY)
         assert await go_on(session, first.next_token, 4) == expected[1:5]
@@ -400,7 +401,7 @@ async def test_route_takes_part_of_an_overlapping_span(client: AsyncSwarmModel) 
 
 
 async def test_peer_that_shuts_down_says_so() -> None:
-    async with local_swarm(tiny_llama(), [range(0, 4)]) as leaving, leaving.connect() as client:
+    async with local_swarm(tiny_llama(), [range(0, 4)]) as leaving, leaving.connect(wait_s=1) as client:
         session = await client.open_session(64)
         token = await start(session, PROMPT, GREEDY)
         leaving.peers[0].service.draining = True
@@ -408,6 +409,6 @@ async def test_peer_that_shuts_down_says_so() -> None:
             await client.open_session(64, wait_s=0)
         assert len(await go_on(session, token, 3)) == 3
         await leaving.peers[0].service.close()
-        with pytest.raises(PeerError, match="shutting down"):
+        with pytest.raises(NoRoute, match="nobody who can be reached hosts blocks 0-3 any more; waited 1 s"):
             await session.step(DraftTree.of_chain([5]))
         session.close()

@@ -1,0 +1,97 @@
+"""The peers of one model as a client knows them: their records, how far they are, and who is out of reach."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from ..protocol import petal_pb2 as pb
+from ..protocol.directory import Directory, DirectoryError, ping_all
+from .route import NoRoute, by_model, only_exact
+
+REFRESH_S = 3.0
+PING_S = 2.0
+
+
+class ConnectError(RuntimeError):
+    """Why there is no such model to talk to, in one sentence that says what to do."""
+
+
+class KnownPeers:
+    """Records of the peers that host one model. `rtt_s`: their measured round trips, by peer id.
+
+    A peer that failed is left out until it answers a ping and has published a new record: a dead one can do neither.
+    """
+
+    def __init__(self, directory: Directory, name: str, digest: bytes | None, exact: bool) -> None:
+        self.digest = digest
+        self.rtt_s: dict[str, float] = {}
+        self._directory = directory
+        self._name = name
+        self._exact = exact
+        self._records: list[pb.PeerRecord] = []
+        self._banned: dict[str, int] = {}  # with the version of the record that it had
+        self._refreshing: asyncio.Task[None] | None = None
+
+    def keep_fresh(self) -> None:
+        """Look again and again from now on, so that a route is at hand when a peer fails."""
+        self._refreshing = asyncio.create_task(self._refresh())
+
+    def close(self) -> None:
+        if self._refreshing:
+            self._refreshing.cancel()
+
+    async def look(self) -> list[pb.PeerRecord]:
+        """Ask the directory, and ping whom this client does not know yet or has banned. Raises ConnectError."""
+        try:
+            groups = by_model(await self._directory.list(self._name))
+        except DirectoryError as error:
+            raise ConnectError(str(error)) from error
+        if self.digest is None and groups:
+            # Without a checkpoint of our own: the digest that most peers serve, pinned from now on.
+            self.digest = max(groups, key=lambda digest: len(groups[digest]))
+        if groups and self.digest not in groups:
+            raise ConnectError(f"the swarm serves other weights under the name {self._name}; compare model digests")
+        self._records = groups.get(self.digest or b"", [])
+        back = [r for r in self._records if r.version > self._banned.get(r.peer_id, r.version)]
+        await self._ping([r for r in self._records if r.peer_id not in self.rtt_s or r in back])
+        return self._records
+
+    def reachable(self) -> list[pb.PeerRecord]:
+        """Peers that have not failed, as of the last look."""
+        return [record for record in self._records if record.peer_id not in self._banned]
+
+    def usable(self) -> list[pb.PeerRecord]:
+        """Peers to route a new session through. Raises NoRoute where there is none."""
+        if not self._records:
+            raise NoRoute(f"no peer serves {self._name}; start one with `petal-serve {self._name}`")
+        reachable = self.reachable()
+        if not reachable:
+            raise NoRoute(f"none of the {len(self._records)} peers that serve {self._name} can be reached")
+        return only_exact(reachable) if self._exact else reachable
+
+    def ban(self, peer_id: str) -> None:
+        """Leave a peer out of routes."""
+        versions = [record.version for record in self._records if record.peer_id == peer_id]
+        self._banned[peer_id] = max(versions, default=0)
+
+    async def try_banned(self) -> None:
+        """Where nobody else is left: whoever answers a ping may be asked again at once."""
+        await self._ping([record for record in self._records if record.peer_id in self._banned])
+
+    async def _ping(self, records: Sequence[pb.PeerRecord]) -> None:
+        peers = {record.addresses[0]: record for record in records if record.addresses}
+        for address, pong in (await ping_all(peers, timeout=PING_S)).items() if peers else ():
+            record = peers[address]
+            if pong is None or pong.peer_id != record.peer_id:
+                self._banned[record.peer_id] = record.version
+            else:
+                self.rtt_s[record.peer_id] = pong.rtt_s
+                self._banned.pop(record.peer_id, None)
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            with contextlib.suppress(ConnectError):  # the peers known so far may still be there
+                await self.look()
