@@ -43,7 +43,13 @@ MinP = Annotated[float, typer.Option(help="0 is off.")]
 Repetition = Annotated[float, typer.Option(help="1 is off.")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same text.")]
 Exact = Annotated[bool, typer.Option(help="Only peers that promise the same bits in any batch, tree or chunk.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Times of every hop, at the end.")]
+Wait = Annotated[
+    float | None,
+    typer.Option(min=0, help="Seconds to wait for blocks that nobody hosts: by default 0 at the start, 30 later."),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Times of every hop, at the end; peers that failed, as it happens.")
+]
 
 
 def _settings(
@@ -73,6 +79,7 @@ def generate(
     repetition_penalty: Repetition = 1.0,
     seed: Seed = 0,
     exact: Exact = False,
+    wait: Wait = None,
     raw: Annotated[bool, typer.Option(help="Continue the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
     verbose: Verbose = False,
@@ -81,13 +88,13 @@ def generate(
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
 
     def run() -> None:
-        with SwarmModel.connect(model, initial_peers or [], exact=exact) as swarm:
+        with SwarmModel.connect(model, initial_peers or [], exact=exact, wait_s=wait) as swarm:
             talk = swarm.chat()
             pieces = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
             if as_json:
                 _print_json(pieces)
             else:
-                shown = show(pieces)
+                shown = show(pieces, verbose)
                 if verbose:
                     console.print(speed_line(shown))
 
@@ -106,6 +113,7 @@ def chat(
     repetition_penalty: Repetition = 1.0,
     seed: Seed = 0,
     exact: Exact = False,
+    wait: Wait = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -113,7 +121,7 @@ def chat(
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
 
     def run() -> None:
-        with SwarmModel.connect(model, initial_peers or [], exact=exact) as swarm:
+        with SwarmModel.connect(model, initial_peers or [], exact=exact, wait_s=wait) as swarm:
             converse(swarm, settings, system, verbose)
 
     _guarded(run)
@@ -178,12 +186,14 @@ def peer_program() -> str | None:
     return beside if os.access(beside, os.X_OK) else shutil.which("petal-serve")
 
 
-def show(pieces: Iterator[Piece]) -> list[Piece]:
-    """Print the text as it comes."""
+def show(pieces: Iterator[Piece], verbose: bool = False) -> list[Piece]:
+    """Print the text as it comes; with `verbose` also which peers failed, and who took over."""
     shown = []
     try:
         for piece in pieces:
             shown.append(piece)
+            for event in piece.events if verbose else ():
+                console.print(f"\n[dim]{escape(str(event))}[/dim]", highlight=False, soft_wrap=True)
             print(piece.text, end="", flush=True)
     finally:
         print(flush=True)
@@ -236,7 +246,7 @@ def converse(swarm: SwarmModel, settings: dict[str, Any], system: str | None, ve
                 pieces = talk.regenerate(trace=verbose, **settings)
             else:
                 pieces = talk.send(text, trace=verbose, **settings)
-            shown = show(pieces)
+            shown = show(pieces, verbose)
             if verbose:
                 console.print(speed_line(shown))
     except EOFError:
@@ -246,17 +256,24 @@ def converse(swarm: SwarmModel, settings: dict[str, Any], system: str | None, ve
 
 
 def _print_json(pieces: Iterator[Piece]) -> None:
-    collected = list(pieces)
-    print(
-        json.dumps(
-            {
-                "text": "".join(piece.text for piece in collected),
-                "ids": [token for piece in collected for token in piece.ids],
-                "finish_reason": collected[-1].finish_reason,
-                "seconds": sum(piece.seconds for piece in collected),
-            }
-        )
-    )
+    """One object, also where the generation breaks off: then with the text so far and the reason."""
+    collected: list[Piece] = []
+    broken: Exception | None = None
+    try:
+        for piece in pieces:
+            collected.append(piece)
+    except EXPECTED as error:
+        broken = error
+    answer = {
+        "text": "".join(piece.text for piece in collected),
+        "ids": [token for piece in collected for token in piece.ids],
+        "finish_reason": collected[-1].finish_reason if collected else None,
+        "seconds": sum(piece.seconds for piece in collected),
+        "events": [str(event) for piece in collected for event in piece.events],
+    }
+    print(json.dumps(answer if broken is None else {**answer, "error": str(broken)}))
+    if broken:
+        raise broken
 
 
 def _guarded(run: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from .known_peers import ConnectError
 from .open_route import Leg, OpenRoute, SessionOptions, Standpoint
 from .route import NoRoute, Route, repair_route
 from .stream import PeerError
+
+log = logging.getLogger(__name__)
 
 # The peer is well, only the session on it ended.
 _ASK_AGAIN = frozenset({grpc.StatusCode.ABORTED, grpc.StatusCode.DEADLINE_EXCEEDED})
@@ -64,7 +67,9 @@ async def move(
             if not (error.replaceable or error.busy):
                 raise
         except NoRoute as error:
-            deadline = deadline or time.monotonic() + options.wait_s
+            if deadline is None:
+                deadline = time.monotonic() + options.wait_s
+                log.warning("%s: waiting up to %g s for another", error, options.wait_s)
             if time.monotonic() >= deadline:
                 raise NoRoute(f"{error}; waited {options.wait_s:g} s for another") from error
             await _look_around(finder, deadline)

@@ -11,6 +11,7 @@ from ..protocol import petal_pb2 as pb
 from ..protocol.sampling import SamplingParams
 from ..protocol.tokenizer import Tokenizer
 from ..protocol.tree import DraftTree
+from .failover import Failover
 from .session import Session, StepResult, Want
 
 
@@ -49,6 +50,7 @@ class Piece:
     hops: list[pb.Hop] = field(default_factory=list)
     seconds: float = 0.0
     finish_reason: str | None = None
+    events: list[Failover] = field(default_factory=list)
 
 
 def config_of(
@@ -130,6 +132,7 @@ async def generate(
         piece = stopper.take([*result.path_ids, result.next_token], result)
         ids.extend(piece.ids)
         piece.seconds = time.perf_counter() - started
+        piece.events = session.take_events()
         if len(session.ids) > len(ids):
             session.rewind(len(ids))
         yield piece
