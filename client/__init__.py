@@ -1,6 +1,7 @@
 """Generate with a swarm: `from petal.client import SwarmModel`."""
 
-from .generation import Drafter, GenerationConfig, Piece
+from .drafting.drafter import Drafter
+from .generation import GenerationConfig, Piece
 from .known_peers import ConnectError
 from .route import NoRoute
 from .stream import PeerError

@@ -64,7 +64,8 @@ class Chat:
             self._session = await self._model.open_session(max(needed, self._reserve_tokens))
         said = ""
         try:
-            async for piece in generate(self._session, prompt, config, self._tokenizer):
+            speculation = await self._model.speculation(config, self._session)
+            async for piece in generate(self._session, prompt, config, self._tokenizer, speculation):
                 said += piece.text
                 yield piece
         except BaseException:

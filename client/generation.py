@@ -5,22 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.sampling import SamplingParams
 from ..protocol.tokenizer import Tokenizer
-from ..protocol.tree import DraftTree
+from .drafting.choice import DrafterChoice
+from .drafting.speculation import Speculation, Verified
 from .failover import Failover
 from .session import Session, StepResult, Want
-
-
-class Drafter(Protocol):
-    """Guesses what comes next; any tree is exact, a good one saves trips."""
-
-    def propose(self, ids: Sequence[int], budget: int) -> DraftTree:
-        """A tree of at most `budget` nodes below row 0, which is the last of `ids`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -33,8 +25,8 @@ class GenerationConfig:
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int = 0
     trace: bool = False
-    drafter: Drafter | None = None
-    budget: int = 0
+    drafter: DrafterChoice = "auto"
+    budget: int | None = None
 
     def want(self) -> Want:
         return Want(top_logprobs=self.top_logprobs, trace=self.trace)
@@ -42,13 +34,15 @@ class GenerationConfig:
 
 @dataclass
 class Piece:
-    """What one trip through the route brought."""
+    """What one trip through the route brought: `nodes` were drafted in `draft_s` of its `seconds`."""
 
     ids: list[int]
     text: str = ""
     logprobs: list[pb.RowLogprobs] = field(default_factory=list)
     hops: list[pb.Hop] = field(default_factory=list)
     seconds: float = 0.0
+    nodes: int = 0
+    draft_s: float = 0.0
     finish_reason: str | None = None
     events: list[Failover] = field(default_factory=list)
 
@@ -69,8 +63,8 @@ def config_of(
     stop_strings: str | Sequence[str] | None = None,
     top_logprobs: int = 0,
     trace: bool = False,
-    drafter: Drafter | None = None,
-    budget: int = 0,
+    drafter: DrafterChoice = "auto",
+    budget: int | None = None,
     default_eos: frozenset[int] = frozenset(),
 ) -> GenerationConfig:
     """A config from transformers' argument names; `eos_token_id=-1` ignores the end of text.
@@ -109,7 +103,11 @@ def for_sequence(config: GenerationConfig, index: int) -> GenerationConfig:
 
 
 async def generate(
-    session: Session, prompt: Sequence[int], config: GenerationConfig, tokenizer: Tokenizer | None = None
+    session: Session,
+    prompt: Sequence[int],
+    config: GenerationConfig,
+    tokenizer: Tokenizer | None = None,
+    speculation: Speculation | None = None,
 ) -> AsyncIterator[Piece]:
     """Pieces of the answer to `prompt`, which may continue or branch off what the session holds.
 
@@ -118,20 +116,24 @@ async def generate(
     """
     if not prompt:
         raise ValueError("the prompt is empty")
-    room = min(session.context_length, session.options.reserve_tokens) - len(prompt)
+    positions = min(session.context_length, session.options.reserve_tokens)
+    room = positions - len(prompt)
     if room < 1:
-        raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in {room + len(prompt)} positions")
+        raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in {positions} positions")
+    speculation = speculation or Speculation()
     stopper = _Stopper(config, tokenizer, min(config.max_new_tokens, room + 1))
     kept = common_prefix(session.ids, prompt[:-1])
     session.rewind(kept)
     started = time.perf_counter()
-    result = await session.prefill(prompt[kept:], config.sampling, config.want())
+    done = Verified(await session.prefill(prompt[kept:], config.sampling, config.want()))
+    speculation.start(prompt, config.sampling)
     ids = list(prompt)
     while True:
+        result = done.result
         assert result.next_token is not None
         piece = stopper.take([*result.path_ids, result.next_token], result)
         ids.extend(piece.ids)
-        piece.seconds = time.perf_counter() - started
+        piece.seconds, piece.nodes, piece.draft_s = time.perf_counter() - started, done.nodes, done.draft_s
         piece.events = session.take_events()
         if len(session.ids) > len(ids):
             session.rewind(len(ids))
@@ -139,17 +141,8 @@ async def generate(
         if piece.finish_reason:
             return
         started = time.perf_counter()
-        tree = _propose(config, session, ids, stopper.left)
-        result = await session.step(tree, want=config.want())
-
-
-def _propose(config: GenerationConfig, session: Session, ids: list[int], left: int) -> DraftTree:
-    """A tree that fits the rows a peer takes, the tokens still wanted and the room in the cache."""
-    room = min(session.context_length, session.options.reserve_tokens) - len(ids)
-    budget = min(config.budget, session.max_rows - 1, left - 1, room)
-    if config.drafter is None or budget <= 0:
-        return DraftTree.of_chain(ids[-1:])
-    return config.drafter.propose(ids, budget)
+        room = positions - len(ids) if stopper.left > 1 else 0
+        done = await speculation.round(session, ids, room, config.want())
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

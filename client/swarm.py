@@ -19,6 +19,9 @@ from ..protocol.limits import CHANNEL_OPTIONS
 from ..protocol.tokenizer import Tokenizer
 from .background import BackgroundLoop
 from .chat import Chat
+from .drafting.budget import BudgetController
+from .drafting.choice import DrafterShelf
+from .drafting.speculation import Speculation
 from .generation import GenerationConfig, Piece, common_prefix, config_of, for_sequence, generate
 from .known_peers import ConnectError, KnownPeers
 from .open_route import SessionOptions
@@ -68,6 +71,8 @@ class AsyncSwarmModel:
         self._wait_s = wait_s
         self._known = KnownPeers(directory, name, digest, exact)
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._drafters: DrafterShelf | None = None
+        self._budgets: dict[tuple[str, ...], BudgetController] = {}
 
     @classmethod
     async def connect(
@@ -136,6 +141,13 @@ class AsyncSwarmModel:
                     self._known.ban(error.peer_id)
                 await asyncio.sleep(random.uniform(0.1, 0.5) if error.busy else 0)
 
+    async def speculation(self, config: GenerationConfig, session: Session) -> Speculation:
+        """Drafting for one sequence, as `config` asks; what was learned about a route serves all its sessions."""
+        self._drafters = self._drafters or DrafterShelf(self.tokenizer, self._known.digest or b"")
+        route = tuple(stop.peer.peer_id for stop in session.route)
+        budget = self._budgets.setdefault(route, BudgetController())
+        return Speculation(await self._drafters.drafters(config.drafter), budget, config.budget)
+
     def config(self, **settings: Any) -> GenerationConfig:
         """See `config_of`; the model's own end-of-text ids are the default."""
         eos = frozenset(self.tokenizer.eos_ids) if self.tokenizer else frozenset()
@@ -154,7 +166,8 @@ class AsyncSwarmModel:
         ids = self.encode(prompt)
         session = await self.open_session(len(ids) + config.max_new_tokens + TREE_ROOM)
         try:
-            async for piece in generate(session, ids, config, self.tokenizer):
+            speculation = await self.speculation(config, session)
+            async for piece in generate(session, ids, config, self.tokenizer, speculation):
                 yield piece
         finally:
             session.close()
@@ -182,7 +195,8 @@ class AsyncSwarmModel:
     ) -> list[Piece]:
         session = await self._branch(trunk, reserve)
         try:
-            return [piece async for piece in generate(session, ids, config, self.tokenizer)]
+            speculation = await self.speculation(config, session)
+            return [piece async for piece in generate(session, ids, config, self.tokenizer, speculation)]
         finally:
             session.close()
 
