@@ -10,12 +10,14 @@ import asyncio
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from petal.client.drafting.drafter import Drafter, ScoredTree
 from petal.client.session import Want
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol.checkpoint import open_checkpoint
@@ -107,7 +109,7 @@ async def test_logits_equal_transformers_and_noise_is_caught() -> None:
 
 
 @dataclass
-class RandomDrafter:
+class RandomDrafter(Drafter):
     """Trees of random shape; some nodes follow the known answer, so that paths are really accepted."""
 
     answer: dict[tuple[int, ...], int]
@@ -118,7 +120,7 @@ class RandomDrafter:
     def knowing(cls, ids: list[int], vocab: int, seed: int) -> RandomDrafter:
         return cls({tuple(ids[:i]): ids[i] for i in range(1, len(ids))}, vocab, random.Random(seed))
 
-    def propose(self, ids: list[int], budget: int) -> DraftTree:
+    def propose(self, ids: Sequence[int], budget: int, worth: float = 0.0) -> ScoredTree:
         tokens, parents, paths = [ids[-1]], [-1], [tuple(ids)]
         for _ in range(self.rng.randint(0, budget)):
             parent = self.rng.randrange(len(tokens))
@@ -129,7 +131,7 @@ class RandomDrafter:
             tokens.append(token)
             parents.append(parent)
             paths.append((*paths[parent], token))
-        return DraftTree(tuple(tokens), tuple(parents))
+        return ScoredTree(tuple(tokens), tuple(parents), tuple(-float(row) for row in range(len(tokens))))
 
 
 SAMPLING = [
