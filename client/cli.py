@@ -18,6 +18,7 @@ from ..protocol.directory import DirectoryError
 from ..protocol.sampling import SamplingError
 from .generation import Piece
 from .known_peers import ConnectError
+from .report import speed_line
 from .route import NoRoute
 from .status import print_status, swarm_status
 from .stream import PeerError
@@ -41,6 +42,14 @@ TopK = Annotated[int, typer.Option(min=0, help="0 is off.")]
 TopP = Annotated[float, typer.Option(help="1 is off.")]
 MinP = Annotated[float, typer.Option(help="0 is off.")]
 Repetition = Annotated[float, typer.Option(help="1 is off.")]
+Drafter = Annotated[
+    str,
+    typer.Option(
+        help="Who guesses ahead; never changes the text. [b]auto[/b], [b]ngram[/b] (the text's own repeats), "
+        "[b]model[/b] (the one made for this model), a checkpoint, several with commas, or [b]none[/b]."
+    ),
+]
+Budget = Annotated[int | None, typer.Option(min=0, help="Tokens to draft a round; by default what pays most.")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same text.")]
 Exact = Annotated[bool, typer.Option(help="Only peers that promise the same bits in any batch, tree or chunk.")]
 Wait = Annotated[
@@ -53,7 +62,15 @@ Verbose = Annotated[
 
 
 def _settings(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float, repetition: float, seed: int
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition: float,
+    seed: int,
+    drafter: str,
+    budget: int | None,
 ) -> dict[str, Any]:
     return {
         "max_new_tokens": max_new_tokens,
@@ -63,6 +80,8 @@ def _settings(
         "min_p": min_p,
         "repetition_penalty": repetition,
         "seed": seed,
+        "drafter": drafter,
+        "budget": budget,
     }
 
 
@@ -78,6 +97,8 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: Repetition = 1.0,
     seed: Seed = 0,
+    drafter: Drafter = "auto",
+    budget: Budget = None,
     exact: Exact = False,
     wait: Wait = None,
     raw: Annotated[bool, typer.Option(help="Continue the prompt as it is, without the chat template.")] = False,
@@ -85,7 +106,7 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Answer one prompt."""
-    settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def run() -> None:
         with SwarmModel.connect(model, initial_peers or [], exact=exact, wait_s=wait) as swarm:
@@ -112,13 +133,15 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: Repetition = 1.0,
     seed: Seed = 0,
+    drafter: Drafter = "auto",
+    budget: Budget = None,
     exact: Exact = False,
     wait: Wait = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Talk with the model; /regen answers again, /exit or Ctrl-D ends."""
-    settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def run() -> None:
         with SwarmModel.connect(model, initial_peers or [], exact=exact, wait_s=wait) as swarm:
@@ -172,11 +195,12 @@ def demo(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    drafter: Drafter = "auto",
 ) -> None:
     """Start three local peers that share one small model, and let them answer."""
     from .demo import run_demo
 
-    settings = _settings(max_new_tokens, temperature, 0, 1.0, 0.0, 1.0, seed)
+    settings = _settings(max_new_tokens, temperature, 0, 1.0, 0.0, 1.0, seed, drafter, None)
     _guarded(lambda: run_demo(prompt, peers, settings, chatting, console))
 
 
@@ -198,36 +222,6 @@ def show(pieces: Iterator[Piece], verbose: bool = False) -> list[Piece]:
     finally:
         print(flush=True)
     return shown
-
-
-def speed_line(pieces: list[Piece]) -> str:
-    """Tokens a second and, where traced, each hop's median time."""
-    tokens = sum(len(piece.ids) for piece in pieces)
-    decode_s = sum(piece.seconds for piece in pieces[1:])
-    line = f"{tokens} tokens, first after {pieces[0].seconds * 1e3:.0f} ms"
-    if decode_s:
-        line += f", then {sum(len(piece.ids) for piece in pieces[1:]) / decode_s:.1f} tokens/s"
-    return "\n".join([line, *hop_lines(pieces)])
-
-
-def hop_lines(pieces: list[Piece]) -> list[str]:
-    """Median compute of each peer and median way between peers on one clock, in ms."""
-    traces = [piece.hops for piece in pieces[1:] if piece.hops]
-    if not traces:
-        return []
-    lines = []
-    for i, hop in enumerate(traces[0]):
-        compute = _median([trace[i].end_ns - trace[i].start_ns for trace in traces])
-        line = f"  peer {hop.peer_id[-8:]}: compute {compute / 1e6:.1f} ms"
-        if i:
-            ways = [trace[i].start_ns - trace[i - 1].end_ns - trace[i].queue_ns for trace in traces]
-            line += f", hop from the peer before {_median(ways) / 1e6:.2f} ms"
-        lines.append(line)
-    return lines
-
-
-def _median(values: list[int]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def converse(swarm: SwarmModel, settings: dict[str, Any], system: str | None, verbose: bool) -> None:

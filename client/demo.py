@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .cli import converse, peer_program, show, speed_line
+from .cli import converse, peer_program, show
 from .known_peers import ConnectError
+from .report import speed_line
 from .swarm import SwarmModel
 
 MODEL = "demo"

@@ -17,7 +17,7 @@ CLIENTS = (1, 4, 16, 64)
 async def gaps_of_one(model: AsyncSwarmModel, prompt: list[int], tokens: int, seed: int) -> list[float]:
     """Seconds between tokens, from the second on."""
     stamps = []
-    async for _ in model.stream(prompt, max_new_tokens=tokens, seed=seed, eos_token_id=-1):
+    async for _ in model.stream(prompt, max_new_tokens=tokens, seed=seed, eos_token_id=-1, drafter="none"):
         stamps.append(time.perf_counter())
     return [b - a for a, b in pairwise(stamps[1:])]
 

@@ -41,7 +41,7 @@ async def lag(stop: asyncio.Event) -> list[float]:
 async def decode_gaps(model: AsyncSwarmModel, tokens: int, seed: int = 0) -> list[float]:
     """Milliseconds between the tokens of one session."""
     stamps = []
-    async for _ in model.stream(list(range(40)), max_new_tokens=tokens, seed=seed, eos_token_id=-1):
+    async for _ in model.stream(list(range(40)), max_new_tokens=tokens, seed=seed, eos_token_id=-1, drafter="none"):
         stamps.append(time.perf_counter())
     return [(b - a) * 1e3 for a, b in pairwise(stamps[1:])]
 

@@ -121,6 +121,7 @@ class Plain:
 def decode_seconds(model: SwarmModel, tokens: int, **settings: Any) -> tuple[float, float, list]:
     """Seconds a token after the first, seconds to the first, and the pieces."""
     prompt = model.tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}])
+    settings = {"drafter": "none", **settings}
     pieces = list(model.stream(prompt, max_new_tokens=tokens + 1, eos_token_id=-1, **settings))
     return sum(piece.seconds for piece in pieces[1:]) / tokens, pieces[0].seconds, pieces
 
