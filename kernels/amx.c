@@ -16,14 +16,15 @@
 #include <unistd.h>
 
 enum {
-    HEIGHT = 16,                /* most rows of a register */
-    BLOCK = 2 * HEIGHT,         /* rows that share a visit to a panel */
-    LINE = 64,                  /* bytes of a register's row */
+    HEIGHT = 16,                   /* most rows of a register */
+    BLOCK = 2 * HEIGHT,            /* rows that share a visit to a panel */
+    LINE = 64,                     /* bytes of a register's row */
     STEP = DEPTH_UNIT * PANEL * 2, /* bytes of a panel that one instruction's depth takes */
-    AHEAD = 4096,               /* bytes; hides memory latency where a panel is read once */
-    WIDE = 2,                   /* panels of a chunk */
-    CACHED = 1024 * 1024,       /* bytes of x that stay in the second-level cache */
-    LOWEST = 256,               /* rows that share a panel even if x does not fit */
+    AHEAD = 4096,                  /* bytes; hides memory latency where a panel is read once */
+    WIDE = 2,                      /* panels of a chunk */
+    CACHED = 1024 * 1024,          /* bytes of x that stay in the second-level cache */
+    LOWEST = 256,                  /* rows that share a panel even if x does not fit */
+    KEPT = 128 * 1024,             /* floats of y that stay in it for whoever reads them next */
 };
 
 /* Registers, by number as the instructions want them: sums of the low and the high half of a block for 16 columns
@@ -107,29 +108,43 @@ static void add_products(const linear_t *c, long panel, long row, long low, long
     }
 }
 
-/* Up to BLOCK rows of one panel; columns past `out` go through a private copy. */
+/* Rows of y from sums of whole panels. Past the cache: what is read again is not pushed out, and what is written is
+ * not read first. */
+static void write_rows(const linear_t *c, const float *sums, long row, long rows, long column)
+{
+    long width = least(PANEL, c->out - column);
+    float *y = c->y + row * c->out + column;
+    bool past_cache = c->rows * c->out > KEPT && width == PANEL && !((uintptr_t)y % LINE) && c->out % LANES == 0;
+    for (long m = 0; m < rows; m++, sums += PANEL, y += c->out)
+        if (past_cache) {
+            _mm512_stream_ps(y, _mm512_load_ps(sums));
+            _mm512_stream_ps(y + LANES, _mm512_load_ps(sums + LANES));
+        } else {
+            memcpy(y, sums, (size_t)width * sizeof *y);
+        }
+}
+
+/* Up to BLOCK rows of one panel. */
 static void run_block(const linear_t *c, long panel, long row, long rows, ahead_t ahead)
 {
-    long low = least(HEIGHT, rows), high = rows - low, column = panel * PANEL, width = c->out - column;
-    const float *bias = c->bias + column;
+    long low = least(HEIGHT, rows), high = rows - low;
+    const float *bias = c->bias + panel * PANEL;
+    float sums[BLOCK * PANEL] __attribute__((aligned(LINE)));
     configure(low, high);
     _tile_loadd(LOW_0, bias, 0); /* the same line for every row */
-    _tile_loadd(LOW_1, bias + 16, 0);
+    _tile_loadd(LOW_1, bias + LANES, 0);
     if (high) {
         _tile_loadd(HIGH_0, bias, 0);
-        _tile_loadd(HIGH_1, bias + 16, 0);
+        _tile_loadd(HIGH_1, bias + LANES, 0);
     }
     add_products(c, panel, row, low, high, ahead);
-    float edge[BLOCK * PANEL], *y = c->y + row * c->out + column, *to = width < PANEL ? edge : y;
-    long stride = width < PANEL ? PANEL : c->out;
-    _tile_stored(LOW_0, to, stride * 4);
-    _tile_stored(LOW_1, to + 16, stride * 4);
+    _tile_stored(LOW_0, sums, PANEL * 4);
+    _tile_stored(LOW_1, sums + LANES, PANEL * 4);
     if (high) {
-        _tile_stored(HIGH_0, to + HEIGHT * stride, stride * 4);
-        _tile_stored(HIGH_1, to + HEIGHT * stride + 16, stride * 4);
+        _tile_stored(HIGH_0, sums + HEIGHT * PANEL, PANEL * 4);
+        _tile_stored(HIGH_1, sums + HEIGHT * PANEL + LANES, PANEL * 4);
     }
-    for (long m = 0; to == edge && m < rows; m++)
-        memcpy(y + m * c->out, edge + m * PANEL, (size_t)width * sizeof *y);
+    write_rows(c, sums, row, rows, panel * PANEL);
 }
 
 /* While blocks share a panel, the next panel is fetched. */
@@ -147,6 +162,7 @@ static void run_chunk(void *job, long chunk)
         }
     }
     _tile_release();
+    _mm_sfence(); /* writes past the cache keep no order of their own */
 }
 
 void amx_run(linear_t *c, long threads)

@@ -139,12 +139,15 @@ int petal_matrix_unit(void) { return amx_ready(); }
 int petal_linear(float *y, const float *x, const void *panels, const float *bias, long in, long out, long half,
                  long rows, long threads)
 {
-    long depth = half ? (in + DEPTH_UNIT - 1) / DEPTH_UNIT * DEPTH_UNIT : in;
-    linear_t c = {y, x, panels, bias, rows, in, out, depth, half};
+    linear_t c = {.y = y, .x = x, .panels = panels, .bias = bias, .rows = rows, .in = in, .out = out};
+    c.depth = half ? (in + DEPTH_UNIT - 1) / DEPTH_UNIT * DEPTH_UNIT : in;
+    c.half = half;
+    if (!rows)
+        return 0;
     threads = rows * in * out < TOO_SMALL ? 1 : threads;
     if (!half || !amx_ready())
         return run_tiles(&c, threads);
-    c.tiles = scratch(rows * depth * 2);
+    c.tiles = scratch(rows * c.depth * 2);
     if (!c.tiles)
         return 1;
     amx_run(&c, threads);

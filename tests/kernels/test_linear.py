@@ -110,7 +110,8 @@ def test_row_does_not_depend_on_threads(code: str, rows: int, dtype: torch.dtype
 @pytest.mark.parametrize("code", ["native", "portable"], indirect=True)
 def test_every_output_is_written_and_nothing_else(code: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     poison = 12345.0
-    for (width, out), rows in [((37, 51), 1), ((37, 51), 20), ((64, 32), 33), ((70, 1), 70)]:
+    # The last is written past the cache.
+    for (width, out), rows in [((37, 51), 1), ((37, 51), 20), ((64, 32), 33), ((70, 1), 70), ((32, 4112), 70)]:
         weight, bias = _layer((width, out), dtype)
         layer, x = PackedLinear(weight, bias), torch.randn(rows, width)
         around = torch.full((rows * out + 128,), poison)
@@ -122,8 +123,9 @@ def test_every_output_is_written_and_nothing_else(code: str, dtype: torch.dtype,
 
 
 @every_code
-def test_any_leading_shape_stride_and_dtype(code: str):
-    weight, bias = _layer((37, 51))
+@every_dtype
+def test_any_leading_shape_stride_and_dtype(code: str, dtype: torch.dtype):
+    weight, bias = _layer((37, 51), dtype)
     layer = PackedLinear(weight, bias)
     x = torch.randn(4, 3, 37)
     y = layer(x)
