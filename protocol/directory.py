@@ -79,8 +79,9 @@ class RecordBook:
 
 
 def connect_plain(address: str) -> grpc.aio.Channel:
-    """A channel without TLS, as public swarms use."""
-    return grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", MAX_REPLY_BYTES)])
+    """A channel without TLS, as public swarms use; on a connection of its own, since an older one may be dead."""
+    options = [("grpc.max_receive_message_length", MAX_REPLY_BYTES), ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.aio.insecure_channel(address, options=options)
 
 
 class GrpcDirectory(Directory):

@@ -26,6 +26,8 @@ PING_EVERY_S = 2.5
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", int(PING_EVERY_S * 1000)),
     ("grpc.keepalive_timeout_ms", int((KEEPALIVE_S - PING_EVERY_S) * 1000)),
+    # Newer versions wait for a ping's answer by this one, a minute unless told otherwise.
+    ("grpc.http2.ping_timeout_ms", int((KEEPALIVE_S - PING_EVERY_S) * 1000)),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
