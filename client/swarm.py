@@ -144,9 +144,9 @@ class AsyncSwarmModel:
     async def speculation(self, config: GenerationConfig, session: Session) -> Speculation:
         """Drafting for one sequence, as `config` asks; what was learned about a route serves all its sessions."""
         self._drafters = self._drafters or DrafterShelf(self.tokenizer, self._known.digest or b"")
-        route = tuple(stop.peer.peer_id for stop in session.route)
-        budget = self._budgets.setdefault(route, BudgetController())
-        return Speculation(await self._drafters.drafters(config.drafter), budget, config.budget)
+        drafters = await self._drafters.drafters(config.drafter)
+        key = (*(type(drafter).__name__ for drafter in drafters), *(stop.peer.peer_id for stop in session.route))
+        return Speculation(drafters, self._budgets.setdefault(key, BudgetController()), config.budget)
 
     def config(self, **settings: Any) -> GenerationConfig:
         """See `config_of`; the model's own end-of-text ids are the default."""

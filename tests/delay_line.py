@@ -65,10 +65,12 @@ class Lane:
     """One direction of a link: its line sends one byte at a time, whichever connection it is of."""
 
     def __init__(self) -> None:
+        self.bytes = 0
         self._free_at = 0.0
 
     def slices(self, data: bytes, conditions: Conditions) -> list[tuple[float, bytes]]:
         """Cut what is sent now into pieces, each with the time at which it arrives."""
+        self.bytes += len(data)
         rate = conditions.bits_per_s / 8
         size = max(MIN_SLICE_BYTES, int(rate / 1000)) if rate else len(data)
         return [

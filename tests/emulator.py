@@ -2,8 +2,9 @@
 
 In a test: ``async with Link("127.0.0.1:5000", delay_s=0.025) as link: connect(link.address)``. As a process of its own:
 ``python -m tests.emulator --listen 0 --to 127.0.0.1:5000 --delay-ms 12.5``; it prints its address and obeys the lines
-``cut``, ``stall``, ``resume``, ``reset`` and ``delay MS`` on its standard input. Linux only. Opening a connection costs
-no round trip, as the kernel accepts it before the proxy knows.
+``cut``, ``stall``, ``resume``, ``reset``, ``delay MS`` and ``mbit MBIT`` on its standard input; ``bytes`` prints how
+many it carried so far, both ways. Linux only. Opening a connection costs no round trip, as the kernel accepts it before the
+proxy knows.
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ class Link:
     async def __aexit__(self, *error: object) -> None:
         self._end()
 
+    @property
+    def bytes(self) -> int:
+        """Carried so far, both ways."""
+        return sum(lane.bytes for lane in self._lanes)
+
     async def ended(self) -> None:
         """Wait until the lifetime is over."""
         await self._ended.wait()
@@ -147,8 +153,12 @@ def obey(link: Link, line: str) -> None:
         getattr(link, words[0])()
     elif words[:1] == ["delay"] and len(words) == 2:
         link.set(delay_s=float(words[1]) / 1000)
+    elif words[:1] == ["mbit"] and len(words) == 2:
+        link.set(bits_per_s=float(words[1]) * 1e6)
+    elif words == ["bytes"]:
+        print(link.bytes, flush=True)
     elif words:
-        print(f"Unknown command {line!r}: cut, stall, resume, reset or delay MS.", file=sys.stderr)
+        print(f"Unknown command {line!r}: see the module's description.", file=sys.stderr)
 
 
 async def main(options: argparse.Namespace) -> None:

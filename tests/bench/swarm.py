@@ -32,20 +32,35 @@ def process_swarm(
     peers: int, *options: str, link_delay_ms: float | None = None, codec: str = "float32", **environment: str
 ) -> Iterator[SwarmModel]:
     """A client of `peers` real peer processes, each behind an emulated link where a one-way delay is given."""
+    with (
+        peer_processes(peers, *options, link_delay_ms=link_delay_ms, **environment) as (address, _),
+        SwarmModel.connect("demo", [address], wait_s=30, codec=codec) as model,
+    ):
+        yield model
+
+
+@contextmanager
+def peer_processes(
+    peers: int, *options: str, link_delay_ms: float | None = None, **environment: str
+) -> Iterator[tuple[str, list[EmulatedLink]]]:
+    """The first peer's address and the links, one in front of each peer where a delay is given."""
     children: list[ChildPeer] = []
+    links: list[EmulatedLink] = []
     with tempfile.TemporaryDirectory(prefix="petal-bench-") as folder, contextlib.ExitStack() as stack:
         try:
             for blocks in split(N_BLOCKS, peers):
                 extra = list(options)
                 if link_delay_ms is not None:
                     port = free_port()
-                    link = stack.enter_context(emulated_link(port, link_delay_ms))
-                    extra += ["--port", str(port), "--announce", link]
+                    links.append(stack.enter_context(emulated_link(port, link_delay_ms)))
+                    extra += ["--port", str(port), "--announce", links[-1].address]
                 initial = [str(children[0].ready["multiaddrs"][0])] if children and children[0].ready else []
                 children.append(ChildPeer.start(blocks, Path(folder), initial, *extra, **environment))
-                wait_ready(children[-1])
-            with SwarmModel.connect("demo", [children[0].address], wait_s=30, codec=codec) as model:
-                yield model
+                if len(children) == 1:  # the others join through it
+                    wait_ready(children[0])
+            for child in children:
+                wait_ready(child)
+            yield children[0].address, links
         finally:
             for child in reversed(children):
                 child.stop()
@@ -68,15 +83,34 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class EmulatedLink:
+    """A proxy process in front of a peer."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._input, self._output = process.stdin, process.stdout
+        self.address = self._output.readline().split()[-1]
+
+    def order(self, line: str) -> None:
+        """One line of the emulator's control protocol."""
+        self._input.write(f"{line}\n")
+        self._input.flush()
+
+    def bytes(self) -> int:
+        """Carried so far, both ways."""
+        self.order("bytes")
+        return int(self._output.readline())
+
+
 @contextmanager
-def emulated_link(port: int, delay_ms: float, seconds: int = 900) -> Iterator[str]:
-    """The address of a proxy in front of a peer: one-way delay in each direction."""
+def emulated_link(port: int, delay_ms: float, seconds: int = 7200) -> Iterator[EmulatedLink]:
+    """A proxy in front of a peer: one-way delay in each direction."""
     command = [sys.executable, "-m", "tests.emulator", "--listen", "0", "--to", f"127.0.0.1:{port}"]
     command += ["--delay-ms", str(delay_ms), "--seconds", str(seconds)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[-1]
+        yield EmulatedLink(process)
     finally:
         process.terminate()
         process.wait()
