@@ -3,8 +3,8 @@
 In a test: ``async with Link("127.0.0.1:5000", delay_s=0.025) as link: connect(link.address)``. As a process of its own:
 ``python -m tests.emulator --listen 0 --to 127.0.0.1:5000 --delay-ms 12.5``; it prints its address and obeys the lines
 ``cut``, ``stall``, ``resume``, ``reset``, ``delay MS`` and ``mbit MBIT`` on its standard input; ``bytes`` prints how
-many it carried so far, both ways. Linux only. Opening a connection costs no round trip, as the kernel accepts it before the
-proxy knows.
+many it carried so far, both ways. Linux only. Opening a connection costs no round trip, as the kernel accepts it before
+the proxy knows.
 """
 
 from __future__ import annotations
