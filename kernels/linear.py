@@ -98,6 +98,11 @@ class PackedLinear(nn.Module):
         """The weights as [out, in], unpacked."""
         return self.panels.transpose(1, 2).flatten(2).flatten(0, 1)[: self.out_features, : self.in_features]
 
+    @property
+    def weight(self) -> Tensor:
+        """`dense`, for modules that read a layer's weights beside calling it."""
+        return self.dense()
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.panels.dtype}"
 

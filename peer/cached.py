@@ -26,9 +26,8 @@ def forward(
     result = rows.new_empty(len(rows), span.hidden_size, dtype=torch.float32)
     layers = range(blocks.start - span.start, blocks.stop - span.start)
     for batch, past in _batches(parents, base):
-        positions = past.shape[1] + torch.arange(batch.shape[1]).expand(batch.shape)
         seen = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in (pool.read(cache, at, past) for at in layers)]
-        hidden, made = span.forward_cached(rows[batch], positions, seen, blocks)
+        hidden, made = span.forward_cached(rows[batch], seen, blocks)
         for layer, (keys, values) in zip(layers, made, strict=True):
             pool.write(cache, layer, base + batch, keys.transpose(1, 2), values.transpose(1, 2))
         result[batch] = hidden

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -39,7 +40,7 @@ def load_span(
     fill(skeleton, checkpoint, start, end, progress, dtype)
     _swap_norms(skeleton, start, end)
     span = Span(skeleton.model, start, end, n_blocks)
-    settle(span, dtype)
+    settle(span, [span.model.get_submodule(path) for path in sorted(skeleton.before)], dtype)
     return span
 
 
@@ -48,6 +49,7 @@ def _swap_norms(skeleton: Skeleton, start: int, end: int) -> None:
     model = skeleton.model
     for path in skeleton.hosted(start, end):
         module = model.get_submodule(path)
-        if "RMSNorm" in type(module).__name__ and (swapped := norm.like(module)):
+        alone = len(inspect.signature(module.forward).parameters) == 1  # not gated by another input
+        if alone and "RMSNorm" in type(module).__name__ and (swapped := norm.like(module)):
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, swapped)

@@ -8,16 +8,17 @@ same in a ragged row as in transformers' own attention runs ragged, any other ru
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..protocol.checkpoint import CheckpointError
-from .span_forward import LayerSpec, Span, attention_options
+from .span_forward import LayerSpec, NoKeysValues, Span, attention_options
 from .span_run import EAGER, RAGGED, Attend, Run, choose_attention, current, ragged_attention
 
 log = logging.getLogger(__name__)
@@ -27,25 +28,37 @@ _ROWS = 6
 # Largest difference as a share of what the blocks change. Wrong attention differs by tenths.
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
 _MASKED = -1e30
+# The kinds of `layer_types` that cache keys and values of their own.
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_PIECES = 0  # the window of a pattern that has none
 
 
 class _NotRagged(Exception):
     """Why a span cannot run ragged."""
 
 
-def settle(span: Span, dtype: torch.dtype) -> None:
-    """Fill in `span.layers` and `span.ragged`; `dtype` is that of the weights.
+def settle(span: Span, prologue: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Fill in `span.layers` and `span.ragged`.
+
+    prologue: modules that work before the first block. dtype: of the weights.
 
     Raises CheckpointError for a span that cannot be served.
     """
     family = type(span.model).__name__
     # What modules of any author may raise is without number.
     try:
-        sample = _Sample(span, _TOLERANCE[dtype])
+        sample = _Sample(span, prologue, _TOLERANCE[dtype])
         sample.check_cuts()
     except CheckpointError:
         raise
+    except NoKeysValues as error:
+        raise _stateful(family) from error
     except Exception as error:
+        if kinds := set(getattr(span.model.config.get_text_config(), "layer_types", None) or ()) - _KINDS:
+            raise CheckpointError(
+                f"{family} cannot be served: it has blocks of the kind {', '.join(sorted(kinds))}, which remember by "
+                "more than keys and values."
+            ) from error
         raise CheckpointError(
             f"{family} cannot be served: a pass over transformers' cache fails ({type(error).__name__}: {error})."
         ) from error
@@ -60,29 +73,27 @@ def settle(span: Span, dtype: torch.dtype) -> None:
 class _Sample:
     """A few rows that go through a span in every way that should not matter."""
 
-    def __init__(self, span: Span, tolerance: float) -> None:
-        self.span, self.tolerance = span, tolerance
+    def __init__(self, span: Span, prologue: Sequence[nn.Module], tolerance: float) -> None:
+        self.span, self.prologue, self.tolerance = span, prologue, tolerance
         self.positions = torch.arange(_ROWS)
         self.rows, self.others = self._rows(0), self._rows(1)
         self.entry = self._through(Run(range(0)), self.rows)
-        self.whole, cached = span.forward_cached(self.rows[None], self.positions[None], [])
+        self.whole, cached = span.forward_cached(self.rows[None], [])
         self.specs = [LayerSpec(k.shape[1], k.shape[3], v.shape[3], None) for k, v in cached]
-        if any(k.shape[2] != _ROWS or v.shape[2] != _ROWS for k, v in cached):
-            raise self._stateful()
 
     def check_cuts(self) -> None:
         """Raise CheckpointError unless rows and blocks may be cut anywhere."""
         span, cut = self.span, _ROWS // 2
-        _, past = span.forward_cached(self.rows[None, :cut], self.positions[None, :cut], [])
-        second, _ = span.forward_cached(self.rows[None, cut:], self.positions[None, cut:], past)
+        _, past = span.forward_cached(self.rows[None, :cut], [])
+        second, _ = span.forward_cached(self.rows[None, cut:], past)
         if self._differs(second[0], slice(cut, None)):
-            raise self._stateful()
+            raise _stateful(type(span.model).__name__)
         hidden = self.entry
-        for block in range(span.start, span.end):
-            hidden = self._through(Run(range(block, block + 1), hidden[None]), self.others)
+        with _other_weights(self.prologue):
+            for block in range(span.start, span.end):
+                hidden = self._through(Run(range(block, block + 1), hidden[None]), self.others)
         if self._differs(hidden):
-            family = type(span.model).__name__
-            raise CheckpointError(f"{family} cannot be served: its blocks share more than their hidden states.")
+            raise _stateful(type(span.model).__name__)
 
     def check_ragged(self) -> None:
         """Settle the span as ragged, or raise whatever tells that it is not."""
@@ -107,17 +118,11 @@ class _Sample:
 
     @torch.inference_mode()
     def _through(self, run: Run, rows: Tensor) -> Tensor:
-        return self.span.through(run, rows[None], self.positions[None])[0]
+        return self.span.through(run, rows[None])[0]
 
     def _differs(self, hidden: Tensor, rows: slice = slice(None)) -> bool:
         change = (self.whole[0] - self.entry).abs().max()
         return not bool((hidden - self.whole[0, rows]).abs().max() <= self.tolerance * change)
-
-    def _stateful(self) -> CheckpointError:
-        return CheckpointError(
-            f"{type(self.span.model).__name__} cannot be served: its blocks keep state besides keys and values, as "
-            "state-space and linear-attention layers do."
-        )
 
     def _probe(self) -> list[LayerSpec]:
         """What each block caches, and its window by the mask that its model makes; raises _NotRagged for a bias."""
@@ -133,6 +138,8 @@ class _Sample:
             if mask is None:
                 raise _NotRagged("a block attends without a mask")
             window = run.windows[round(mask.min().item() / _MASKED) - 1]
+            if window == _PIECES:
+                raise _NotRagged("a row sees positions in pieces")
             distance = self.positions[:, None] - self.positions
             seen = (distance >= 0) & (distance < (window or _ROWS))
             if not torch.equal(mask == 0, seen.expand_as(mask)):
@@ -146,6 +153,29 @@ class _Sample:
         if len(found) != span.end - span.start:
             raise _NotRagged("blocks do not use the attention interface")
         return [found[block] for block in range(span.start, span.end)]
+
+
+@contextmanager
+def _other_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Ones in place of all parameters: what depends on them shows."""
+    saved = [dict(module._parameters) for module in modules]
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                ones = torch.ones((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(ones, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, parameters in zip(modules, saved, strict=True):
+            module._parameters.update(parameters)
+
+
+def _stateful(family: str) -> CheckpointError:
+    return CheckpointError(
+        f"{family} cannot be served: its blocks need more than hidden states and keys and values of their own, as "
+        "state-space, linear-attention, bidirectional and cache-sharing layers do."
+    )
 
 
 def _attention(session: Tensor, positions: Tensor) -> Attend:
@@ -196,17 +226,17 @@ def _note_mask(
 
 
 def _window_of(mask_function: Callable[..., Tensor], config: Any) -> int | None:
-    """How far back a row sees; raises _NotRagged where that is not all, or not a number of positions."""
+    """How many positions back a row sees, itself included: None for all, _PIECES where that is no number."""
     last = (getattr(config, "max_position_embeddings", None) or 2048) - 1
     windows = set()
     for row in {last, last // 2, last // 3}:
         seen = _seen(mask_function, torch.tensor([row]), torch.arange(row + 1))[0]
         first = int(seen.int().argmax())
         if not seen[first:].all():
-            raise _NotRagged("a row sees positions in pieces")
+            return _PIECES
         windows.add(row + 1 - first if first else None)
     if len(windows - {None}) > 1:
-        raise _NotRagged("a row sees more or less of the past by its position")
+        return _PIECES
     return max(windows, key=lambda window: window or 0)
 
 

@@ -7,7 +7,6 @@ the family's own attention.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,10 @@ from transformers import DynamicCache, PreTrainedModel
 from .span_run import Attend, Run, running
 
 KeysValues = tuple[Tensor, Tensor]
+
+
+class NoKeysValues(RuntimeError):
+    """A block that does not remember by keys and values: a state space, linear attention, another block's cache."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,6 @@ class Span:
         self.ragged = False
         self.model = model
         self._base = model.base_model
-        self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
 
     @torch.inference_mode()
     def forward(self, rows: Tensor, positions: Tensor, attend: Attend, blocks: range | None = None) -> Tensor:
@@ -65,18 +67,17 @@ class Span:
                 layer, query, key, value, window=self.layers[layer].window, **attention_options(query, options)
             )
 
-        return self.through(
-            Run(blocks or range(self.start, self.end), attend=attend_block), rows[None], positions[None]
-        )[0]
+        run = Run(blocks or range(self.start, self.end), attend=attend_block)
+        return self.through(run, rows[None], position_ids=positions[None])[0]
 
     @torch.inference_mode()
     def forward_cached(
-        self, rows: Tensor, positions: Tensor, past: Sequence[KeysValues], blocks: range | None = None
+        self, rows: Tensor, past: Sequence[KeysValues], blocks: range | None = None
     ) -> tuple[Tensor, list[KeysValues]]:
-        """A batch of pieces behind equally long pasts: ids [B, n] or hidden states [B, n, d], positions [B, n].
+        """A batch of pieces behind equally long pasts: ids [B, n] or hidden states [B, n, d].
 
         Returns hidden states [B, n, d] and what each block of `blocks` adds to its cache. Keys and values, there and in
-        `past`, are [B, kv_heads, length, width].
+        `past`, are [B, kv_heads, length, width]. Raises NoKeysValues.
         """
         blocks = blocks or range(self.start, self.end)
         cache = DynamicCache()
@@ -87,30 +88,28 @@ class Span:
             for layer in range(self.n_blocks):
                 keys, values = past[layer - blocks.start] if layer in blocks else (nothing, nothing)
                 cache.update(keys, values, layer)
-        hidden = self.through(Run(blocks), rows, positions, past_key_values=cache)
-        made = [cache.layers[layer] for layer in blocks]
+        hidden = self.through(Run(blocks), rows, past_key_values=cache)
+        made = [cache.layers[layer] for layer in blocks if layer < len(cache.layers)]
+        if len(made) < len(blocks) or any(layer.get_seq_length() != length + rows.shape[1] for layer in made):
+            raise NoKeysValues("a block does not cache keys and values of its own")
         return hidden, [(layer.keys[:, :, length:], layer.values[:, :, length:]) for layer in made]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: [n, d] -> [n, vocab]."""
         assert self.end == self.n_blocks
-        positions = torch.zeros(1, len(hidden), dtype=torch.long)
         with running(Run(range(0), hidden[None])):
-            return self.model(**self._inputs(hidden[None], positions), use_cache=False).logits[0]
+            return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
-    def through(self, run: Run, rows: Tensor, positions: Tensor, **options: Any) -> Tensor:
-        """The base model under `run`: hidden states behind the run's last block, [B, n, d]."""
+    def through(self, run: Run, rows: Tensor, **options: Any) -> Tensor:
+        """The base model under `run`: ids [B, n] or hidden states [B, n, d] -> hidden states behind its last block."""
+        inputs = {"inputs_embeds" if rows.is_floating_point() else "input_ids": rows}
         if run.hidden is None and rows.is_floating_point():
             run.hidden = rows
         with running(run):
-            self._base(**self._inputs(rows, positions), use_cache="past_key_values" in options, **options)
+            self._base(**inputs, use_cache="past_key_values" in options, **options)
         assert run.hidden is not None
         return run.hidden
-
-    def _inputs(self, rows: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        inputs = {"inputs_embeds" if rows.is_floating_point() else "input_ids": rows}
-        return inputs | ({"position_ids": positions} if self._takes_positions else {})
 
 
 def attention_options(query: Tensor, options: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ code still runs; its results are dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..protocol.checkpoint import Checkpoint, CheckpointError
 from .span_run import EAGER, BlockStyle, Run, gate, running
@@ -72,31 +73,42 @@ def _on_meta(checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def _config(checkpoint: Checkpoint) -> PretrainedConfig:
-    fields = deepcopy(checkpoint.config)
-    family = fields.pop("model_type", None)
+    family = checkpoint.config.get("model_type")
+    if family not in CONFIG_MAPPING:
+        raise CheckpointError(f"{checkpoint.name}: transformers {transformers.__version__} knows no family {family!r}.")
     try:
-        config = AutoConfig.for_model(family, **fields)
+        config = CONFIG_MAPPING[family].from_dict(_decoded(checkpoint.config))
     except Exception as error:
-        raise CheckpointError(f"{checkpoint.name}: transformers does not know this config: {_line(error)}") from error
+        raise CheckpointError(f"{checkpoint.name}: transformers refuses this config: {_line(error)}") from error
     # A tied head is found in the checkpoint, where its one matrix has one name.
     for part in (config, config.get_text_config()):
         part.tie_word_embeddings = False
     return config
 
 
+def _decoded(value: Any) -> Any:
+    """A config's JSON with its infinite numbers, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if "__float__" in value else {key: _decoded(v) for key, v in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
+
+
 def _layers(model: PreTrainedModel, n_blocks: int) -> tuple[str, nn.ModuleList]:
-    found = [
-        (name, module)
+    found = {
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_blocks and not _within_list(model, name)
-    ]
+        if isinstance(module, nn.ModuleList) and len(module) == n_blocks and not _within_list(name)
+    }
+    if len(found) > 1:
+        text = set(model.get_decoder().modules())
+        found = {name: module for name, module in found.items() if module in text}
     if len(found) != 1:
-        lists = ", ".join(name for name, _ in found) or "none"
+        lists = ", ".join(found) or "none"
         raise CheckpointError(f"{type(model).__name__} must have one list of {n_blocks} blocks, it has {lists}.")
-    return found[0]
+    return next(iter(found.items()))
 
 
-def _within_list(model: nn.Module, name: str) -> bool:
+def _within_list(name: str) -> bool:
     """Whether a list is a part of one element of another list, as experts are."""
     return any(part.isdecimal() for part in name.split("."))
 
@@ -118,7 +130,8 @@ def _zeros(width: int, x: Tensor) -> Tensor:
 
 def fill_in(module: nn.Module) -> None:
     """Undo `_empty` for a module that gets its weights."""
-    module.__dict__.pop("forward", None)
+    if isinstance(module.__dict__.get("forward"), partial):
+        del module.__dict__["forward"]
 
 
 def initialize_buffers(model: PreTrainedModel, chosen: Callable[[str], bool]) -> None:
@@ -141,7 +154,7 @@ def _roles(model: PreTrainedModel, outside: dict[str, nn.Module], style: BlockSt
     """Which modules work before and which after the blocks; it settles `style` too."""
     containers = {name for name, module in outside.items() if list(module.children())}
     failure = ""
-    for style.tuples in (False, True):
+    for style.length in (0, 3, 2, 1):
         before, after = set(containers), set(containers)
         try:
             logits = _dry_run(model, outside, before, after)

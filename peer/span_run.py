@@ -88,9 +88,9 @@ def current() -> Run:
 
 @dataclass
 class BlockStyle:
-    """What blocks of a model return: hidden states alone or first in a tuple."""
+    """What blocks of a model return: hidden states, alone (length 0) or first in a tuple."""
 
-    tuples: bool = False
+    length: int = 0
 
 
 def gate(block: int, layer: nn.Module, style: BlockStyle) -> None:
@@ -102,7 +102,7 @@ def gate(block: int, layer: nn.Module, style: BlockStyle) -> None:
         if run.hidden is None:
             run.hidden = args[0] if args else kwargs["hidden_states"]
         if block not in run.blocks:
-            return (run.hidden, None, None) if style.tuples else run.hidden
+            return (run.hidden, None, None)[: style.length] if style.length else run.hidden
         run.block = block
         if args:
             result = compute(run.hidden, *args[1:], **kwargs)

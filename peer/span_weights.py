@@ -29,6 +29,18 @@ class _Source:
     converter: WeightConverter | None = None
 
 
+@dataclass
+class _Plan:
+    """For each tensor of the model (the first, where one conversion makes several) what it is made of.
+
+    `stored` names those that are stored as they are, wanted or not; `extra` is what no tensor is made of.
+    """
+
+    sources: dict[str, _Source] = field(default_factory=dict)
+    stored: dict[str, str] = field(default_factory=dict)
+    extra: list[str] = field(default_factory=list)
+
+
 def fill(
     skeleton: Skeleton,
     checkpoint: Checkpoint,
@@ -50,18 +62,17 @@ def fill(
         for path in skeleton.hosted(start, end)
         for name in _tensor_names(modules[path])
     }
-    sources, extra = _sources(skeleton, checkpoint, _stored_names(checkpoint, start, end), wanted)
+    plan = _plan(skeleton, checkpoint, _stored_names(checkpoint, start, end), wanted)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    for name in extra:
+    for name in plan.extra:
         if not _COMPUTED.search(name) and not any(pattern.search(name) for pattern in ignored):
             raise CheckpointError(f"{checkpoint.name} holds the tensor {name}, for which its config has no use.")
     filler = _Filler(model, wanted, dtype)
-    for target, source in sources.items():
+    for target, source in plan.sources.items():
         for name, value in _values(source, target, checkpoint, skeleton, progress):
             filler.put(name, value)
     for name in filler.missing():
-        stored = _tied(skeleton, checkpoint, name)
-        filler.put(name, _read(checkpoint, stored, progress))
+        filler.put(name, _read(checkpoint, _tied(skeleton, checkpoint, plan, name), progress))
 
 
 def _tensor_names(module: nn.Module) -> Iterator[str]:
@@ -70,39 +81,44 @@ def _tensor_names(module: nn.Module) -> Iterator[str]:
     yield from sorted(name for name in persistent if module._buffers[name] is not None)
 
 
-def _stored_names(checkpoint: Checkpoint, start: int, end: int) -> Iterable[str]:
-    names = {name for block in range(start, end) for name in checkpoint.block_tensors(block)}
-    for part in checkpoint.shared_tensors().values():
-        names.update(part)
-    return sorted(names, key=dot_natural_key)
+def _stored_names(checkpoint: Checkpoint, start: int, end: int) -> list[str]:
+    """What a span may read: its blocks, and all that is outside of blocks."""
+    others = {name for block in range(checkpoint.n_blocks) for name in checkpoint.block_tensors(block)}
+    for block in range(start, end):
+        others.difference_update(checkpoint.block_tensors(block))
+    return sorted((name for name in checkpoint.tensors if name not in others), key=dot_natural_key)
 
 
-def _sources(
-    skeleton: Skeleton, checkpoint: Checkpoint, stored: Iterable[str], wanted: dict[str, nn.Module]
-) -> tuple[dict[str, _Source], list[str]]:
-    """For each wanted tensor (the first, where one conversion makes several) what it is made of, and what is left."""
+def _plan(skeleton: Skeleton, checkpoint: Checkpoint, stored: Iterable[str], wanted: dict[str, nn.Module]) -> _Plan:
     model = skeleton.model
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    ties = _ties(model) if checkpoint.layout.tied else {}
     state = model.state_dict()
     prefix = model.base_model_prefix
-    sources: dict[str, _Source] = {}
-    extra: list[str] = []
+    plan = _Plan()
     for name in stored:
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
         if target not in state:
-            extra.append(name)
-        elif target in wanted:
-            source = sources.setdefault(target, _Source())
+            plan.extra.append(name)
+        if pattern is None:
+            plan.stored[target] = name
+        if target in wanted and target not in ties:
+            source = plan.sources.setdefault(target, _Source())
             source.names.append((name, pattern))
             if pattern is not None and source.converter is None:
                 known = by_pattern[pattern]
                 source.converter = known.copy(known.source_patterns, known.target_patterns, operations=known.operations)
-    return sources, extra
+    return plan
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Tensors that a tied model takes from others, by the class's own word."""
+    return dict(getattr(model, "_tied_weights_keys", None) or {})
 
 
 def _values(
@@ -129,13 +145,17 @@ def _read(checkpoint: Checkpoint, name: str, progress: Callable[[int], None]) ->
     return value
 
 
-def _tied(skeleton: Skeleton, checkpoint: Checkpoint, name: str) -> str:
+def _tied(skeleton: Skeleton, checkpoint: Checkpoint, plan: _Plan, name: str) -> str:
     """The stored tensor that also stands for `name`."""
-    output = skeleton.model.get_output_embeddings()
-    if checkpoint.layout.tied and output is not None and name.endswith("weight"):
-        owner = skeleton.model.get_submodule(name.rpartition(".")[0])
-        if owner is output:
-            return checkpoint.layout.token_matrix
+    model, path = skeleton.model, name.rpartition(".")[0]
+    if origin := plan.stored.get(_ties(model).get(name, "")):
+        return origin
+    if (
+        checkpoint.layout.tied
+        and name.endswith("weight")
+        and model.get_submodule(path) is model.get_output_embeddings()
+    ):
+        return checkpoint.layout.token_matrix
     raise CheckpointError(f"{checkpoint.name} lacks the tensor {name}, which its config asks for.")
 
 
@@ -183,9 +203,17 @@ def _packed(module: nn.Module, dtype: torch.dtype) -> PackedLinear | None:
         return PackedLinear(module.weight, module.bias, dtype)
     if isinstance(module, Conv1D):
         return PackedLinear(module.weight.T.contiguous(), module.bias, dtype)
-    if isinstance(module, nn.Linear) and not list(module.children()):
-        sample = torch.randn(2, module.in_features, generator=torch.Generator().manual_seed(0))
-        product, found = F.linear(sample, module.weight, module.bias), module(sample)
-        if isinstance(found, Tensor) and torch.allclose(found, product, rtol=1e-4, atol=1e-5):
-            return PackedLinear(module.weight, module.bias, dtype)
+    if isinstance(module, nn.Linear) and _is_product(module):
+        return PackedLinear(module.weight, module.bias, dtype)
     return None
+
+
+def _is_product(module: nn.Linear) -> bool:
+    """Whether a subclass does what its base does, found by trying."""
+    sample = torch.randn(2, module.in_features, generator=torch.Generator().manual_seed(0))
+    try:
+        found = module(sample)
+    except Exception:  # it takes something else, in whatever way it says so
+        return False
+    product = F.linear(sample, module.weight, module.bias)
+    return isinstance(found, Tensor) and found.shape == product.shape and torch.allclose(found, product, 1e-4, 1e-5)

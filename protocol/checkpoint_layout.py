@@ -8,10 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_BLOCK = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|h|blocks)\.)(?P<block>\d{1,5})\.")
+_BLOCK = re.compile(r"^(?P<stack>(?:.*?\.)?)(?P<block>\d{1,5})\.")
+# Stacks that are no language model's, where several have as many blocks.
+_SENSES = re.compile(r"vision|visual|image|audio|speech|encoder\.layers")
 _NORMS = {"norm", "ln_f", "norm_f", "final_norm", "final_layer_norm", "final_layernorm"}
-_HEADS = {"lm_head", "embed_out", "output", "output_layer"}
-_TOKEN_MATRICES = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}
+_HEADS = {"lm_head", "embed_out", "output", "output_layer", "head", "lm_loss", "decoder"}
+_TOKEN_MATRICES = {
+    "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed", "embeddings", "embedding",
+    "word_embedding", "input_embedding", "embed", "w",
+}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -54,7 +59,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def count_blocks(config: Mapping[str, Any], model: str) -> int:
     """Number of blocks that `config` promises; raises CheckpointError where it promises none."""
     text = text_config(config)
-    for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+    for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_decoder_layers"):
         value = text.get(key)
         if isinstance(value, int) and 0 < value < 100_000:
             return value
@@ -67,7 +72,7 @@ def arrange(names: Iterable[str], config: Mapping[str, Any], model: str) -> Layo
     Raises CheckpointError if the blocks differ from the config's count, or a shared tensor is missing.
     """
     names = sorted(names)
-    blocks, outside = _split_blocks(names, count_blocks(config, model), model)
+    blocks, outside = _split_blocks(names, count_blocks(config, model), _extra_blocks(config), model)
     norm = tuple(name for name in outside if _module(name) in _NORMS)
     stored_head = tuple(name for name in outside if _module(name) in _HEADS)
     embedding = tuple(name for name in outside if name not in norm and name not in stored_head)
@@ -83,13 +88,28 @@ def arrange(names: Iterable[str], config: Mapping[str, Any], model: str) -> Layo
     return Layout(blocks, embedding, norm, (matrix,) if tied else stored_head, matrix, tied)
 
 
-def _split_blocks(names: list[str], n_blocks: int, model: str) -> tuple[tuple[tuple[str, ...], ...], list[str]]:
+def _extra_blocks(config: Mapping[str, Any]) -> int:
+    """Blocks behind the last that predict further tokens in training: no part of the model that is served."""
+    extra = text_config(config).get("num_nextn_predict_layers")
+    return extra if isinstance(extra, int) else 0
+
+
+def _split_blocks(
+    names: list[str], n_blocks: int, extra: int, model: str
+) -> tuple[tuple[tuple[str, ...], ...], list[str]]:
     """Find the one stack of `n_blocks` blocks; a vision tower's stack has another length and stays outside."""
     stacks: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in names:
         if match := _BLOCK.match(name):
             stacks[match["stack"]][int(match["block"])].append(name)
-    fitting = [stack for stack, blocks in stacks.items() if sorted(blocks) == list(range(n_blocks))]
+    lengths = range(n_blocks, n_blocks + extra + 1)
+    fitting = [
+        stack
+        for stack, blocks in stacks.items()
+        if len(blocks) in lengths and sorted(blocks) == list(range(len(blocks)))
+    ]
+    if len(fitting) > 1:
+        fitting = [stack for stack in fitting if not _SENSES.search(stack)]
     if len(fitting) != 1:
         found = ", ".join(f"{len(blocks)} in {stack}*" for stack, blocks in stacks.items()) or "none"
         raise CheckpointError(f"{model}: the config asks for one stack of {n_blocks} blocks, the tensors hold {found}.")

@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from petal.protocol import hub
 from petal.protocol.checkpoint import CheckpointError, open_checkpoint
 from petal.protocol.checkpoint_layout import arrange
 from petal.protocol.records import DIGEST_BYTES
-from petal.protocol.safetensors import SafetensorsFile
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -268,59 +265,6 @@ def test_overlaps_and_huge_headers_are_refused(copy):
     path.write_bytes((1 << 62).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match="does not fit"):
         open_checkpoint(copy)
-
-
-@pytest.fixture
-def fake_hub(monkeypatch, sharded):
-    """A hub that serves the sharded folder; returns the list of files fetched."""
-    fetched: list[str] = []
-
-    def download(repo: str, file: str, revision: str | None) -> Path:
-        if repo != "org/tiny":
-            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-        if not (sharded / file).is_file():
-            raise EntryNotFoundError.__new__(EntryNotFoundError)
-        fetched.append(file)
-        return sharded / file
-
-    def header(repo: str, file: str, revision: str | None) -> dict:
-        return dict(SafetensorsFile(sharded / file).tensors)
-
-    monkeypatch.setattr(hub, "_download", download)
-    monkeypatch.setattr(hub, "_remote_header", header)
-    monkeypatch.setattr(hub, "_cached", lambda *_: False)
-    return fetched
-
-
-def test_the_hub_gives_only_the_shards_of_the_span(fake_hub, sharded, tmp_path):
-    checkpoint = open_checkpoint("org/tiny@main", tmp_path / "cache")
-    assert checkpoint.name == "org/tiny"
-    assert fake_hub == ["config.json", "model.safetensors.index.json"]
-    names = checkpoint.block_tensors(1)
-    assert sum(checkpoint.tensors[name].nbytes for name in names) > 0
-    assert fake_hub == ["config.json", "model.safetensors.index.json"]
-    checkpoint.need(names)
-    shards = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
-    assert set(fake_hub[2:]) == {shards[name] for name in names}
-    local = open_checkpoint(sharded, tmp_path / "other")
-    assert checkpoint.block_digests(1, 2) == local.block_digests(1, 2)
-    for name in names:
-        np.testing.assert_array_equal(checkpoint.read(name), local.read(name))
-    assert set(fake_hub[2:]) == {shards[name] for name in names}
-
-
-def test_hub_failures_are_one_sentence(fake_hub, monkeypatch):
-    with pytest.raises(CheckpointError, match="not on the hub"):
-        open_checkpoint("org/other")
-    with pytest.raises(CheckpointError, match="is not fetched"):
-        hub.HubFolder("org/tiny").find("pytorch_model.bin")
-
-    def offline(*_):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(hub, "_download", offline)
-    with pytest.raises(CheckpointError, match=r"failed \(ConnectionError\): try again\.$"):
-        open_checkpoint("org/tiny")
 
 
 def test_config_is_the_folders(saved):
