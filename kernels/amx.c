@@ -5,7 +5,7 @@
 #define _GNU_SOURCE
 #include "linear.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__) && !defined(PETAL_PORTABLE)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__) && !defined(PETAL_PORTABLE)
 
 #include "crew.h"
 
@@ -76,15 +76,15 @@ static void pack_rows(void *job, long half)
     const linear_t *c = job;
     long first = half * HEIGHT, rows = least(HEIGHT, c->rows - first);
     uint16_t *to = (uint16_t *)c->tiles + first * c->depth;
-    for (long k = 0; k < c->depth; k += DEPTH_UNIT)
+    for (long k = 0; k < c->depth; k += DEPTH_UNIT) {
+        uint32_t valid = c->in - k < DEPTH_UNIT ? (1u << (c->in - k)) - 1 : 0xffffffff;
         for (long row = first; row < first + rows; row++, to += DEPTH_UNIT) {
             const float *from = c->x + row * c->in + k;
-            long count = least(DEPTH_UNIT, c->in - k);
-            for (long i = 0; i < count; i++)
-                to[i] = float_to_half(from[i]);
-            for (long i = count; i < DEPTH_UNIT; i++)
-                to[i] = 0;
+            __m512 low = _mm512_maskz_loadu_ps((__mmask16)valid, from);
+            __m512 high = _mm512_maskz_loadu_ps((__mmask16)(valid >> 16), from + LANES);
+            _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
         }
+    }
 }
 
 /* Leaves the sums of one block in the registers. */
