@@ -52,6 +52,9 @@ Drafter = Annotated[
 Budget = Annotated[int | None, typer.Option(min=0, help="Tokens to draft a round; by default what pays most.")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same text.")]
 Exact = Annotated[bool, typer.Option(help="Only peers that promise the same bits in any batch, tree or chunk.")]
+AllowMixed = Annotated[
+    bool, typer.Option("--allow-mixed", help="Mix dtypes where no one dtype has every block; the text then varies.")
+]
 Wait = Annotated[
     float | None,
     typer.Option(min=0, help="Seconds to wait for blocks that nobody hosts: by default 0 at the start, 30 later."),
@@ -100,6 +103,7 @@ def generate(
     drafter: Drafter = "auto",
     budget: Budget = None,
     exact: Exact = False,
+    allow_mixed: AllowMixed = False,
     wait: Wait = None,
     raw: Annotated[bool, typer.Option(help="Continue the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
@@ -109,7 +113,7 @@ def generate(
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def run() -> None:
-        with SwarmModel.connect(model, initial_peers or [], exact=exact, wait_s=wait) as swarm:
+        with SwarmModel.connect(model, initial_peers or [], exact=exact, allow_mixed=allow_mixed, wait_s=wait) as swarm:
             talk = swarm.chat()
             pieces = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
             if as_json:
@@ -136,6 +140,7 @@ def chat(
     drafter: Drafter = "auto",
     budget: Budget = None,
     exact: Exact = False,
+    allow_mixed: AllowMixed = False,
     wait: Wait = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     verbose: Verbose = False,
@@ -144,7 +149,7 @@ def chat(
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def run() -> None:
-        with SwarmModel.connect(model, initial_peers or [], exact=exact, wait_s=wait) as swarm:
+        with SwarmModel.connect(model, initial_peers or [], exact=exact, allow_mixed=allow_mixed, wait_s=wait) as swarm:
             converse(swarm, settings, system, verbose)
 
     _guarded(run)

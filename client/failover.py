@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,15 +27,20 @@ _ASK_AGAIN = frozenset({grpc.StatusCode.ABORTED, grpc.StatusCode.DEADLINE_EXCEED
 
 @dataclass(frozen=True)
 class Failover:
-    """A change of route in mid-session. `pause_s`: how long the step took, the detection of the fault included."""
+    """A change of route in mid-session. `pause_s`: how long the step took, the detection of the fault included.
+
+    `alike`: every block is still computed in the dtype and quantization of before.
+    """
 
     fault: str
     replacements: tuple[str, ...]
     pause_s: float
+    alike: bool = True
 
     def __str__(self) -> str:
         took = f"{' and '.join(self.replacements)} took over" if self.replacements else "the same peers go on"
-        return f"{self.fault}; {took} after {self.pause_s:.2f} s"
+        kind = "" if self.alike else ", in another dtype or quantization: from here on the text is not exact"
+        return f"{self.fault}; {took} after {self.pause_s:.2f} s{kind}"
 
 
 class PeerFinder(Protocol):
@@ -57,8 +62,13 @@ async def move(
     Raises NoRoute where some blocks find no peer for `wait_s` seconds, PeerError where no other peer could do better.
     """
     deadline: float | None = None
+    given_up: set[Leg] = set()
+    full: set[str] = set()
     while True:
-        full = _give_up(line.legs, finder)
+        # Once each: a peer that answers again afterwards gets another chance.
+        lost = {leg for leg in line.legs if leg.failed or leg.draining} - given_up
+        given_up |= lost
+        full |= _give_up(lost, finder)
         try:
             route = plan(line.legs, route, finder, options, full)
             await line.change(route, standpoint)
@@ -72,6 +82,7 @@ async def move(
                 log.warning("%s: waiting up to %g s for another", error, options.wait_s)
             if time.monotonic() >= deadline:
                 raise NoRoute(f"{error}; waited {options.wait_s:g} s for another") from error
+            full.clear()
             await _look_around(finder, deadline)
 
 
@@ -79,10 +90,12 @@ def plan(legs: Sequence[Leg], route: Route, finder: PeerFinder, options: Session
     """The route to change to: legs that neither failed nor drain stay. Raises NoRoute."""
     kept = [leg.stop for leg in legs if not leg.failed and not leg.draining]
     records = [record for record in finder.reachable() if record.peer_id not in without]
-    return repair_route(route, kept, records, finder.rtt_s, options.reserve_tokens, options.exact)
+    return repair_route(
+        route, kept, records, finder.rtt_s, options.reserve_tokens, exact=options.exact, mixed=options.mixed
+    )
 
 
-def _give_up(legs: Sequence[Leg], finder: PeerFinder) -> set[str]:
+def _give_up(legs: Iterable[Leg], finder: PeerFinder) -> set[str]:
     """Ban who is gone; returns those who only have no room."""
     full = set()
     for leg in legs:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.directory import Directory, DirectoryError, ping_all
-from .route import NoRoute, by_model, only_exact
+from .route import NoRoute, by_model
 
 REFRESH_S = 3.0
 PING_S = 2.0
@@ -24,12 +24,11 @@ class KnownPeers:
     A peer that failed is left out until it answers a ping and has published a new record: a dead one can do neither.
     """
 
-    def __init__(self, directory: Directory, name: str, digest: bytes | None, exact: bool) -> None:
+    def __init__(self, directory: Directory, name: str, digest: bytes | None) -> None:
         self.digest = digest
         self.rtt_s: dict[str, float] = {}
         self._directory = directory
         self._name = name
-        self._exact = exact
         self._records: list[pb.PeerRecord] = []
         self._banned: dict[str, int] = {}  # with the version of the record that it had
         self._refreshing: asyncio.Task[None] | None = None
@@ -69,7 +68,7 @@ class KnownPeers:
         reachable = self.reachable()
         if not reachable:
             raise NoRoute(f"none of the {len(self._records)} peers that serve {self._name} can be reached")
-        return only_exact(reachable) if self._exact else reachable
+        return reachable
 
     def ban(self, peer_id: str) -> None:
         """Leave a peer out of routes."""

@@ -29,11 +29,15 @@ Channels = Callable[[str], grpc.aio.Channel]
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """What a session asks of its peers. `wait_s`: for how long it waits for blocks that nobody hosts any more."""
+    """What a session asks of its peers. `wait_s`: for how long it waits for blocks that nobody hosts any more.
+
+    `mixed`: peers that take over may compute in another dtype or quantization.
+    """
 
     reserve_tokens: int
     codec: pb.Codec = pb.FLOAT32
     exact: bool = False
+    mixed: bool = False
     priority: int = 0
     step_timeout_s: float = 120.0
     wait_s: float = 30.0

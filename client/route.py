@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from ..protocol import petal_pb2 as pb
+from .kind import Kind, by_kind, may_replace, promises_exact
 
 
 class NoRoute(RuntimeError):
@@ -65,19 +68,53 @@ def describe_blocks(runs: Iterable[range]) -> str:
     return ("block " if len(names) == 1 and "-" not in names[0] else "blocks ") + " and ".join(names)
 
 
-def choose_route(records: Sequence[pb.PeerRecord], rtt_s: Mapping[str, float], reserve_tokens: int = 0) -> Route:
+def choose_route(
+    records: Sequence[pb.PeerRecord],
+    rtt_s: Mapping[str, float],
+    reserve_tokens: int = 0,
+    *,
+    exact: bool = False,
+    mixed: bool = False,
+) -> Route:
     """The cheapest path over block boundaries: each stop costs its round trip and its blocks' compute.
 
     `records` are peers of one model. Peers without room for `reserve_tokens` are a last resort: their answer may be
-    newer than their record. No peer stops twice, because it holds one session once. Raises NoRoute.
+    newer than their record. No peer stops twice, because it holds one session once. All are of one kind; `mixed` mixes
+    kinds where none has every block, `exact` leaves those out that do not promise exact mode. Raises NoRoute.
     """
+    online = [r for r in records if usable(r) and (not exact or promises_exact(r))]
+    if exact and records and not online:
+        raise NoRoute("no peer promises exact mode; start peers with `petal-serve --exact`")
     n_blocks = max((r.n_blocks for r in records), default=0)
-    online = [r for r in records if usable(r)]
     if not online or missing_blocks(online, n_blocks):
         gaps = describe_blocks(missing_blocks(online, n_blocks)) if n_blocks else "every block"
         raise NoRoute(f"nobody hosts {gaps}; start a peer with `petal-serve`, or wait for one")
-    hosts = [Stop(r, range(r.start, r.end)) for r in online]
-    return _cheapest(hosts, range(n_blocks), rtt_s, reserve_tokens)
+
+    def cheapest(hosts: Sequence[pb.PeerRecord]) -> Route:
+        return _cheapest([Stop(r, range(r.start, r.end)) for r in hosts], range(n_blocks), rtt_s, reserve_tokens)
+
+    kinds = by_kind(online, exact)
+    routes = [route for hosts in kinds.values() if (route := cheapest(hosts))]
+    if not routes and not mixed:
+        raise NoRoute(_only_mixed(kinds, n_blocks))
+    return min(
+        routes or [cheapest(online)],
+        key=lambda route: sum(_stop_cost(stop.peer, stop.blocks, rtt_s, reserve_tokens) for stop in route),
+    )
+
+
+def _only_mixed(kinds: Mapping[Kind, Sequence[pb.PeerRecord]], n_blocks: int) -> str:
+    """Which blocks the kind that has most of them lacks, and what other kinds do about it."""
+    gaps = {kind: missing_blocks(hosts, n_blocks) for kind, hosts in kinds.items()}
+    best = min(gaps, key=lambda kind: sum(map(len, gaps[kind])))
+    lacking = {block for run in gaps[best] for block in run}
+    others = [
+        str(kind)
+        for kind, hosts in kinds.items()
+        if kind != best and any(not lacking.isdisjoint(range(r.start, r.end)) for r in hosts)
+    ]
+    way_out = "exact mode keeps to one" if best.numerics else "--allow-mixed (allow_mixed=True) mixes both, not exactly"
+    return f"{describe_blocks(gaps[best])} are served in {' or '.join(others)} only, the others in {best}; {way_out}"
 
 
 def repair_route(
@@ -86,13 +123,19 @@ def repair_route(
     records: Sequence[pb.PeerRecord],
     rtt_s: Mapping[str, float],
     reserve_tokens: int = 0,
+    *,
     exact: bool = False,
+    mixed: bool = False,
 ) -> Route:
     """`route` with other peers, that compute alike, in place of the stops that are not kept; all new if need be.
 
-    Raises NoRoute, naming the blocks that no such peer hosts.
+    `mixed` takes peers of another kind where none alike is there. Raises NoRoute, naming the blocks that nobody hosts.
     """
-    hosts = [host for record in records if usable(record) and (host := _host_alike(record, route, exact))]
+    if mixed:
+        with contextlib.suppress(NoRoute):
+            return repair_route(route, kept, records, rtt_s, reserve_tokens, exact=exact)
+    may_take_over = partial(may_replace, exact=exact, mixed=mixed)
+    hosts = [host for record in records if usable(record) and (host := _host(record, route, may_take_over))]
     keys = {stop.key for stop in kept}
     stops: list[Stop] = []
     for here, group in groupby(route, lambda stop: stop.key in keys):
@@ -107,34 +150,35 @@ def repair_route(
             break
         stops += run
     if not stops:
-        hosted = {block for host in hosts for block in host.blocks}
+        hosted = {block for host in (*hosts, *kept) for block in host.blocks}
         gaps = _runs(block for block in range(route[-1].blocks.stop) if block not in hosted)
-        raise NoRoute(f"nobody who can be reached hosts {describe_blocks(gaps)} any more")
+        way_out = "" if exact or mixed else _other_kinds(records, route, gaps)
+        raise NoRoute(f"nobody who can be reached hosts {describe_blocks(gaps)} any more{way_out}")
     return tuple(stops)
 
 
-def _host_alike(record: pb.PeerRecord, route: Route, exact: bool) -> Stop | None:
-    """The peer with its longest run of blocks that it computes as the route's peers do."""
+def _other_kinds(records: Iterable[pb.PeerRecord], route: Route, gaps: Iterable[range]) -> str:
+    """What could fill the gaps if kinds were mixed."""
+    kind_of = {block: Kind.of(stop.peer) for stop in route for block in stop.blocks}
+    lacking = {block for run in gaps for block in run}
+    others = {
+        str(Kind.of(record))
+        for record in records
+        if usable(record)
+        for block in lacking.intersection(range(record.start, record.end))
+        if Kind.of(record) != kind_of[block]
+    }
+    return f" but in {' or '.join(sorted(others))}, which --allow-mixed would take" if others else ""
+
+
+def _host(
+    record: pb.PeerRecord, route: Route, fits: Callable[[pb.PeerRecord, pb.PeerRecord, int], bool]
+) -> Stop | None:
+    """The peer with its longest run of blocks where it fits in for the route's peers."""
     stop_of = {block: stop for stop in route for block in stop.blocks}
-    alike = (b for b in range(record.start, record.end) if _alike(record, stop_of[b].peer, b, exact))
-    longest = max(_runs(alike), key=len, default=None)
+    fitting = (b for b in range(record.start, record.end) if fits(record, stop_of[b].peer, b))
+    longest = max(_runs(fitting), key=len, default=None)
     return Stop(record, longest) if longest else None
-
-
-def _alike(one: pb.PeerRecord, other: pb.PeerRecord, block: int, exact: bool) -> bool:
-    """Whether `one` holds the same weights of a block in the same format; in exact mode, for the same arithmetic."""
-    if (one.dtype, one.quantization) != (other.dtype, other.quantization):
-        return False
-    pairs = [(_block_digest(one, block), _block_digest(other, block))]
-    if block == 0:
-        pairs.append((one.embedding_digest, other.embedding_digest))
-    if block == one.n_blocks - 1:
-        pairs += [(one.norm_digest, other.norm_digest), (one.head_digest, other.head_digest)]
-    return all(a == b for a, b in pairs) and (not exact or ("exact" in one.features and one.numerics == other.numerics))
-
-
-def _block_digest(record: pb.PeerRecord, block: int) -> bytes:
-    return record.block_digests[block - record.start] if record.block_digests else b""
 
 
 def _cheapest(hosts: Sequence[Stop], blocks: range, rtt_s: Mapping[str, float], reserve_tokens: int) -> Route:
@@ -178,13 +222,10 @@ def context_of(route: Route) -> int:
     return min(stop.peer.context_length for stop in route)
 
 
-def only_exact(records: Sequence[pb.PeerRecord]) -> list[pb.PeerRecord]:
-    """Peers that promise exact mode by one arithmetic: the one that most of them share. Raises NoRoute."""
-    exact = [record for record in records if "exact" in record.features]
-    if not exact:
-        raise NoRoute("no peer promises exact mode; start peers with `petal-serve --exact`")
-    common, _ = Counter(record.numerics for record in exact).most_common(1)[0]
-    return [record for record in exact if record.numerics == common]
+def same_kinds(route: Route, other: Route) -> bool:
+    """Whether both compute every block alike."""
+    kind_of = {block: Kind.of(stop.peer) for stop in route for block in stop.blocks}
+    return all(kind_of[block] == Kind.of(stop.peer) for stop in other for block in stop.blocks)
 
 
 def by_model(records: Iterable[pb.PeerRecord]) -> dict[bytes, list[pb.PeerRecord]]:

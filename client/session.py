@@ -15,7 +15,7 @@ from ..protocol.sampling import SamplingParams
 from ..protocol.tree import DraftTree, chain
 from .failover import Failover, PeerFinder, move, plan
 from .open_route import Channels, OpenRoute, SessionOptions, Standpoint
-from .route import NoRoute, Route, context_of
+from .route import NoRoute, Route, context_of, same_kinds
 from .stream import PeerError
 
 # A step that fails on so many peers, one after the other, is itself at fault.
@@ -75,7 +75,7 @@ class Session:
         # Steps without an answer yet, oldest first; a change of route sends them again.
         self._unanswered: dict[int, pb.Step] = {}
         # Changes of route, until the answer after them tells how long they took.
-        self._moves: list[tuple[str, tuple[str, ...]]] = []
+        self._moves: list[tuple[str, tuple[str, ...], bool]] = []
         self._events: list[Failover] = []
         self._failovers = 0
         self._waiting_since = 0.0
@@ -285,8 +285,10 @@ class Session:
     async def _move(self, fault: str) -> None:
         """Change the route, and send the steps that have no answer along the new one. Raises NoRoute, PeerError."""
         before = {leg.stop.key for leg in self._line.legs if not leg.failed}
-        self.route = await move(self._line, self.route, self._finder, self.options, self._standpoint())
-        self._moves.append((fault, tuple(stop.name for stop in self.route if stop.key not in before)))
+        former = self.route
+        self.route = await move(self._line, former, self._finder, self.options, self._standpoint())
+        others = tuple(stop.name for stop in self.route if stop.key not in before)
+        self._moves.append((fault, others, same_kinds(former, self.route)))
         # Commit and rewind are part of where the peers stand now.
         self._commit, self._rewind = [], None
         for message in self._unanswered.values():
@@ -304,7 +306,8 @@ class Session:
     def _progress(self) -> None:
         """An answer came: the whole route is well."""
         now = time.monotonic()
-        self._events += [Failover(fault, others, now - self._waiting_since) for fault, others in self._moves]
+        pause_s = now - self._waiting_since
+        self._events += [Failover(fault, others, pause_s, alike) for fault, others, alike in self._moves]
         self._moves.clear()
         self._waiting_since = now
         self._failovers = 0

@@ -58,6 +58,7 @@ class AsyncSwarmModel:
         tokenizer: Tokenizer | None,
         codec: str,
         exact: bool,
+        allow_mixed: bool,
         wait_s: float,
     ) -> None:
         if codec not in CODECS:
@@ -66,10 +67,10 @@ class AsyncSwarmModel:
         self.tokenizer = tokenizer
         self._directory = directory
         self._codec = CODECS[codec]
-        self._exact = exact
+        self._exact, self._mixed = exact, allow_mixed
         self._client_id = secrets.token_bytes(16)
         self._wait_s = wait_s
-        self._known = KnownPeers(directory, name, digest, exact)
+        self._known = KnownPeers(directory, name, digest)
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._drafters: DrafterShelf | None = None
         self._budgets: dict[tuple[str, ...], BudgetController] = {}
@@ -83,14 +84,19 @@ class AsyncSwarmModel:
         tokenizer: Tokenizer | None = None,
         codec: str = "float32",
         exact: bool = False,
+        allow_mixed: bool = False,
         wait_s: float | None = None,
     ) -> AsyncSwarmModel:
         """Find the model's peers. `initial_peers` are gRPC host:port of any peers, or libp2p multiaddrs.
 
         `exact` keeps to peers that promise the same bits for a row in any batch, tree or chunk, by one arithmetic.
+        `allow_mixed` lets a route mix dtypes and quantizations where no one kind has every block; by default it does
+        not, since the text would depend on the route.
         Waits up to `wait_s` seconds for blocks without a peer: by default not at all to begin with, and WAIT_S where
         they are lost while it generates. Raises ConnectError.
         """
+        if exact and allow_mixed:
+            raise ValueError("exact and allow_mixed contradict each other: a mixed route is not exact")
         name, digest = model, None
         try:
             with await asyncio.to_thread(open_checkpoint, model) as checkpoint:
@@ -101,7 +107,7 @@ class AsyncSwarmModel:
             if tokenizer is None:
                 raise ConnectError(f"no tokenizer for {model}: {error}") from error
         directory = await open_directory(initial_peers)
-        self = cls(name, digest, directory, tokenizer, codec, exact, WAIT_S if wait_s is None else wait_s)
+        self = cls(name, digest, directory, tokenizer, codec, exact, allow_mixed, WAIT_S if wait_s is None else wait_s)
         try:
             await self._wait_for_route(wait_s or 0.0)
             self._known.keep_fresh()
@@ -118,7 +124,8 @@ class AsyncSwarmModel:
     async def route(self, reserve_tokens: int = 0) -> Route:
         """The route that a new session would take. Raises NoRoute, ConnectError."""
         await self._known.look()
-        return choose_route(self._known.usable(), self._known.rtt_s, reserve_tokens)
+        known = self._known
+        return choose_route(known.usable(), known.rtt_s, reserve_tokens, exact=self._exact, mixed=self._mixed)
 
     async def open_session(self, reserve_tokens: int, wait_s: float = 30.0) -> Session:
         """Open along the best route; where peers are busy, release all and try again with jitter, for `wait_s`.
@@ -130,7 +137,7 @@ class AsyncSwarmModel:
             try:
                 route = await self.route(reserve_tokens)
                 usable = min(reserve_tokens, context_of(route) + TREE_ROOM)
-                options = SessionOptions(usable, self._codec, self._exact, wait_s=self._wait_s)
+                options = SessionOptions(usable, self._codec, self._exact, self._mixed, wait_s=self._wait_s)
                 session = Session(route, self._known, self._channel, self._client_id, options)
                 await session.open()
                 return session

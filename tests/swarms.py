@@ -46,13 +46,15 @@ def spans(n_blocks: int, peers: int) -> list[range]:
 
 
 @asynccontextmanager
-async def local_swarm(model: str | Path, blocks: Sequence[range], **options: Any) -> AsyncIterator[LocalSwarm]:
-    """One peer for each span. Afterwards every peer's pool must be whole and empty."""
+async def local_swarm(
+    model: str | Path, blocks: Sequence[range], join: str | None = None, **options: Any
+) -> AsyncIterator[LocalSwarm]:
+    """One peer for each span, in the DHT of the peer at `join`. Afterwards each pool must be whole and empty."""
     servers: list[PeerServer] = []
     with TemporaryDirectory(prefix="petal-test-") as folder:
         try:
             for i, span in enumerate(blocks):
-                initial = (servers[0].address,) if servers else ()
+                initial = (servers[0].address,) if servers else (join,) if join else ()
                 server = PeerServer(
                     ServeOptions(
                         model=str(model),

@@ -8,7 +8,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from petal.client.route import only_exact
+from petal.client.route import NoRoute, choose_route
 from petal.client.session import Want
 from petal.client.swarm import AsyncSwarmModel
 from petal.kernels import native
@@ -79,5 +79,7 @@ async def test_arithmetics_do_not_meet_in_exact_mode() -> None:
         async with local_swarm(tiny_llama(), spans(4, 1), dtype=dtype, exact=True) as swarm:
             records.append(swarm.peers[0].record())
     half, single = records
-    assert only_exact([half, single, half]) == [half, half]
-    assert only_exact([half, single, single]) == [single, single]
+    half.end, single.start = 2, 2
+    with pytest.raises(NoRoute, match="exact mode keeps to one"):
+        choose_route([half, single], {}, exact=True)
+    assert len(choose_route([half, single], {}, mixed=True)) == 2
