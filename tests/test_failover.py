@@ -6,10 +6,11 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
@@ -20,6 +21,7 @@ from petal.client.swarm import AsyncSwarmModel
 from petal.kernels import native
 from petal.peer.replay import ReplayLog
 from petal.peer.server import PeerServer
+from petal.protocol import petal_pb2 as pb
 from petal.protocol.directory import DirectoryService
 from petal.protocol.limits import SERVER_OPTIONS
 from petal.protocol.petal_pb2_grpc import add_DirectoryServicer_to_server, add_PeerServicer_to_server
@@ -52,6 +54,13 @@ def _threads() -> Iterator[None]:
 async def swarm() -> AsyncIterator[LocalSwarm]:
     """Two peers for each of three spans."""
     async with local_swarm(tiny_llama(), [*SPANS, *SPANS], exact=True) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def bare() -> AsyncIterator[LocalSwarm]:
+    """One peer for each span."""
+    async with local_swarm(tiny_llama(), SPANS, exact=True) as running:
         yield running
 
 
@@ -149,10 +158,18 @@ async def disturbed(swarm: LocalSwarm, expected: Sequence[int]) -> AsyncIterator
         yield Disturbed(swarm, session, expected)
 
 
+FULL = pytest.mark.full
 PLACES = pytest.mark.parametrize(
     "places",
-    [[0], [1], [2], [0, 1], [1, 2], [0, 2], [0, 1, 2]],
-    ids=["head", "middle", "tail", "head+middle", "middle+tail", "head+tail", "all"],
+    [
+        pytest.param([0], id="head"),
+        pytest.param([1], id="middle"),
+        pytest.param([2], id="tail"),
+        pytest.param([0, 1], id="head+middle", marks=FULL),
+        pytest.param([1, 2], id="middle+tail", marks=FULL),
+        pytest.param([0, 2], id="head+tail", marks=FULL),
+        pytest.param([0, 1, 2], id="all"),
+    ],
 )
 
 
@@ -171,7 +188,10 @@ async def test_crash_between_two_steps(swarm: LocalSwarm, expected: list[int], p
 
 
 @PLACES
-@pytest.mark.parametrize("waiting_for", [0, 1, 2], ids=["at-head", "at-middle", "at-tail"])
+@pytest.mark.parametrize(
+    "waiting_for",
+    [pytest.param(0, id="at-head", marks=FULL), pytest.param(1, id="at-middle"), pytest.param(2, id="at-tail")],
+)
 async def test_crash_with_a_tree_in_flight(
     swarm: LocalSwarm, expected: list[int], places: list[int], waiting_for: int
 ) -> None:
@@ -197,3 +217,192 @@ async def test_crash_in_the_middle_of_a_prefill(swarm: LocalSwarm, expected: lis
             await run.crash(places)
         await prefill
         assert await run.finish() == expected
+
+
+# Where the log does not help.
+
+
+@pytest.mark.parametrize("places", [[1], [2], [0, 2]], ids=["middle", "tail", "head+tail"])
+async def test_a_lost_log_is_made_up_for_by_token_ids(
+    swarm: LocalSwarm, expected: list[int], places: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers that keep nothing: the head gets the tokens again, and everybody behind it computes anew."""
+    for peer in swarm.peers:
+        monkeypatch.setattr(peer.service.replay_budget, "_cap", 0)
+    async with disturbed(swarm, expected) as run:
+        await run.prefill()
+        await run.step(6)
+        await run.crash(places)
+        assert await run.finish() == expected
+
+
+async def test_peers_fail_while_others_take_over(swarm: LocalSwarm, expected: list[int]) -> None:
+    """The newcomer crashes with the replay under way."""
+    async with disturbed(swarm, expected) as run:
+        await run.prefill()
+        await run.step(6)
+        [newcomer] = [
+            peer
+            for peer in swarm.peers
+            if peer.blocks == SPANS[1] and peer.identity.peer_id != run.session.route[1].peer.peer_id
+        ]
+        gate = threading.Event()
+        newcomer.engine.call(lambda: gate.wait(20) and None)
+        await run.crash([1])
+        step = asyncio.create_task(run.step(6))
+        for _ in range(500):
+            if newcomer.admission.sessions:
+                break
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert not step.done()
+        await crash(newcomer)
+        gate.set()
+        await step
+        assert len(run.session.take_events()) == 2
+        assert await run.finish() == expected
+
+
+async def test_a_route_that_needs_a_survivor_to_take_more(expected: list[int]) -> None:
+    """Only a peer of the route itself hosts what is missing."""
+    async with local_swarm(tiny_llama(), [range(0, 4), range(2, 4)], exact=True) as pair:
+        whole, half = (peer.identity.peer_id for peer in pair.peers)
+        async with pair.connect(exact=True) as client:
+            while len(await client._known.look()) < 2:
+                await asyncio.sleep(0.1)
+            client._known.rtt_s.update({whole: 0.0, half: -1.0})
+            async with await client.open_session(256) as session:
+                run = Disturbed(pair, session, expected)
+                assert len(session.route) == 2
+                await run.prefill()
+                await run.step(6)
+                await run.crash([1])
+                assert await run.finish() == expected
+                assert [stop.peer.peer_id for stop in session.route] == [whole]
+
+
+async def test_without_another_host_the_reason_and_the_text_so_far(bare: LocalSwarm) -> None:
+    """Which blocks are missing, `wait_s` seconds for them, and then the end."""
+    async with bare.connect(exact=True) as client:
+        client._wait_s = 1.5
+        said: list[int] = []
+        started = 0.0
+
+        async def listen() -> None:
+            nonlocal started
+            async for piece in client.stream(PROMPT, max_new_tokens=TOKENS, eos_token_id=-1):
+                said.extend(piece.ids)
+                if len(said) >= 5 and not started:
+                    await bare.peers[1]._grpc.stop(None)
+                    started = time.monotonic()
+
+        with pytest.raises(NoRoute, match=r"nobody who can be reached hosts blocks 1-2 any more; waited 1\.5 s"):
+            await listen()
+        assert len(said) >= 5
+        assert 1.5 <= time.monotonic() - started < 6
+    await crash(bare.peers[1])  # it is back
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["head", "middle", "tail"])
+async def test_the_only_host_comes_back(bare: LocalSwarm, expected: list[int], place: int) -> None:
+    """Its connections broke, nobody else hosts its blocks, and it answers again at once."""
+    async with disturbed(bare, expected) as run:
+        await run.prefill()
+        await run.step(6)
+        await run.crash([place])
+        assert await run.finish() == expected
+
+
+# Negative controls: the tokens above are those of an undisturbed run because of what is replayed.
+
+
+async def replayed(
+    swarm: LocalSwarm, expected: list[int], monkeypatch: pytest.MonkeyPatch, change: Callable[[bytearray], bytearray]
+) -> list[int]:
+    """A run in which the middle peer crashes and the head's log says something else."""
+
+    def altered(log: ReplayLog) -> tuple[bytes, ...]:
+        return (bytes(change(bytearray(b"".join(log._chunks)))),)
+
+    async with disturbed(swarm, expected) as run:
+        await run.prefill()
+        await run.step(6)
+        await run.crash([1])
+        monkeypatch.setattr(ReplayLog, "chunks", property(altered))
+        return await run.finish()
+
+
+async def test_an_altered_activation_changes_the_tokens(
+    swarm: LocalSwarm, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alter(rows: bytearray) -> bytearray:
+        row = np.frombuffer(rows, np.float32, count=64, offset=256 * 65).copy()
+        rows[256 * 65 : 256 * 66] = (row[::-1] * 2).tobytes()
+        return rows
+
+    assert await replayed(swarm, expected, monkeypatch, lambda rows: rows) == expected
+    assert await replayed(swarm, expected, monkeypatch, alter) != expected
+
+
+async def test_a_missing_row_is_noticed(
+    swarm: LocalSwarm, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PeerError, match="before the 1 rows that are still to be replayed"):
+        await replayed(swarm, expected, monkeypatch, lambda rows: rows[:-256])
+
+
+# Leaving on purpose.
+
+
+@asynccontextmanager
+async def draining(peer: PeerServer) -> AsyncIterator[asyncio.Task[None]]:
+    """The peer drains; afterwards it has thought better of it."""
+    task = asyncio.create_task(peer.drain(20))
+    await asyncio.sleep(0)
+    assert peer.service.draining
+    try:
+        yield task
+    finally:
+        task.cancel()
+        peer.service.draining = False
+        peer._state = pb.ONLINE
+        await peer._publisher.publish()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["head", "middle", "tail"])
+async def test_sessions_move_away_from_a_peer_that_drains(swarm: LocalSwarm, expected: list[int], place: int) -> None:
+    async with disturbed(swarm, expected) as run:
+        await run.prefill()
+        [leaving] = run.peers([place])
+        async with draining(leaving) as drained:
+            while not (events := run.session.take_events()):
+                await run.step(0)
+                await asyncio.sleep(0.01)
+            await asyncio.wait_for(drained, 5)
+            [event] = events
+            assert "is leaving" in event.fault
+            assert leaving.identity.peer_id not in {stop.peer.peer_id for stop in run.session.route}
+            assert await run.finish() == expected
+
+
+async def test_without_another_host_a_peer_that_drains_finishes_first(bare: LocalSwarm, expected: list[int]) -> None:
+    async with AsyncExitStack() as stack:
+        async with disturbed(bare, expected) as run:
+            await run.prefill()
+            drained = await stack.enter_async_context(draining(bare.peers[1]))
+            assert await run.finish() == expected
+            assert not drained.done()
+            assert not run.session.take_events()
+        await asyncio.wait_for(drained, 5)
+
+
+async def test_a_peer_that_drains_ends_idle_sessions_and_they_resume(
+    swarm: LocalSwarm, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petal.peer.service.DRAIN_IDLE_S", 0.2)
+    async with disturbed(swarm, expected) as run:
+        await run.prefill()
+        await run.step(4)
+        async with draining(run.peers([1])[0]) as drained:
+            await asyncio.wait_for(drained, 5)
+            assert await run.finish() == expected

@@ -12,6 +12,7 @@ from petal.client.route import (
     choose_route,
     describe_blocks,
     missing_blocks,
+    repair_route,
 )
 from petal.protocol import petal_pb2 as pb
 
@@ -158,3 +159,93 @@ def test_missing_blocks():
 def test_records_are_grouped_by_their_weights():
     a, b, c = peer("a", 0, 6), peer("b", 0, 6, digest=b"n"), peer("c", 0, 6)
     assert by_model([a, b, c]) == {b"m": [a, c], b"n": [b]}
+
+
+# Repair.
+
+
+def alike(name, start, end, **fields):
+    record = peer(name, start, end, **fields)
+    record.dtype, record.quantization, record.numerics = "float32", "none", "native"
+    record.features.append("exact")
+    return record
+
+
+ROUTE = choose_route([alike("a", 0, 2), alike("b", 2, 4), alike("c", 4, 6)], {})
+
+
+def repaired(kept, records, **options):
+    stops = [stop for stop in ROUTE if stop.peer.peer_id in kept]
+    return hops(repair_route(ROUTE, stops, records, {}, **options))
+
+
+def test_a_stop_that_fails_is_replaced_and_the_others_stay():
+    records = [alike("a", 0, 2), alike("x", 1, 5), alike("c", 4, 6)]
+    assert repaired("ac", records) == [("a", 0, 2), ("x", 2, 4), ("c", 4, 6)]
+    # Those that stay need no record: they are there.
+    assert repaired("ac", records[1:2]) == [("a", 0, 2), ("x", 2, 4), ("c", 4, 6)]
+
+
+def test_neighbours_that_fail_are_one_gap():
+    assert repaired("c", [alike("x", 0, 4)]) == [("x", 0, 4), ("c", 4, 6)]
+    halves = [alike("x", 0, 3), alike("y", 3, 4)]
+    assert repaired("c", halves) == [("x", 0, 3), ("y", 3, 4), ("c", 4, 6)]
+
+
+def test_two_gaps_never_get_one_peer():
+    records = [alike("x", 0, 6), alike("y", 4, 6)]
+    assert repaired("b", records) == [("x", 0, 2), ("b", 2, 4), ("y", 4, 6)]
+
+
+def test_a_peer_that_stays_takes_more_where_nobody_else_can():
+    assert repaired("b", [alike("b", 0, 6)]) == [("b", 0, 6)]
+    assert repaired("ac", [alike("a", 0, 4), alike("c", 4, 6)]) == [("a", 0, 4), ("c", 4, 6)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "bfloat16"},
+        {"quantization": "int8"},
+        {"state": pb.DRAINING},
+        {"block_digests": [b"d" * 32] * 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_only_a_peer_that_computes_alike_takes_over(change):
+    other = alike("x", 2, 4)
+    other.MergeFrom(pb.PeerRecord(**change))
+    with pytest.raises(NoRoute, match=r"nobody who can be reached hosts blocks 2-3 any more"):
+        repaired("ac", [alike("a", 0, 2), other, alike("c", 4, 6)])
+    assert repaired("ac", [other, alike("y", 2, 4, speed=0.01)])[1] == ("y", 2, 4)
+
+
+@pytest.mark.parametrize("field", ["numerics", "features"])
+def test_in_exact_mode_the_arithmetic_is_the_same(field):
+    other = alike("x", 2, 4)
+    other.ClearField(field)
+    assert repaired("ac", [other])[1] == ("x", 2, 4)
+    with pytest.raises(NoRoute, match="nobody who can be reached hosts blocks 2-3"):
+        repaired("ac", [other], exact=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(swarms(), st.data())
+def test_a_repaired_route_is_a_route(swarm, data):
+    n_blocks, records, rtt_s = swarm
+    try:
+        route = choose_route(records, rtt_s)
+    except NoRoute:
+        return
+    kept = [stop for stop in route if data.draw(st.booleans())]
+    lost = {stop.peer.peer_id for stop in route} - {stop.peer.peer_id for stop in kept}
+    others = [record for record in records if record.peer_id not in lost]
+    try:
+        new = repair_route(route, kept, others, rtt_s)
+    except NoRoute:
+        assert missing_blocks(others, n_blocks)
+        return
+    assert [block for stop in new for block in stop.blocks] == list(range(n_blocks))
+    names = [stop.peer.peer_id for stop in new]
+    assert len(names) == len(set(names))
+    assert not lost & set(names)
