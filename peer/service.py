@@ -150,6 +150,7 @@ class PeerService(PeerServicer):
         spec = self._spec(message)
         if former := self._sessions.get(spec.session_id):
             self._close(former)
+            former.fail(SessionFailed(Status.ABORTED, "this session was opened anew on another stream"))
         try:
             self._admission.reserve(spec.session_id, spec.reserve_tokens)
         except Refused as error:
