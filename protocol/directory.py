@@ -85,28 +85,54 @@ def connect_plain(address: str) -> grpc.aio.Channel:
 
 
 class GrpcDirectory(Directory):
-    """Asks the peers at `addresses`, and those it learned of, one after the other; believes only what is signed."""
+    """Asks the peers at `addresses`, and those it learned of, in turn; believes only what is signed.
 
-    def __init__(self, addresses: Sequence[str], *, connect: Connect = connect_plain, timeout_s: float = 5.0) -> None:
+    A peer that does not answer within `patience_s` holds up nobody: the next is asked, too.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        connect: Connect = connect_plain,
+        timeout_s: float = 5.0,
+        patience_s: float = 0.5,
+    ) -> None:
         self._addresses = list(addresses)
         self._connect = connect
         self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._book = RecordBook()
 
     async def list(self, model: str | None = None) -> Peers:
         """See Directory; DirectoryError if no peer gives an answer to be believed."""
         failures: list[str] = []
-        candidates = self._candidates()
-        for address in candidates:
-            try:
-                await self._ask(address, model)
-            except (grpc.RpcError, RecordError) as error:
-                failures.append(f"{address}: {_reason(error)}")
-                continue
-            self._prefer(address)
-            if peers := self._book.list(model):
-                return peers
-        if len(failures) == len(candidates):
+        answered = False
+        asking: dict[asyncio.Task[None], str] = {}
+        candidates = iter(self._candidates())
+        address = next(candidates, None)
+        try:
+            while address or asking:
+                if address:
+                    asking[asyncio.create_task(self._ask(address, model))] = address
+                    address = next(candidates, None)
+                patience = self._patience_s if address else None
+                done, _ = await asyncio.wait(asking, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    asked = asking.pop(task)
+                    try:
+                        task.result()
+                    except (grpc.RpcError, RecordError) as error:
+                        failures.append(f"{asked}: {_reason(error)}")
+                        continue
+                    answered = True
+                    self._prefer(asked)
+                    if peers := self._book.list(model):
+                        return peers
+        finally:
+            for task in asking:
+                task.cancel()
+        if not answered:
             raise DirectoryError(f"No peer answered ({'; '.join(failures)}): check the addresses and your network.")
         return []
 

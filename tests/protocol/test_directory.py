@@ -148,6 +148,13 @@ async def test_tries_the_next_address(serve, silent):
     assert time.monotonic() - started < 0.4, "the address that answered comes first from now on"
 
 
+async def test_a_silent_address_holds_nobody_up(serve, silent):
+    started = time.monotonic()
+    directory = GrpcDirectory([silent, await serve(signed_record(ALICE))], timeout_s=30.0)
+    assert ids(await directory.list()) == {ALICE.peer_id}
+    assert time.monotonic() - started < 5
+
+
 async def test_nobody_answers(silent):
     started = time.monotonic()
     with pytest.raises(DirectoryError, match=rf"^No peer answered .*{NOBODY}.*{silent}.*check.*\.$"):
