@@ -83,7 +83,6 @@ async def move(
             if time.monotonic() >= deadline:
                 raise NoRoute(f"{error}; waited {options.wait_s:g} s for another") from error
             full.clear()
-            full.clear()
             await _look_around(finder, deadline)
 
 
