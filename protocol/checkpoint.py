@@ -6,6 +6,7 @@ import importlib.util
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,6 +67,28 @@ class Checkpoint(ABC):
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; raises CheckpointError if it has none that can be read."""
+
+    def vocab_digest(self) -> str:
+        """`Tokenizer.vocab_digest` of the model; a drafter may have it in its config, in place of a tokenizer.
+
+        Raises CheckpointError where it cannot be known.
+        """
+        stored = self.config.get("vocab_digest")
+        return stored if isinstance(stored, str) else self.tokenizer().vocab_digest
+
+    def draft_vocabulary(self) -> npt.NDArray[np.int64] | None:
+        """Rising token ids [n] that a drafter with a trimmed LM head proposes; None if it proposes all.
+
+        Raises CheckpointError where the config lists anything else.
+        """
+        listed = self.config.get("draft_vocabulary")
+        if listed is None:
+            return None
+        rows = self.info(self.layout.token_matrix).shape[0]
+        sound = isinstance(listed, list) and listed and all(type(id) is int and 0 <= id < rows for id in listed)
+        if not sound or any(after <= before for before, after in pairwise(listed)):
+            raise CheckpointError(f"{self.name}: draft_vocabulary must list rising token ids from 0 to {rows - 1}.")
+        return np.array(listed, np.int64)
 
     @abstractmethod
     def close(self) -> None:

@@ -12,6 +12,8 @@ from .checkpoint_layout import CheckpointError
 from .gguf import GgufFile
 
 _LARGEST = 1 << 31
+# A drafter's own part of the config, kept as metadata "petal.*".
+DRAFTER_KEYS = ("vocab_digest", "draft_vocabulary")
 # llama.cpp tells the 27B gemma3, whose attention scale differs, by its number of blocks.
 _GEMMA3_27B_BLOCKS = 62
 
@@ -88,7 +90,7 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if name == "gemma3":
         config |= _gemma3(config, fields)
-    return config | _token_ids(file)
+    return config | _token_ids(file) | _drafter(file)
 
 
 class _Fields:
@@ -138,6 +140,16 @@ def _token_ids(file: GgufFile) -> dict[str, int]:
     keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     found = {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in keys.items()}
     return {key: value for key, value in found.items() if isinstance(value, int)}
+
+
+def _drafter(file: GgufFile) -> dict[str, Any]:
+    """What a drafter's file says of its vocabulary, see Checkpoint; checked there."""
+    found = {key: file.metadata.get(f"petal.{key}") for key in DRAFTER_KEYS}
+    return {
+        key: value.tolist() if isinstance(value, np.ndarray) else value
+        for key, value in found.items()
+        if value is not None
+    }
 
 
 def _rope_scaling(file: GgufFile, fields: _Fields, head_dim: int, theta: float) -> dict[str, Any] | None:

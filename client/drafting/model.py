@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.linear import PackedLinear
 from ...kernels.topk import topk
 from ...peer.span import Span, load_span
 from ...protocol.checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -35,10 +36,16 @@ PREFILL_ROWS = 256
 class DraftModel:
     """A draft model's weights, on this machine's CPU in bfloat16. Every sequence has a `ModelDrafter` of its own."""
 
-    def __init__(self, name: str, span: Span, vocab_size: int) -> None:
+    def __init__(self, name: str, span: Span, vocab_size: int, trimmed: Ints | None = None) -> None:
+        """`trimmed` are the ids that the LM head computes, where it does not compute all (FR-Spec, 2502.14856)."""
         self.name = name
         self.span = span
         self.vocab_size = vocab_size
+        # Of the columns of `logits`.
+        self.ids = torch.arange(vocab_size) if trimmed is None else torch.from_numpy(trimmed[trimmed < vocab_size])
+        if trimmed is not None:
+            head = span.model.get_output_embeddings()
+            span.model.set_output_embeddings(PackedLinear(head.dense()[self.ids]))
 
     @classmethod
     def load(cls, source: str, tokenizer: Tokenizer) -> DraftModel:
@@ -47,26 +54,28 @@ class DraftModel:
             with open_checkpoint(source) as checkpoint:
                 _check_vocabulary(checkpoint, tokenizer)
                 span = load_span(checkpoint, 0, checkpoint.n_blocks, dtype=torch.bfloat16)
-                return cls(checkpoint.name, span, min(tokenizer.vocab_size, span.vocab_size))
+                vocab_size = min(tokenizer.vocab_size, span.vocab_size)
+                return cls(checkpoint.name, span, vocab_size, checkpoint.draft_vocabulary())
         except CheckpointError as error:
             raise DrafterError(f"no drafter in {source}: {error}") from error
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, d] -> [n, vocab], without the padding behind the vocabulary."""
-        return self.span.logits(hidden)[:, : self.vocab_size].contiguous()
+        """[n, d] -> [n, len(ids)], without the padding behind the vocabulary."""
+        return self.span.logits(hidden)[:, : len(self.ids)].contiguous()
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """[n, len(ids)] -> [n, vocab]: columns are token ids; -inf where the head computes nothing."""
+        return logits.new_full((len(logits), self.vocab_size), -torch.inf).index_copy_(1, self.ids, logits)
 
 
 def _check_vocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     """Ids must mean the same to both; padding behind the vocabulary does not count."""
     try:
-        own = checkpoint.tokenizer()
+        own = checkpoint.vocab_digest()
     except CheckpointError:
         raise DrafterError(f"{checkpoint.name} brings no tokenizer, so nobody knows what its token ids mean") from None
-    if own.vocab_digest != tokenizer.vocab_digest:
-        raise DrafterError(
-            f"{checkpoint.name} has another vocabulary than the model ({own.vocab_size} and {tokenizer.vocab_size} "
-            "tokens, or other words); a drafter needs the very same"
-        )
+    if own != tokenizer.vocab_digest:
+        raise DrafterError(f"{checkpoint.name} has another vocabulary than the model; a drafter needs the very same")
 
 
 class ModelDrafter(Drafter):
@@ -176,14 +185,17 @@ class ModelDrafter(Drafter):
 
     def _grow(self, nodes: Ints, hidden: Tensor) -> None:
         """Add the children of nodes, given their last hidden states [n, d]."""
-        logits = self._model.logits(hidden)
+        logits, ids = self._model.logits(hidden), self._model.ids
         if self._params.penalized:
+            logits, ids = self._model.spread(logits), torch.arange(self._model.vocab_size)
             for row, node in zip(logits.numpy(), nodes.tolist(), strict=True):
                 path = self._tree.tokens[self._path(node)].tolist() if node else []
                 self._counts.penalize(row, self._params, path)
-        values, ids = topk(logits, min(CANDIDATES, self._model.vocab_size))
+        values, columns = topk(logits, min(CANDIDATES, logits.shape[1]))
         positions = len(self._ids) + self._tree.depths[nodes]
-        tokens, logprobs = score_children(ids.numpy(), values.double().numpy(), positions, self._params, BRANCH)
+        tokens, logprobs = score_children(
+            ids[columns].numpy(), values.double().numpy(), positions, self._params, BRANCH
+        )
         self._tree.expand(nodes, tokens, logprobs)
         added = np.full(len(self._tree) - len(self._node_slots), -1)
         self._node_slots = np.concatenate((self._node_slots, added))
