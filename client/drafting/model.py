@@ -28,8 +28,10 @@ from .noise import score_children
 BEAMS = 12
 BRANCH = 24
 CANDIDATES = 128
-# While a tree is in flight, the drafter grows its own to so many times the budget.
+# While a tree is in flight, the drafter grows its own to so many times the budget, as long as a forward over the nodes
+# that come next meets one of them with this chance.
 AHEAD = 3
+AHEAD_CHANCE = 0.1
 PREFILL_ROWS = 256
 
 
@@ -113,9 +115,10 @@ class ModelDrafter(Drafter):
 
     def ahead(self) -> bool:
         nodes = self._tree.frontier(AHEAD * self._budget, BEAMS)
-        if len(nodes):
-            self._expand(nodes)
-        return len(nodes) > 0
+        if not len(nodes) or np.exp(self._tree.scores[nodes]).sum() < AHEAD_CHANCE:
+            return False
+        self._expand(nodes)
+        return True
 
     # Following the text.
 
