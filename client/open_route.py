@@ -252,14 +252,16 @@ class OpenRoute:
 
     async def _ask(self, leg: Leg, frame: pb.ClientFrame, blamed: Leg, timeout: float) -> pb.PeerFrame:
         """Send a frame that the peer answers; `blamed` is who failed where no answer comes."""
-        leg.reply = asyncio.get_running_loop().create_future()
+        leg.reply = reply = asyncio.get_running_loop().create_future()
         try:
             await self.send(leg, frame)
-            return await asyncio.wait_for(leg.reply, timeout)
+            return await asyncio.wait_for(reply, timeout)
         except asyncio.TimeoutError:
             raise blamed.fail(blamed.stream.error(grpc.StatusCode.UNAVAILABLE, "did not answer in time")) from None
         finally:
             leg.reply = None
+            if not (reply.cancel() or reply.cancelled()):
+                reply.exception()  # where the sending failed it is known already, and asyncio shall not complain
 
     # Frames from peers.
 

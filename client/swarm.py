@@ -127,12 +127,12 @@ class AsyncSwarmModel:
         known = self._known
         return choose_route(known.usable(), known.rtt_s, reserve_tokens, exact=self._exact, mixed=self._mixed)
 
-    async def open_session(self, reserve_tokens: int, wait_s: float = 30.0) -> Session:
-        """Open along the best route; where peers are busy, release all and try again with jitter, for `wait_s`.
+    async def open_session(self, reserve_tokens: int, wait_s: float | None = None) -> Session:
+        """Open along the best route; where peers are busy or missing, try again with jitter, for `wait_s` seconds.
 
-        Reserves no more than the model's context and room for a tree.
+        Reserves no more than the model's context and room for a tree. Raises PeerError, NoRoute.
         """
-        deadline = time.monotonic() + wait_s
+        deadline = time.monotonic() + (self._wait_s if wait_s is None else wait_s)
         while True:
             try:
                 route = await self.route(reserve_tokens)
@@ -147,6 +147,11 @@ class AsyncSwarmModel:
                 if error.gone and error.peer_id:
                     self._known.ban(error.peer_id)
                 await asyncio.sleep(random.uniform(0.1, 0.5) if error.busy else 0)
+            except NoRoute:
+                if time.monotonic() > deadline:
+                    raise
+                await self._known.try_banned()
+                await asyncio.sleep(random.uniform(0.1, 0.5))
 
     async def speculation(self, config: GenerationConfig, session: Session) -> Speculation:
         """Drafting for one sequence, as `config` asks; what was learned about a route serves all its sessions."""
@@ -208,12 +213,12 @@ class AsyncSwarmModel:
             session.close()
 
     async def _branch(self, trunk: Session | None, reserve: int) -> Session:
-        """A fork of the trunk; a session of its own, waited for, where the trunk's peers are full."""
+        """A fork of the trunk; a session of its own, waited for, where the trunk's peers are full or gone."""
         if trunk:
             try:
                 return await trunk.fork()
             except PeerError as error:
-                if not error.busy:
+                if not (error.busy or error.gone):
                     raise
         return await self.open_session(reserve)
 
