@@ -16,9 +16,11 @@ import numpy.typing as npt
 
 from .checkpoint_layout import CheckpointError
 from .gguf_quants import GGML_TYPES, GgmlType
+from .mapped import MappedFile
 
 _SCALARS = dict(enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
+_COUNT = struct.Struct("<Q")
 _MAX_KEYS, _MAX_TENSORS, _MAX_NAME = 1 << 16, 1 << 20, 1 << 16
 _MAX_ALIGNMENT = 1 << 16
 
@@ -42,10 +44,10 @@ class GgufFile:
         try:
             if path.stat().st_size < 24:
                 raise CheckpointError(f"{path} is too short for a GGUF file: download it again.")
-            self._file: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
+            self._map = MappedFile(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
-        cursor = _Cursor(self._file, path)
+        cursor = _Cursor(self._map.data, path)
         if bytes(cursor.take(4)) != b"GGUF":
             raise CheckpointError(f"{path} does not begin like a GGUF file: give a GGUF file.")
         version = cursor.scalar("<u4")
@@ -54,7 +56,7 @@ class GgufFile:
         n_tensors, n_keys = cursor.count(_MAX_TENSORS, 24), cursor.count(_MAX_KEYS, 13)
         self.metadata = _metadata(cursor, n_keys)
         self.tensors = _table(cursor, n_tensors)
-        self._data = self._file[self._data_start(cursor) :]
+        self._data = self._map.data[self._data_start(cursor) :]
         _check_places(self.tensors, len(self._data), self._alignment(), path)
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
@@ -62,9 +64,14 @@ class GgufFile:
         tensor = self.tensors[name]
         return np.asarray(self._data[tensor.offset : tensor.offset + tensor.nbytes])
 
+    def forget(self, view: npt.NDArray[Any]) -> None:
+        """See MappedFile.forget; a copy is nobody's view, hence left alone."""
+        if np.may_share_memory(view, self._data):
+            self._map.forget(view)
+
     def close(self) -> None:
         """Drop the map; views handed out keep their part alive."""
-        self._file = self._data = np.empty(0, np.uint8)
+        self._map.data = self._data = np.empty(0, np.uint8)
 
     def _alignment(self) -> int:
         value = self.metadata.get("general.alignment", 32)
@@ -98,7 +105,7 @@ class _Cursor:
 
     def count(self, limit: int, item_size: int) -> int:
         """A count whose items, of at least `item_size` bytes each, still fit in the file."""
-        (count,) = struct.unpack("<Q", self.take(8))
+        (count,) = _COUNT.unpack(self.take(8))
         if count > limit or count * item_size > len(self._data) - self.at:
             raise self.fail(f"a count of {count} does not fit")
         return count
@@ -108,6 +115,24 @@ class _Cursor:
             return str(self.take(self.count(limit, 1)), "utf-8")
         except UnicodeDecodeError as error:
             raise self.fail("a text is not UTF-8") from error
+
+    def strings(self, count: int) -> list[str]:
+        """As `string` does, in one loop: a vocabulary and its merges are a hundred thousand texts."""
+        data, at, end, size_at = self._data, self.at, len(self._data), _COUNT.unpack_from
+        texts = []
+        try:
+            for _ in range(count):
+                start = at + 8
+                at = start + size_at(data, at)[0]
+                if at > end or at - start > _MAX_NAME:
+                    self.at = start
+                    raise self.fail("a text does not fit")
+                texts.append(str(data[start:at], "utf-8"))
+        except (struct.error, UnicodeDecodeError) as error:
+            self.at = at
+            raise self.fail("a text is cut off or not UTF-8") from error
+        self.at = at
+        return texts
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -120,7 +145,7 @@ class _Cursor:
 
     def array(self, kind: int) -> npt.NDArray[Any] | list[str]:
         if kind == _STRING:
-            return [self.string(_MAX_NAME) for _ in range(self.count(len(self._data), 8))]
+            return self.strings(self.count(len(self._data), 8))
         if kind not in _SCALARS:
             raise self.fail(f"an array of type {kind} cannot be read")
         dtype = np.dtype(_SCALARS[kind])

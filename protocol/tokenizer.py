@@ -11,8 +11,6 @@ from typing import Any
 
 import tokenizers
 
-from .tokenizer_chat import render_chat
-
 _REPLACEMENT = "\ufffd"
 # A UTF-8 character has at most 4 bytes, so at most 3 stand unfinished at the end of a text.
 _UNFINISHED = 3
@@ -52,6 +50,9 @@ class Tokenizer:
         self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The chat as text; `variables`, such as tools, reach the template. Raises ChatTemplateError."""
+        # Jinja is slow to import, and plain prompts do without.
+        from .tokenizer_chat import render_chat
+
         values = {**self._named, **variables, "add_generation_prompt": add_generation_prompt}
         return render_chat(self.chat_template, messages, values)
 

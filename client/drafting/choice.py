@@ -30,7 +30,7 @@ def load_drafter(source: str, tokenizer: Tokenizer) -> Drafter:
     try:
         from .model import DraftModel, ModelDrafter
     except ImportError as error:
-        raise DrafterError("a draft model needs torch: pip install 'petal-swarm[peer]'") from error
+        raise DrafterError("a draft model needs torch: pip install 'petal-swarm[models]'") from error
     return ModelDrafter(DraftModel.load(source, tokenizer))
 
 
