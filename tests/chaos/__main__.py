@@ -24,6 +24,7 @@ from .trial import Outcome
 from .worker import work
 
 console = Console(stderr=True)
+STOP_S = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -66,8 +67,8 @@ def run(model: Model, cases: Sequence[Case], seeds: range, clients: int, workers
             yield reports.get()
     finally:
         for process in processes:
-            process.terminate()
-            process.join()
+            process.join(STOP_S)  # it ends its peers first
+            process.kill()
 
 
 def tell(outcome: Outcome, count: int, trials: int) -> None:

@@ -143,8 +143,7 @@ def _serve(arguments: list[str], pipe: Connection, log: str) -> None:
             try:
                 pipe.recv()
             except EOFError:
-                asyncio.get_running_loop().remove_reader(pipe.fileno())
-                return
+                os._exit(1)  # whoever runs the trials is gone
             self.engine.call(self._tell_holdings)
 
         def _tell_holdings(self) -> None:
