@@ -41,6 +41,10 @@ class Cell(NamedTuple):
     def name(self) -> str:
         return f"{int(self.delay_ms)}_{self.mbit:g}_t{self.temperature:g}"
 
+    @property
+    def full_name(self) -> str:
+        return f"{self.dtype}_{self.name}"
+
 
 WITH_BARS = [
     Cell(dtype, delay, 100.0, temperature)
@@ -87,13 +91,20 @@ class Score:
         return self.tokens / self.seconds
 
 
-def measure(cell: Cell, address: str, links: Sequence[EmulatedLink], prompts: Sequence[dict], tokens: int) -> dict:
+def measure(
+    cell: Cell,
+    address: str,
+    links: Sequence[EmulatedLink],
+    prompts: Sequence[dict],
+    tokens: int,
+    names: Sequence[str],
+) -> dict[str, Score]:
     """Scores by contender; the contenders take turns at each prompt."""
     for link in links:
         link.order(f"delay {cell.delay_ms}")
         link.order(f"mbit {cell.mbit}")
-    contenders: dict[str, str | Drafter] = dict(CONTENDERS)
-    if cell.temperature:
+    contenders: dict[str, str | Drafter] = {name: CONTENDERS[name] for name in names}
+    if cell.temperature and "model" in names:
         tokenizer = demo_checkpoint().tokenizer()
         contenders["own noise"] = OwnNoise(load_drafter(shipped(), tokenizer))
     scores = {name: Score() for name in contenders}
@@ -184,23 +195,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="kept for symmetry: the last line always is JSON")
     parser.add_argument("--quick", action="store_true", help="the cells that have bars, few prompts, two contenders")
-    parser.add_argument("--bars", action="store_true", help="the cells that have bars, all prompts and contenders")
-    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--cells", help="names such as bf16_12_100_t0, with commas between; by default all")
+    parser.add_argument("--contenders", help=f"some of {','.join(CONTENDERS)}; plain and merged must be among them")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
     options = parser.parse_args()
+    names = options.contenders.split(",") if options.contenders else list(CONTENDERS)
+    cells = ALL
     if options.quick:
-        options.prompts, options.tokens = 2, 24
-        for name in ("ngram", "model"):
-            del CONTENDERS[name]
+        options.prompts, options.tokens, names, cells = 2, 24, ["plain", "merged"], WITH_BARS
+    if options.cells:
+        cells = [cell for cell in ALL if cell.full_name in options.cells.split(",")]
     prompts = PROMPTS[:: -(-len(PROMPTS) // options.prompts)]
-    cells = [c for c in (WITH_BARS if options.quick or options.bars else ALL) if c.dtype in options.dtypes.split(",")]
     rows: list[tuple[str, ...]] = []
     figures: dict[str, float] = {}
     for dtype in dict.fromkeys(cell.dtype for cell in cells):
         with peer_processes(3, "--dtype", DTYPES[dtype][0], link_delay_ms=1.0) as (address, links):
             for cell in (cell for cell in cells if cell.dtype == dtype):
-                scores = measure(cell, address, links, prompts, options.tokens)
+                scores = measure(cell, address, links, prompts, options.tokens, names)
                 rows += rows_of(cell, scores)
                 figures |= figures_of(cell, scores)
                 console.print(json.dumps(figures), style="dim")
