@@ -82,6 +82,7 @@ def serve(model: object, *options: object, tmp_path: Path) -> tuple[int, str]:
         (["--num-blocks", "0"], "--num-blocks"),
         (["--cache-tokens", "1"], "--cache-tokens"),
         (["--device", "abacus"], "abacus"),
+        (["--dtype", "float64"], "float32 or bf16"),
         (["--nonsense"], "No such option"),
     ],
     ids=str,
