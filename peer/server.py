@@ -113,6 +113,8 @@ class PeerServer:
         self.blocks = await self._choose_blocks()
         self._progress.stage(f"loading blocks {self.blocks.start}:{self.blocks.stop} of {checkpoint.name}")
         self.span = await asyncio.to_thread(self._load_span)
+        if options.exact and (obstacle := self.span.exactness_obstacle()):
+            raise ServeError(f"--exact cannot be promised here: {obstacle}")
         pool = KVPool(self.span.layers, options.cache_tokens)
         self._throughput = await asyncio.to_thread(decode_rows_per_s, self.span)
         digests = await asyncio.to_thread(checkpoint.block_digests, self.blocks.start, self.blocks.stop)
@@ -148,8 +150,7 @@ class PeerServer:
         return choose_span([r for r in records if r.model_digest == digest], n_blocks, size)
 
     async def _serve(self) -> None:
-        config = self.checkpoint.config
-        self.context_length = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+        self.context_length = self.span.context_length
         info = ServiceInfo(
             peer_id=self.identity.peer_id,
             model=self.checkpoint.name,

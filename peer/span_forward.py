@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .span_run import Attend, Run, running
@@ -50,6 +51,22 @@ class Span:
         self.ragged = False
         self.model = model
         self._base = model.base_model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are held."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        return sum(t.untyped_storage().nbytes() for t in tensors if not t.is_meta)
+
+    def exactness_obstacle(self) -> str:
+        """Why a row's bits may depend on the rows beside it; empty where they do not."""
+        if not self.ragged:
+            return f"{type(self.model).__name__} attends by code of its own"
+        for path, module in self.model.named_modules():
+            held = [p for p in module.parameters(recurse=False) if not p.is_meta and p.dim() > 1]
+            if held and not isinstance(module, nn.Embedding) and held[0].untyped_storage().nbytes() > 4:
+                return f"{path} multiplies by code of its own"
+        return ""
 
     @torch.inference_mode()
     def forward(self, rows: Tensor, positions: Tensor, attend: Attend, blocks: range | None = None) -> Tensor:

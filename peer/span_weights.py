@@ -136,9 +136,7 @@ def _values(
 
 
 def _read(checkpoint: Checkpoint, name: str, progress: Callable[[int], None]) -> Tensor:
-    array = checkpoint.read_f32(name)
-    # A view of the file would tie the weights to it.
-    value = torch.from_numpy(array if array.flags.writeable else array.copy())
+    value = torch.from_numpy(checkpoint.read_f32(name))
     if value.numel() and not all(map(torch.isfinite, value.aminmax())):
         raise CheckpointError(f"{checkpoint.name}: {name} holds a value that is not finite: download it again.")
     progress(checkpoint.tensors[name].nbytes)

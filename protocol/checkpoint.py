@@ -21,6 +21,8 @@ from .tokenizer import Tokenizer
 __all__ = ["DEMO_MODEL", "Checkpoint", "CheckpointError", "Layout", "TensorInfo", "open_checkpoint", "short"]
 
 DEMO_MODEL = "smollm2-135m-instruct"
+# Values converted at a time.
+_CHUNK = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -109,11 +111,22 @@ class Checkpoint(ABC):
         return self.raw(name).reshape(info.shape[0], -1)
 
     def read_f32(self, name: str) -> npt.NDArray[np.float32]:
-        """Like `read`, always as float32."""
-        values = self.read(name)
-        if values.dtype == np.uint16:
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32, copy=False)
+        """Like `read`, as a fresh float32 array; pages of the file that only this reading needed are let go."""
+        stored = self.read(name)
+        if stored.dtype == np.float32 and stored.flags.writeable:
+            return stored
+        wide = np.empty(stored.shape, np.uint32 if stored.dtype == np.uint16 else np.float32)
+        source, target = stored.reshape(-1), wide.reshape(-1)
+        for start in range(0, len(source), _CHUNK):
+            target[start : start + _CHUNK] = source[start : start + _CHUNK]
+            self.forget(source[start : start + _CHUNK])
+        if stored.dtype == np.uint16:
+            np.left_shift(wide, 16, out=wide)
+        return wide.view(np.float32)
+
+    @abstractmethod
+    def forget(self, view: npt.NDArray[Any]) -> None:
+        """Let go of the memory behind a view of a file that nobody looks at any more."""
 
     def info(self, name: str) -> TensorInfo:
         """Description of one tensor; raises CheckpointError for an unknown name."""

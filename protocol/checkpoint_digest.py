@@ -40,7 +40,9 @@ def part_digest(checkpoint: Checkpoint, names: Iterable[str]) -> str:
     for name in sorted(names):
         info = checkpoint.tensors[name]
         digest.update(json.dumps([name, info.dtype, info.shape], separators=(",", ":")).encode() + b"\n")
-        digest.update(checkpoint.raw(name).data)
+        stored = checkpoint.raw(name)
+        digest.update(stored.data)
+        checkpoint.forget(stored)
     return digest.hexdigest()
 
 

@@ -43,7 +43,11 @@ class GgufCheckpoint(Checkpoint):
         dense = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}.get(info.dtype)
         if dense is not None:
             return raw.view(dense).reshape(info.shape)
-        return dequantize(raw, info.shape, self._stored[name].kind)
+        return dequantize(raw, info.shape, self._stored[name].kind, self.forget)
+
+    def forget(self, view: npt.NDArray[Any]) -> None:
+        """See Checkpoint.forget."""
+        self._file.forget(view)
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """See Checkpoint.raw."""

@@ -28,8 +28,13 @@ class GgmlType:
     decode: Callable[[Bytes], Floats] | None = None
 
 
-def dequantize(raw: Bytes, shape: tuple[int, ...], kind: GgmlType) -> Floats:
-    """Decode flat stored bytes to fresh float32 in `shape`; raises CheckpointError for a type without decoder."""
+def dequantize(
+    raw: Bytes, shape: tuple[int, ...], kind: GgmlType, done: Callable[[Bytes], None] = lambda part: None
+) -> Floats:
+    """Decode flat stored bytes to fresh float32 in `shape`; `done` hears of parts of `raw` that are not needed again.
+
+    Raises CheckpointError for a type without decoder.
+    """
     if kind.decode is None:
         raise CheckpointError(f"Type {kind.name} cannot be decoded: use a file of Q4_0 to Q8_0, Q4_K to Q6_K or F16.")
     blocks = raw.reshape(-1, kind.size)
@@ -39,6 +44,7 @@ def dequantize(raw: Bytes, shape: tuple[int, ...], kind: GgmlType) -> Floats:
     with np.errstate(all="ignore"):
         for start in range(0, len(blocks), step):
             out[start : start + step] = kind.decode(blocks[start : start + step])
+            done(blocks[start : start + step])
     return out.reshape(shape)
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .checkpoint_json import MAX_JSON
 from .checkpoint_layout import CheckpointError, TensorInfo
+from .mapped import MappedFile
 
 # Bits of a value; types packed below a byte are known by size only.
 _BITS = {
@@ -38,14 +39,15 @@ class SafetensorsFile:
             size = path.stat().st_size
             if size < 10:
                 raise self._broken("it is too short")
-            self._file: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
+            self._map = MappedFile(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
-        length = int(self._file[:8].view("<u8")[0])
+        file = self._map.data
+        length = int(file[:8].view("<u8")[0])
         if length > min(MAX_JSON, size - 8):
             raise self._broken(f"a header of {length} bytes does not fit")
-        self._data = self._file[8 + length :]
-        self._entries = self._table(self._header(bytes(self._file[8 : 8 + length])))
+        self._data = file[8 + length :]
+        self._entries = self._table(self._header(bytes(file[8 : 8 + length])))
         self._check_places()
         self.tensors = {name: entry.info for name, entry in self._entries.items()}
 
@@ -64,9 +66,14 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: {name} has type {info.dtype}: only {', '.join(_DENSE)} can be read.")
         return np.require(self.raw(name).view(_DENSE[info.dtype]).reshape(info.shape), requirements="A")
 
+    def forget(self, view: npt.NDArray[Any]) -> None:
+        """See MappedFile.forget; a copy is nobody's view, hence left alone."""
+        if np.may_share_memory(view, self._data):
+            self._map.forget(view)
+
     def close(self) -> None:
         """Drop the map; views handed out keep their part alive."""
-        self._file = self._data = np.empty(0, np.uint8)
+        self._map.data = self._data = np.empty(0, np.uint8)
 
     def _broken(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is no sound safetensors file, {what}: download it again.")

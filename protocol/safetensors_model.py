@@ -70,6 +70,11 @@ class SafetensorsCheckpoint(Checkpoint):
         self.info(name)
         return self._shard(self._shards[name]).raw(name)
 
+    def forget(self, view: npt.NDArray[Any]) -> None:
+        """See Checkpoint.forget."""
+        for file in self._open.values():
+            file.forget(view)
+
     def files(self, names: Iterable[str]) -> set[Path]:
         """See Checkpoint.files."""
         return {self._shard(shard).path for shard in sorted({self._shards[self._known(name)] for name in names})}
