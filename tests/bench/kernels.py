@@ -55,10 +55,9 @@ def compare(calls: Sequence[Call]) -> list[float]:
 
 
 def bytes_per_ms() -> float:
-    """What the memory gives to one sum over weights that no cache holds."""
+    """What the memory gives at best to one sum over weights that no cache holds."""
     weights = torch.zeros(ROTATE // 4)
-    (taken,) = compare([lambda _: weights.sum()])
-    return ROTATE / taken
+    return ROTATE / min(compare([lambda _: weights.sum()])[0] for _ in range(3))
 
 
 def linear_rows(speed: float) -> Iterator[dict]:
@@ -127,7 +126,7 @@ def attention_pair(base: int, parents: list[int]) -> tuple[Call, Call]:
 
 
 def show(title: str, rows: list[dict]) -> None:
-    columns = [key for key in rows[0] if key != "bytes"]
+    columns = [key for key in rows[0] if key not in ("model", "bytes")]
     table = Table(*(column.replace("_", " ") for column in columns), title=title, title_justify="left")
     for r in rows:
         table.add_row(*(f"{r[c]:.3f}" if isinstance(r[c], float) else str(r[c]) for c in columns))
