@@ -48,7 +48,7 @@ def _peer(record: pb.PeerRecord, pong: Pong | None) -> dict[str, Any]:
         "start": record.start,
         "end": record.end,
         "address": record.addresses[0] if record.addresses else None,
-        "state": pb.PeerState.Name(record.state).lower() if reachable else "unreachable",
+        "state": pb.PeerState.Name(pong.state).lower() if pong and reachable else "unreachable",
         "reachable": reachable,
         "rtt_ms": round(pong.rtt_s * 1e3, 2) if pong and reachable else None,
         "dtype": record.dtype,

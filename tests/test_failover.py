@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 
-import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
 import torch
 from petal.client.route import NoRoute
-from petal.client.session import Session
 from petal.client.stream import PeerError
-from petal.client.swarm import AsyncSwarmModel
 from petal.kernels import native
 from petal.peer.replay import ReplayLog
-from petal.peer.server import PeerServer
-from petal.protocol import petal_pb2 as pb
-from petal.protocol.directory import DirectoryService
-from petal.protocol.limits import SERVER_OPTIONS
-from petal.protocol.petal_pb2_grpc import add_DirectoryServicer_to_server, add_PeerServicer_to_server
-from petal.protocol.sampling import SamplingParams
+from petal.protocol.tree import DraftTree
 
+from .disturbed import (
+    PARAMS,
+    PROMPT,
+    SPANS,
+    TOKENS,
+    Disturbed,
+    crash,
+    disturbed,
+    draining,
+    plain_steps,
+    undisturbed,
+)
 from .swarms import LocalSwarm, local_swarm
-from .test_exactness import RandomDrafter
-from .tiny import VOCAB, tiny_llama
+from .tiny import tiny_llama
 from .wire import settled
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-PARAMS = SamplingParams(
-    temperature=0.9, top_p=0.95, seed=7, repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1
-)
-PROMPT = random.Random(0).choices(range(VOCAB), k=70)
-TOKENS = 40
-SPANS = [range(0, 1), range(1, 3), range(3, 4)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,80 +78,6 @@ async def nothing_leaks(swarm: LocalSwarm) -> AsyncIterator[None]:
         assert peer.admission.sessions == 0
         assert peer.engine.pool.free_pages == peer.engine.pool.n_pages
         assert peer.service.replay_budget.used == 0
-
-
-async def undisturbed(client: AsyncSwarmModel) -> list[int]:
-    ids = await client.generate(
-        PROMPT,
-        max_new_tokens=TOKENS,
-        eos_token_id=-1,
-        temperature=PARAMS.temperature,
-        top_p=PARAMS.top_p,
-        seed=PARAMS.seed,
-        repetition_penalty=PARAMS.repetition_penalty,
-        presence_penalty=PARAMS.presence_penalty,
-        frequency_penalty=PARAMS.frequency_penalty,
-    )
-    return ids[len(PROMPT) :]
-
-
-async def crash(peer: PeerServer) -> None:
-    """Every connection breaks and every session is gone; then the peer is back at the same address."""
-    await peer._grpc.stop(None)
-    peer._grpc = grpc.aio.server(options=SERVER_OPTIONS)
-    peer._grpc.add_insecure_port(peer.address)
-    add_PeerServicer_to_server(peer.service, peer._grpc)
-    directory = DirectoryService(peer.identity.peer_id, state=lambda: peer._state, records=peer.dht.book.signed)
-    add_DirectoryServicer_to_server(directory, peer._grpc)
-    await peer._grpc.start()
-
-
-class Disturbed:
-    """One generation with random trees in which peers crash."""
-
-    def __init__(self, swarm: LocalSwarm, session: Session, expected: Sequence[int], seed: int = 0) -> None:
-        self.swarm = swarm
-        self.session = session
-        self.drafter = RandomDrafter.knowing([*PROMPT, *expected], VOCAB, seed)
-        self.said: list[int] = []
-
-    def peers(self, places: Sequence[int]) -> list[PeerServer]:
-        ids = [self.session.route[place].peer.peer_id for place in places]
-        return [peer for peer in self.swarm.peers if peer.identity.peer_id in ids]
-
-    async def crash(self, places: Sequence[int]) -> None:
-        await asyncio.gather(*(crash(peer) for peer in self.peers(places)))
-
-    @asynccontextmanager
-    async def held(self, place: int) -> AsyncIterator[None]:
-        """Meanwhile the peer at that place computes nothing."""
-        gate = threading.Event()
-        [peer] = self.peers([place])
-        peer.engine.call(lambda: gate.wait(20) and None)
-        try:
-            yield
-        finally:
-            gate.set()
-
-    async def prefill(self, chunk: int = 8) -> None:
-        self.said = [(await self.session.prefill(PROMPT, PARAMS, chunk=chunk)).next_token]
-
-    async def step(self, budget: int) -> None:
-        tree = self.drafter.propose([*PROMPT, *self.said], budget)
-        result = await self.session.step(tree)
-        self.said += [*result.path_ids, result.next_token]
-
-    async def finish(self, budget: int = 6) -> list[int]:
-        while len(self.said) < TOKENS:
-            await self.step(budget)
-        return self.said[:TOKENS]
-
-
-@asynccontextmanager
-async def disturbed(swarm: LocalSwarm, expected: Sequence[int]) -> AsyncIterator[Disturbed]:
-    async with swarm.connect(exact=True) as client, await client.open_session(256) as session:
-        assert len(session.route) == 3
-        yield Disturbed(swarm, session, expected)
 
 
 FULL = pytest.mark.full
@@ -216,6 +138,78 @@ async def test_crash_in_the_middle_of_a_prefill(swarm: LocalSwarm, expected: lis
             assert not prefill.done()
             await run.crash(places)
         await prefill
+        assert await run.finish() == expected
+
+
+# Other states of a session.
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["head", "middle", "tail"])
+async def test_a_rewind_that_no_peer_has_heard_of(swarm: LocalSwarm, expected: list[int], place: int) -> None:
+    """An accepted tree and a rewind into it are both still to be told when the peer crashes."""
+    async with disturbed(swarm, expected) as run:
+        await run.prefill()
+        while len(run.said) < 12:
+            await run.step(8)
+        said = [*PROMPT, *run.said]
+        run.session.rewind(len(PROMPT) + 6)
+        await run.crash([place])
+        result = await run.session.prefill(said[len(PROMPT) + 6 : len(PROMPT) + 8])
+        assert result.next_token is None
+        [event] = run.session.take_events()
+        assert len(event.replacements) == 1
+        again = await run.session.step(DraftTree.of_chain([said[len(PROMPT) + 8]]), PARAMS)
+        assert run.session.ids == said[: len(PROMPT) + 9]
+        async with swarm.connect(exact=True) as other, await other.open_session(256) as fresh:
+            await fresh.prefill(PROMPT, PARAMS)
+            for token in run.said[:6]:
+                await fresh.step(DraftTree.of_chain([token]))
+            await fresh.prefill(run.said[6:8])
+            assert again.next_token == (await fresh.step(DraftTree.of_chain([run.said[8]]))).next_token
+
+
+async def test_a_fork_of_a_session_that_moved(swarm: LocalSwarm, expected: list[int]) -> None:
+    async with disturbed(swarm, expected) as run:
+        await run.prefill()
+        await run.step(6)
+        await run.crash([1])
+        await run.step(6)
+        async with await run.session.fork() as child:
+            await run.crash([0])
+            said, count = run.said, TOKENS - len(run.said) + 1
+            assert [*said[:-1], *await plain_steps(child, said[-1], count)] == expected
+            assert [*said[:-1], *await plain_steps(run.session, said[-1], count)] == expected
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+async def test_the_log_replays_the_very_bytes(swarm: LocalSwarm, codec: str) -> None:
+    """A lossy codec loses the same again."""
+    async with swarm.connect(exact=True, codec=codec) as client:
+        answers = []
+        for crashes in (False, True):
+            async with await client.open_session(256) as session:
+                token = (await session.prefill(PROMPT, PARAMS)).next_token
+                said = await plain_steps(session, token, 8)
+                if crashes:
+                    await Disturbed(swarm, session, []).crash([1, 2])
+                answers.append([*said[:-1], *await plain_steps(session, said[-1], 24)])
+        assert answers[0] == answers[1]
+
+
+async def test_a_newcomer_that_is_full_is_waited_for(swarm: LocalSwarm, expected: list[int]) -> None:
+    async with disturbed(swarm, expected) as run:
+        await run.prefill()
+        [lost] = run.peers([1])
+        [other] = [peer for peer in swarm.peers if peer.blocks == SPANS[1] and peer is not lost]
+        other.admission.max_sessions, before = 0, other.admission.max_sessions
+        lost.service.draining = True  # it takes no session back either
+        await run.crash([1])
+        step = asyncio.create_task(run.step(4))
+        await asyncio.sleep(0.5)
+        assert not step.done()
+        other.admission.max_sessions = before
+        await asyncio.wait_for(step, 10)
+        lost.service.draining = False
         assert await run.finish() == expected
 
 
@@ -354,21 +348,6 @@ async def test_a_missing_row_is_noticed(
 
 
 # Leaving on purpose.
-
-
-@asynccontextmanager
-async def draining(peer: PeerServer) -> AsyncIterator[asyncio.Task[None]]:
-    """The peer drains; afterwards it has thought better of it."""
-    task = asyncio.create_task(peer.drain(20))
-    await asyncio.sleep(0)
-    assert peer.service.draining
-    try:
-        yield task
-    finally:
-        task.cancel()
-        peer.service.draining = False
-        peer._state = pb.ONLINE
-        await peer._publisher.publish()
 
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["head", "middle", "tail"])
