@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.sampling import SamplingParams
@@ -13,6 +14,9 @@ from .drafting.choice import DrafterChoice
 from .drafting.speculation import Speculation, Verified
 from .failover import Failover
 from .session import Session, StepResult, Want
+
+if TYPE_CHECKING:
+    from .head import LogitsProcessor
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class GenerationConfig:
     trace: bool = False
     drafter: DrafterChoice = "auto"
     budget: int | None = None
+    logits_processors: tuple[LogitsProcessor, ...] = ()
 
     def want(self) -> Want:
         return Want(top_logprobs=self.top_logprobs, trace=self.trace)
@@ -65,9 +70,12 @@ def config_of(
     trace: bool = False,
     drafter: DrafterChoice = "auto",
     budget: int | None = None,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
     default_eos: frozenset[int] = frozenset(),
 ) -> GenerationConfig:
     """A config from transformers' argument names; `eos_token_id=-1` ignores the end of text.
+
+    `logits_processor` works where the client holds the head: each gets ids [1, n] and scores [1, vocab] as tensors.
 
     Raises SamplingError for a value out of range, ValueError for settings that contradict each other.
     """
@@ -94,7 +102,10 @@ def config_of(
         else frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
     )
     stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
-    return GenerationConfig(max_new_tokens, sampling, eos - {-1}, stops, top_logprobs, trace, drafter, budget)
+    processors = tuple(logits_processor or ())
+    return GenerationConfig(
+        max_new_tokens, sampling, eos - {-1}, stops, top_logprobs, trace, drafter, budget, processors
+    )
 
 
 def for_sequence(config: GenerationConfig, index: int) -> GenerationConfig:
@@ -120,6 +131,9 @@ async def generate(
     room = positions - len(prompt)
     if room < 1:
         raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in {positions} positions")
+    if config.logits_processors and not session.options.head:
+        raise ValueError("a logits_processor needs the scores on this machine: connect with local_head=True")
+    session.logits_processors = config.logits_processors
     speculation = speculation or Speculation()
     stopper = _Stopper(config, tokenizer, min(config.max_new_tokens, room + 1))
     kept = common_prefix(session.ids, prompt[:-1])

@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Coroutine as Work
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from ..protocol import petal_pb2 as pb
+from ..protocol.codec import row_bytes
 from ..protocol.limits import PROTOCOL
 from .route import Route, Stop
 from .stream import PeerError, PeerStream
+
+if TYPE_CHECKING:
+    from .head import LocalHead
 
 # A peer that takes longer to open a session or a link is as good as gone.
 OPEN_TIMEOUT_S = 5.0
@@ -31,7 +35,8 @@ Channels = Callable[[str], grpc.aio.Channel]
 class SessionOptions:
     """What a session asks of its peers. `wait_s`: for how long it waits for blocks that nobody hosts any more.
 
-    `mixed`: peers that take over may compute in another dtype or quantization.
+    `mixed`: peers that take over may compute in another dtype or quantization. `head`: where this machine embeds and
+    draws, and peers get no token ids.
     """
 
     reserve_tokens: int
@@ -41,6 +46,7 @@ class SessionOptions:
     priority: int = 0
     step_timeout_s: float = 120.0
     wait_s: float = 30.0
+    head: LocalHead | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,11 @@ class OpenRoute:
 
     @property
     def max_rows(self) -> int:
-        return min(leg.max_rows for leg in self.legs)
+        most = min(leg.max_rows for leg in self.legs)
+        if head := self._options.head:
+            width = self.legs[0].stop.peer.hidden_size
+            most = min(most, head.most_rows(row_bytes(self._options.codec, width)))
+        return most
 
     @property
     def max_nodes(self) -> int:
@@ -177,7 +187,7 @@ class OpenRoute:
             session_id=self.session_id,
             client_id=self._client_id,
             protocol=PROTOCOL,
-            required_features=["exact"] if options.exact else [],
+            required_features=[*(["exact"] if options.exact else []), *(["embeddings"] if options.head else [])],
             model_digest=stop.peer.model_digest,
             start=stop.blocks.start,
             end=stop.blocks.stop,
@@ -248,6 +258,8 @@ class OpenRoute:
             step = pb.Step(
                 step=standpoint.step, route_epoch=self.epoch, base=start, ids=chunk, prefill=True, replay=True
             )
+            if self._options.head:
+                await self._options.head.embed(step, self._options.codec)
             await self.send(head, pb.ClientFrame(step=step))
 
     async def _ask(self, leg: Leg, frame: pb.ClientFrame, blamed: Leg, timeout: float) -> pb.PeerFrame:

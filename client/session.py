@@ -4,51 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import grpc
 import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol import petal_pb2 as pb
-from ..protocol.codec import row_bytes
+from ..protocol.codec import CodecError, decode, row_bytes
 from ..protocol.sampling import SamplingParams
 from ..protocol.tree import DraftTree, chain
+from ..protocol.verdict import TokenHistory
+from .answer import StepResult, Want
 from .failover import Failover, PeerFinder, move, plan
 from .open_route import Channels, OpenRoute, SessionOptions, Standpoint
-from .route import NoRoute, Route, context_of, same_kinds
+from .route import NoRoute, Route, context_of, is_full, same_kinds
 from .stream import PeerError
+
+if TYPE_CHECKING:
+    from .head import LogitsProcessor
+
+__all__ = ["Session", "StepResult", "Want", "sampling_message"]
 
 # A step that fails on so many peers, one after the other, is itself at fault.
 MOST_FAILOVERS = 8
-
-
-@dataclass(frozen=True)
-class Want:
-    """What the tail returns beside tokens."""
-
-    top_logprobs: int = 0
-    logits: bool = False
-    trace: bool = False
-
-    def message(self) -> pb.Want:
-        return pb.Want(top_logprobs=self.top_logprobs, logits=self.logits)
-
-
-@dataclass
-class StepResult:
-    """The tail's answer: accepted rows (row 0 first) and the token behind the last of them."""
-
-    accepted: list[int] = field(default_factory=list)
-    next_token: int | None = None
-    logprobs: list[pb.RowLogprobs] = field(default_factory=list)
-    hops: list[pb.Hop] = field(default_factory=list)
-    logits: NDArray[np.float32] | None = None
-    tree: DraftTree | None = None
-
-    @property
-    def path_ids(self) -> list[int]:
-        """Tokens that the accepted path emitted before `next_token`."""
-        return [self.tree.ids[row] for row in self.accepted[1:]] if self.tree else []
 
 
 class Session:
@@ -66,6 +45,8 @@ class Session:
         self._finder = finder
         self._channels = channels
         self._client_id = client_id
+        # Applied before each draw, where this machine holds the head.
+        self.logits_processors: Sequence[LogitsProcessor] = ()
         self._line = OpenRoute(channels, client_id, options)
         self._step = 0
         self._commit: list[int] = []
@@ -160,9 +141,14 @@ class Session:
             self._prompt_length = len(self.ids)
         while len(results) < len(starts):
             results.append(await self._result(first + len(results)))
+        answer = results[-1]
+        if sampling is not None and self.options.head:
+            await self._draw(answer, None, want)
         if want.logits:
-            results[-1].logits = np.concatenate([r.logits for r in results if r.logits is not None])
-        return results[-1]
+            answer.logits = np.concatenate([r.logits for r in results if r.logits is not None])
+        if want.hidden:
+            answer.hidden = np.concatenate([r.hidden for r in results if r.hidden is not None])
+        return answer
 
     async def step(
         self, tree: DraftTree, sampling: SamplingParams | None = None, want: Want | None = None
@@ -171,9 +157,26 @@ class Session:
         parents = () if tree.parents == chain(len(tree)) else tree.parents
         await self._send(tree.ids, parents, prefill=False, sample=True, sampling=sampling, want=want or Want())
         result = await self._result(self._step)
+        if self.options.head:
+            await self._draw(result, tree, want or Want())
         self._commit, result.tree = result.accepted, tree
         self.ids.extend(tree.ids[row] for row in result.accepted)
         return result
+
+    async def _draw(self, result: StepResult, tree: DraftTree | None, want: Want) -> None:
+        """Say here what the tail would have said."""
+        assert self.options.head
+        assert result.hidden is not None
+        verdict = await self.options.head.draw(
+            result.hidden,
+            tree,
+            self._sampling or SamplingParams(),
+            TokenHistory(self.ids, self._prompt_length),
+            want.top_logprobs,
+            self.logits_processors,
+        )
+        result.accepted, result.next_token = verdict.accepted, verdict.next_token
+        result.logprobs = [row.message() for row in verdict.logprobs]
 
     async def _send(
         self,
@@ -189,6 +192,7 @@ class Session:
             self._waiting_since = time.monotonic()
         await self._hand_over()
         self._step += 1
+        local = self.options.head is not None
         message = pb.Step(
             step=self._step,
             base=len(self.ids),
@@ -197,8 +201,12 @@ class Session:
             ids=ids,
             parents=parents,
             prefill=prefill,
-            sample=sample,
-            want=want.message(),
+            sample=sample and not local,
+            want=pb.Want(
+                top_logprobs=0 if local else want.top_logprobs,
+                logits=want.logits,
+                hidden=want.hidden or (sample and local),
+            ),
             trace=want.trace,
         )
         if sampling is not None and sampling != self._sampling:
@@ -212,12 +220,21 @@ class Session:
             await self._fail_over(error)
 
     async def _transmit(self, message: pb.Step) -> None:
-        """To the head, and to the tail with what only the tail needs; a new tail needs all of it."""
+        """To the head, and to the tail with what only the tail needs; a new tail needs all of it.
+
+        Where this machine holds the head, the tail needs but the header, and the head peer embeddings.
+        """
         head, tail = self._line.legs[0], self._line.legs[-1]
         message.route_epoch = self._line.epoch
         to_head, to_tail = pb.ClientFrame(step=message), pb.ClientFrame(step=message)
         to_head.step.ClearField("sampling")
-        if not tail.whole:
+        if self.options.head:
+            await self.options.head.embed(to_head.step, self.options.codec)
+            to_tail.step.CopyFrom(to_head.step)
+            if head is not tail:
+                to_tail.step.ClearField("embeddings")
+                to_tail.step.parents[:] = message.parents or chain(len(message.ids))
+        elif not tail.whole:
             prompt_length = min(self._prompt_length, message.base)
             to_tail.step.history.CopyFrom(pb.History(ids=self.ids[: message.base], prompt_length=prompt_length))
             if self._sampling:
@@ -239,7 +256,7 @@ class Session:
 
     async def _answer(self, step: int) -> StepResult:
         result = StepResult()
-        logits = bytearray()
+        logits, hidden = bytearray(), bytearray()
         while True:
             part = await self._line.result()
             if part.step != step:
@@ -249,11 +266,26 @@ class Session:
                 result.logprobs = list(part.logprobs)
             result.hops.extend(part.hops)
             logits += part.logits
+            hidden += part.hidden
             if part.last_part:
                 break
         if logits:
             result.logits = np.frombuffer(bytes(logits), np.float32).reshape(-1, self.vocab_size)
+        if self._unanswered[step].want.hidden:
+            result.hidden = self._hidden(bytes(hidden), len(self._unanswered[step].ids))
         return result
+
+    def _hidden(self, data: bytes, rows: int) -> NDArray[np.float32]:
+        """Hidden states [rows, d] as the tail sent them; a tail that sends anything else has failed."""
+        try:
+            hidden = decode(self.options.codec, data, self.route[-1].peer.hidden_size)
+            if len(hidden) == rows:
+                return hidden
+            reason = f"sent {len(hidden)} hidden states for {rows} rows"
+        except CodecError as error:
+            reason = f"sent hidden states that are none: {error}"
+        tail = self._line.legs[-1]
+        raise tail.fail(tail.stream.error(grpc.StatusCode.DATA_LOSS, reason))
 
     # Failover.
 
@@ -275,7 +307,9 @@ class Session:
         if not leaving:
             return
         try:
-            plan(self._line.legs, self.route, self._finder, self.options, {leg.stop.peer.peer_id for leg in leaving})
+            full = {r.peer_id for r in self._finder.reachable() if is_full(r, self.options.reserve_tokens)}
+            without = full | {leg.stop.peer.peer_id for leg in leaving}
+            plan(self._line.legs, self.route, self._finder, self.options, without)
             await self._move(f"peer {leaving[0].stop.name} is leaving")
         except NoRoute:
             return  # it may still finish what runs

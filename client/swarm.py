@@ -23,6 +23,7 @@ from .drafting.budget import BudgetController
 from .drafting.choice import DrafterShelf
 from .drafting.speculation import Speculation
 from .generation import GenerationConfig, Piece, common_prefix, config_of, for_sequence, generate
+from .head_shelf import HeadShelf
 from .known_peers import ConnectError, KnownPeers
 from .open_route import SessionOptions
 from .route import NoRoute, Route, choose_route, context_of
@@ -73,6 +74,7 @@ class AsyncSwarmModel:
         self._known = KnownPeers(directory, name, digest)
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._drafters: DrafterShelf | None = None
+        self._heads: HeadShelf | None = None
         self._budgets: dict[tuple[str, ...], BudgetController] = {}
 
     @classmethod
@@ -85,6 +87,7 @@ class AsyncSwarmModel:
         codec: str = "float32",
         exact: bool = False,
         allow_mixed: bool = False,
+        local_head: bool = False,
         wait_s: float | None = None,
     ) -> AsyncSwarmModel:
         """Find the model's peers. `initial_peers` are gRPC host:port of any peers, or libp2p multiaddrs.
@@ -92,6 +95,8 @@ class AsyncSwarmModel:
         `exact` keeps to peers that promise the same bits for a row in any batch, tree or chunk, by one arithmetic.
         `allow_mixed` lets a route mix dtypes and quantizations where no one kind has every block; by default it does
         not, since the text would depend on the route.
+        `local_head` embeds and draws on this machine, with `logits_processor`s of one's own; peers get embeddings
+        in place of token ids. It needs the checkpoint, torch and transformers.
         Waits up to `wait_s` seconds for blocks without a peer: by default not at all to begin with, and WAIT_S where
         they are lost while it generates. Raises ConnectError.
         """
@@ -110,6 +115,9 @@ class AsyncSwarmModel:
         self = cls(name, digest, directory, tokenizer, codec, exact, allow_mixed, WAIT_S if wait_s is None else wait_s)
         try:
             await self._wait_for_route(wait_s or 0.0)
+            if local_head:
+                self._heads = HeadShelf(model, exact)
+                await self._heads.head_for(await self.route())
             self._known.keep_fresh()
         except BaseException:
             await self.close()
@@ -137,7 +145,8 @@ class AsyncSwarmModel:
             try:
                 route = await self.route(reserve_tokens)
                 usable = min(reserve_tokens, context_of(route) + TREE_ROOM)
-                options = SessionOptions(usable, self._codec, self._exact, self._mixed, wait_s=self._wait_s)
+                head = await self._heads.head_for(route) if self._heads else None
+                options = SessionOptions(usable, self._codec, self._exact, self._mixed, wait_s=self._wait_s, head=head)
                 session = Session(route, self._known, self._channel, self._client_id, options)
                 await session.open()
                 return session

@@ -22,13 +22,13 @@ from ..protocol.codec import CodecError, encode
 from ..protocol.petal_pb2 import Codec
 from ..protocol.sampling import SamplingError, SamplingParams
 from ..protocol.tree import DraftTree, chain, depths
+from ..protocol.verdict import TokenHistory, Verdict, draw_after_prefill, verify
 from .decode import decode_rows
 from .executor import Executor, Segment
 from .job import BadStep, DeadlinePassed, Done, StepFailed, StepInput, StepOutput
 from .pool import KVPool, PoolExhausted, RewindRefused, SessionCache
 from .scheduler import Budget, Gathering, Ready, Scheduler, Slice
 from .span import Span
-from .tail import TokenHistory, Verdict, draw_after_prefill, verify
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class Engine:
         try:
             job.rows = self._rows(session, step)
             self._settle(session, step)
-        except (RewindRefused, CodecError) as error:
+        except (RewindRefused, CodecError, BadStep) as error:
             self._fail(key, BadStep(str(error)))
             return
         except PoolExhausted as error:
@@ -231,7 +231,7 @@ class Engine:
             session.history.ids.extend(session.pending_ids[row] for row in rows)
 
     def _rows(self, session: _Session, step: StepInput) -> Tensor:
-        if session.blocks.start == 0:
+        if session.blocks.start == 0 and step.ids:
             return torch.tensor(step.ids)
         return decode_rows(session.codec, step.hidden, self.span.hidden_size)
 
@@ -250,6 +250,8 @@ class Engine:
         assert cache.length == step.base
         if step.history is not None:
             session.history = history = step.history
+        if step.sample and self._is_tail(session) and len(history.ids) != step.base:
+            raise BadStep(f"{len(history.ids)} of {step.base} cached ids are known here; a tail that samples needs all")
         if step.sampling is not None:
             session.sampling = step.sampling
         session.pending_ids = () if step.prefill else step.ids

@@ -36,11 +36,15 @@ class Executor:
         self._pool = pool
 
     def run(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """Hidden states behind each segment's last block, [n, d]. One forward, unless routes cut the span in parts."""
+        """Hidden states behind each segment's last block, [n, d].
+
+        One forward, unless routes cut the span in parts or some clients send embeddings.
+        """
         results: dict[int, Tensor] = {}
-        for blocks in dict.fromkeys(segment.blocks for segment in segments):
-            chosen = [i for i, segment in enumerate(segments) if segment.blocks == blocks]
-            results |= zip(chosen, self._forward([segments[i] for i in chosen], blocks), strict=True)
+        ways = [(segment.blocks, segment.rows.dim()) for segment in segments]
+        for way in dict.fromkeys(ways):
+            chosen = [i for i, other in enumerate(ways) if other == way]
+            results |= zip(chosen, self._forward([segments[i] for i in chosen], way[0]), strict=True)
         return [results[i] for i in range(len(segments))]
 
     def _forward(self, segments: Sequence[Segment], blocks: range) -> Sequence[Tensor]:

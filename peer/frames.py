@@ -40,9 +40,7 @@ def result_frames(header: StepHeader, result: StepOutput, hops: list[pb.Hop]) ->
         first.sampled = True
         first.accepted.extend(result.verdict.accepted)
         first.next_token = result.verdict.next_token
-        for row in result.verdict.logprobs:
-            top = [pb.Logprob(id=token, logprob=value) for token, value in row.top]
-            first.logprobs.append(pb.RowLogprobs(chosen=row.chosen, top=top))
+        first.logprobs.extend(row.message() for row in result.verdict.logprobs)
     results = [first]
     results += [pb.Result(step=header.step, logits=part) for part in _parts(result.logits)]
     results += [pb.Result(step=header.step, hidden=part) for part in _parts(result.hidden)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..protocol.sampling import SamplingParams
-from .tail import TokenHistory, Verdict
+from ..protocol.verdict import TokenHistory, Verdict
 
 
 class StepFailed(RuntimeError):
@@ -23,7 +23,7 @@ class DeadlinePassed(StepFailed):
 
 @dataclass(frozen=True)
 class StepInput:
-    """A checked step: token ids at head and tail; encoded hidden states of the peer before, except at the head.
+    """A checked step: token ids at head and tail; encoded hidden states of the peer before, or a client's embeddings.
 
     `commit` names accepted rows of the step before; None where nothing is pending.
     """

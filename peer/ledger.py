@@ -12,13 +12,16 @@ from ..protocol.step import StepHeader
 from ..protocol.tree import TreeError, check_path, depths
 from .session_spec import SessionFailed, SessionSpec, invalid
 
+# What the client brought of a step: token ids, or a digest of embeddings in their place.
+Rows = tuple[int, ...] | bytes
+
 
 @dataclass
 class Entry:
     """An accepted step: what a repeat must equal, and its answer once there is one."""
 
     header: StepHeader
-    ids: tuple[int, ...]
+    rows: Rows
     finished: bool = False
     answer: list[pb.PeerFrame] | list[pb.LinkFrame] | None = None
 
@@ -38,7 +41,7 @@ class Ledger:
         if parent.missing or (parent.newest and not parent.newest.finished):
             raise SessionFailed(grpc.StatusCode.FAILED_PRECONDITION, "a session forks only between two steps")
         self.step, self.length = parent.step, parent.length
-        self.newest = parent.newest and Entry(parent.newest.header, parent.newest.ids, finished=True)
+        self.newest = parent.newest and Entry(parent.newest.header, parent.newest.rows, finished=True)
 
     def resume(self, step: int, length: int, missing: int) -> None:
         """Be as behind `step`, with `length` rows cached, the `missing` last of them yet to come."""
@@ -57,11 +60,11 @@ class Ledger:
         self._check_rows(header)
         self.missing -= header.rows
 
-    def accept(self, header: StepHeader, ids: tuple[int, ...]) -> Entry | None:
+    def accept(self, header: StepHeader, rows: Rows) -> Entry | None:
         """Advance by a new step; None for a repeat of the newest."""
         newest = self.newest
         if newest and header.step == newest.header.step:
-            if (header.content, ids) != (newest.header.content, newest.ids):
+            if (header.content, rows) != (newest.header.content, newest.rows):
                 raise invalid(f"step {header.step} was repeated with other content; a repeat must be the same")
             return None
         if header.step != self.step + 1:
@@ -74,7 +77,7 @@ class Ledger:
             raise invalid(f"base is {header.base}, but {length} rows are cached")
         self._check_room(header)
         self.step, self.length = header.step, length + header.rows if header.prefill else length
-        self.newest = Entry(header, ids)
+        self.newest = Entry(header, rows)
         return self.newest
 
     def _committed(self, header: StepHeader) -> int:

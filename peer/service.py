@@ -23,7 +23,7 @@ from .replay import ReplayBudget
 from .session import PeerSession
 from .session_spec import SessionFailed, SessionSpec, invalid
 
-FEATURES = frozenset({"tree", "fork", "rewind", "resume", "logits", "hidden", "top_logprobs"})
+FEATURES = frozenset({"tree", "fork", "rewind", "resume", "logits", "hidden", "top_logprobs", "embeddings"})
 Status = grpc.StatusCode
 Frame = TypeVar("Frame")
 # Finds the addresses of a peer in this peer's own directory; empty where it is not known.

@@ -19,7 +19,7 @@ from ..protocol.step import StepHeader
 from .engine import Engine
 from .frames import link_frames, replay_frames, result_frames
 from .job import BadStep, DeadlinePassed, StepFailed, StepInput, StepOutput
-from .ledger import Entry, Ledger
+from .ledger import Entry, Ledger, Rows
 from .link import Downlink
 from .parts import ClientPart, LinkPart
 from .replay import ReplayBudget, ReplayLog
@@ -82,8 +82,8 @@ class PeerSession:
         part = ClientPart.of(message, self.spec)
         if part.header.replay:
             if not self.spec.is_head:
-                raise invalid("token ids are replayed to the head peer only")
-            self._replay(part.header, part.ids, bytearray())
+                raise invalid("a client replays to the head peer only")
+            self._replay(part.header, part.ids, bytearray(part.embeddings))
             return
         self._check_order(part.header.step, self._client_part)
         self._client_part[part.header.step] = part
@@ -199,7 +199,7 @@ class PeerSession:
             # A repeat: the client's word drives it at head and tail, the link's elsewhere.
             self._forget(step)
             if driver := from_client if needs_client else from_link:
-                self._accept(driver.header, driver.ids)
+                self._accept(driver.header, driver.rows)
             return
         if (needs_client and not from_client) or (not self.spec.is_head and not (from_link and from_link.whole)):
             return
@@ -208,16 +208,16 @@ class PeerSession:
             raise invalid(f"step {step} differs between the client's stream and the link")
         part = from_client or from_link
         assert part is not None
-        if entry := self._accept(part.header, part.ids):
+        if entry := self._accept(part.header, part.rows):
             self._submit(entry, from_client, from_link, time.monotonic_ns())
 
     def _forget(self, step: int) -> None:
         self._client_part.pop(step, None)
         self._link_part.pop(step, None)
 
-    def _accept(self, header: StepHeader, ids: tuple[int, ...]) -> Entry | None:
+    def _accept(self, header: StepHeader, rows: Rows) -> Entry | None:
         """The new step, if it is one; a repeat gets its answer again. Raises SessionFailed."""
-        entry = self.ledger.accept(header, ids)
+        entry = self.ledger.accept(header, rows)
         if entry is None and self.ledger.newest:
             self._answer(self.ledger.newest)
         return entry
@@ -226,9 +226,10 @@ class PeerSession:
         self, entry: Entry, from_client: ClientPart | None, from_link: LinkPart | None, received_ns: int
     ) -> None:
         header = entry.header
+        hidden = from_link.hidden if from_link else bytearray(from_client.embeddings if from_client else b"")
         step = StepInput(
             ids=from_client.ids if from_client else (),
-            hidden=from_link.hidden if from_link else bytearray(),
+            hidden=hidden,
             parents=header.parents,
             base=header.base,
             commit=header.commit or None,

@@ -10,12 +10,13 @@ import torch
 from ..kernels import norm
 from ..protocol.checkpoint import Checkpoint, CheckpointError
 from .span_check import settle
+from .span_ends import Ends
 from .span_forward import LayerSpec, Span
 from .span_model import Skeleton, build, initialize_buffers
 from .span_run import Attend
 from .span_weights import fill
 
-__all__ = ["Attend", "LayerSpec", "Span", "load_span"]
+__all__ = ["Attend", "Ends", "LayerSpec", "Span", "load_ends", "load_span"]
 
 
 def load_span(
@@ -42,6 +43,17 @@ def load_span(
     span = Span(skeleton.model, start, end, n_blocks)
     settle(span, [span.model.get_submodule(path) for path in sorted(skeleton.before)], dtype)
     return span
+
+
+def load_ends(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Ends:
+    """Build what is around the blocks, embedding, final norm and LM head, and read only that.
+
+    dtype: float32 or bfloat16, of linears and embeddings. Raises CheckpointError, as `load_span` does.
+    """
+    skeleton = build(checkpoint)
+    fill(skeleton, checkpoint, 0, 0, lambda nbytes: None, dtype)
+    _swap_norms(skeleton, 0, 0)
+    return Ends(Span(skeleton.model, 0, checkpoint.n_blocks, checkpoint.n_blocks))
 
 
 def _swap_norms(skeleton: Skeleton, start: int, end: int) -> None:

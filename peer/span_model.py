@@ -37,9 +37,11 @@ class Skeleton:
         return [path for path, _ in self.model.named_modules() if f"{path}.".startswith(blocks)]
 
     def hosted(self, start: int, end: int) -> list[str]:
-        """Paths of modules whose weights a peer with blocks [start, end) holds."""
-        outside = (self.before if start == 0 else set()) | (self.after if end == len(self.layers) else set())
-        return sorted(outside) + self.inside(start, end)
+        """Paths of modules whose weights a peer with blocks [start, end) holds; without any block, those around all."""
+        ends = start == end
+        before = self.before if start == 0 or ends else set()
+        after = self.after if end == len(self.layers) or ends else set()
+        return sorted(before | after) + self.inside(start, end)
 
 
 def build(checkpoint: Checkpoint) -> Skeleton:

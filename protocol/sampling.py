@@ -7,7 +7,7 @@ So what a session says depends on its seed and the model alone, never on the tre
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,13 +161,17 @@ def draw(
     position: int,
     counts: TokenCounts,
     path: Sequence[int] = (),
+    reshape: Callable[[Floats], Floats] | None = None,
 ) -> int:
-    """The token at `position` given the logits that predict it, [vocab].
+    """The token at `position` given the logits that predict it, [vocab]; `reshape` changes them behind the penalties.
 
     T = 0: argmax after penalties, lowest id on ties. Otherwise argmax over the candidates of logit / T + Gumbel noise,
     computed only for tokens that can still win.
     """
     values = processed(logits, params, counts, path)
+    if reshape:
+        values = reshape(values)
+        _require(bool(np.isfinite(values.max())), "logits processors leave at least one token, and numbers only")
     if params.temperature == 0:
         return int(values.argmax())
     ids, scaled = candidates(values, params)

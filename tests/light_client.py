@@ -66,6 +66,10 @@ def converse(address: str) -> dict[str, Any]:
         SwarmModel.connect("demo", ["/ip4/127.0.0.1/tcp/1/p2p/QmNobody"])
     except ConnectError as error:
         said["no DHT"] = str(error)
+    try:
+        SwarmModel.connect("demo", [address], local_head=True)
+    except ConnectError as error:
+        said["no head"] = str(error)
     said["loaded"] = sorted(PEERS_NEED & sys.modules.keys())
     return said
 

@@ -242,7 +242,11 @@ BAD_STEPS = [
     Bad("base of before a rewind", ("base is 5, but 3 rows",), fields={**AT, "rewind": 3}),
     Bad("unannounced route epoch", ("route epoch 2 was not announced",), fields={**AT, "route_epoch": 2}),
     Bad("backward", ("forward steps only",), fields={**AT, "op": pb.BACKWARD}),
-    Bad("embeddings", ("embeddings",), ids=(), fields={**AT, "embeddings": b"\0" * 256}),
+    Bad("ids and embeddings", ("not both",), fields={**AT, "embeddings": b"\0" * 256}),
+    Bad("half an embedding", ("128 bytes", "rows of 256"), ids=(), fields={**AT, "embeddings": b"\0" * 128}),
+    Bad("embeddings of NaN", ("not finite",), ids=(), fields={**AT, "embeddings": b"\xff" * 256}),
+    Bad("sampling without ids", ("token ids",), ids=(), fields={**AT, "embeddings": b"\0" * 256, "sample": True}),
+    Bad("other embeddings in a repeat", ("other content",), step=1, ids=(), fields={"embeddings": b"\0" * 256}),
     Bad("too many logprobs", ("top_logprobs is 65", "64"), fields={**AT, "want": pb.Want(top_logprobs=65)}),
     Bad("short history", ("history of 2 ids", "5 cached rows"), fields={**AT, "history": pb.History(ids=[1, 2])}),
     Bad(
@@ -345,6 +349,18 @@ async def test_steps_go_to_head_and_tail_only(whole: Wire) -> None:
     middle, _ = await whole.session(start=1, end=3)
     await middle.step(1, PROMPT, prefill=True)
     await middle.refused(Code.INVALID_ARGUMENT, "head and the tail")
+    tail, _ = await whole.session(start=1)
+    await tail.step(1, embeddings=b"\0" * 256, prefill=True)
+    await tail.refused(Code.INVALID_ARGUMENT, "embeddings go to the head peer alone")
+
+
+async def test_a_tail_without_ids_returns_hidden_states_and_cannot_sample_later(whole: Wire) -> None:
+    session, _ = await whole.session(codec=pb.INT8)
+    size = row_bytes(pb.INT8, 64)
+    await session.step(1, embeddings=b"\0" * 3 * size, prefill=True, want=pb.Want(hidden=True))
+    assert len((await session.result()).hidden) == 3 * size
+    await session.step(2, [7], base=3, sample=True)
+    await session.refused(Code.INVALID_ARGUMENT, "0 of 3 cached ids are known here")
 
 
 # Sizes.

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("client", "kernels", "peer", "protocol")
 HEAVY = frozenset({"torch", "hivemind", "transformers", "triton"})
 # client -> kernels: a client's drafters may run small models, which peer/span.py builds; it knows no sockets.
-MODELS = {Path("client/drafting/model.py"), Path("client/drafting/cache.py")}
+MODELS = {Path("client/drafting/model.py"), Path("client/drafting/cache.py"), Path("client/head.py")}
 ARROWS = {
     "client": {"protocol", "kernels"},
     "peer": {"protocol", "kernels"},

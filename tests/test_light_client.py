@@ -49,6 +49,7 @@ async def check(said: dict[str, Any], client: AsyncSwarmModel) -> None:
     assert all(said["chat"])
     assert "pip install 'petal-swarm[models]'" in said["no drafter"]
     assert "pip install 'petal-swarm[peer]'" in said["no DHT"]
+    assert "pip install 'petal-swarm[models]'" in said["no head"]
     assert said["loaded"] == []
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import petal.peer.tail
+import petal.protocol.verdict
 import pytest
 import torch
 from petal.client.drafting.choice import load_drafter
@@ -106,7 +106,7 @@ async def test_a_tail_that_favours_drafted_tokens_is_caught(
 
     common = {"max_new_tokens": 24, "eos_token_id": -1, "temperature": 1.0}
     plain, _ = await said(exact, PROMPT, drafter="none", **common)
-    monkeypatch.setattr(petal.peer.tail, "walk", eager)
+    monkeypatch.setattr(petal.protocol.verdict, "walk", eager)
     drafted, _ = await said(exact, PROMPT, drafter=drafters("wrong"), budget=8, **common)
     assert drafted != plain
 

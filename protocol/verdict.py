@@ -1,15 +1,20 @@
-"""What the tail peer does with logits: draw, walk the tree, report."""
+"""What the end of a chain, the tail peer or a client that holds the head, does with logits: draw, walk, report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.sampling import SamplingParams, TokenCounts, draw
-from ..protocol.tree import DraftTree, walk
+from . import petal_pb2 as pb
+from .sampling import Floats, SamplingParams, TokenCounts, draw
+from .tree import DraftTree, walk
+
+# Changes the scores [vocab] of the token behind these ids, penalties applied, before temperature and cut-offs.
+Reshape = Callable[[Sequence[int], Floats], Floats]
 
 
 @dataclass
@@ -39,6 +44,9 @@ class Logprobs:
     chosen: float
     top: tuple[tuple[int, float], ...]
 
+    def message(self) -> pb.RowLogprobs:
+        return pb.RowLogprobs(chosen=self.chosen, top=[pb.Logprob(id=id, logprob=value) for id, value in self.top])
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -56,12 +64,14 @@ def verify(
     history: TokenHistory,
     base: int,
     top_logprobs: int = 0,
+    reshape: Reshape | None = None,
 ) -> Verdict:
-    """Walk the tree with the tail's draws. `logits` is [rows, vocab]: row u predicts position base + depth(u) + 1."""
+    """Walk the tree with a draw at each row. `logits` is [rows, vocab]: row u predicts position base + depth(u) + 1."""
     counts = history.counts(tree.ids[0]) if params.penalized else TokenCounts()
 
     def draw_at(row: int, path: list[int]) -> int:
-        return draw(logits[row], params, base + len(path) + 1, counts, path)
+        shape = reshape and partial(reshape, [*history.ids, tree.ids[0], *path])
+        return draw(logits[row], params, base + len(path) + 1, counts, path, shape)
 
     accepted, token = walk(tree, draw_at)
     successors = [tree.ids[row] for row in accepted[1:]] + [token]
@@ -69,11 +79,16 @@ def verify(
 
 
 def draw_after_prefill(
-    logits: NDArray[np.float32], params: SamplingParams, history: TokenHistory, top_logprobs: int = 0
+    logits: NDArray[np.float32],
+    params: SamplingParams,
+    history: TokenHistory,
+    top_logprobs: int = 0,
+    reshape: Reshape | None = None,
 ) -> Verdict:
     """The first token behind a prompt. `logits` is [vocab], of the prompt's last row."""
     counts = history.counts(None) if params.penalized else TokenCounts()
-    token = draw(logits, params, len(history.ids), counts)
+    shape = reshape and partial(reshape, history.ids)
+    token = draw(logits, params, len(history.ids), counts, reshape=shape)
     return Verdict([], token, _logprobs(logits[None], [token], top_logprobs))
 
 
