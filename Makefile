@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PROTO_VENV := build/proto-venv
 
-.PHONY: demo test test-full lint proto clean
+.PHONY: demo test test-full test-matrix lint proto clean
 
 demo: $(VENV)/peer.stamp
 	@$(BIN)/petal demo
@@ -14,6 +14,10 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest
+
+# Each cell is an environment of its own under build/matrix.
+test-matrix: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.matrix
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint_digest import DigestCache, model_digest, short
-from .checkpoint_layout import CheckpointError, Layout, TensorInfo, arrange
+from .checkpoint_layout import CheckpointError, Layout, TensorInfo, arrange, text_config
 from .tokenizer import Tokenizer
 
 __all__ = ["DEMO_MODEL", "Checkpoint", "CheckpointError", "Layout", "TensorInfo", "open_checkpoint", "short"]
@@ -68,7 +68,17 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; raises CheckpointError if it has none that can be read."""
+        """The model's tokenizer; raises CheckpointError if it has none that can be read, or another model's."""
+
+    def _suiting(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer, unless it makes ids that the model has no rows for."""
+        rows = text_config(self.config).get("vocab_size")
+        if isinstance(rows, int) and tokenizer.trained_size > rows:
+            raise CheckpointError(
+                f"{self.name}: its tokenizer has {tokenizer.trained_size} tokens, the model has {rows}: get the one that "
+                "belongs to it."
+            )
+        return tokenizer
 
     def vocab_digest(self) -> str:
         """`Tokenizer.vocab_digest` of the model; a drafter may have it in its config, in place of a tokenizer.

@@ -65,7 +65,7 @@ class GgufCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         """See Checkpoint.tokenizer."""
-        return gguf_tokenizer(self._file.metadata, self.name)
+        return self._suiting(gguf_tokenizer(self._file.metadata, self.name))
 
     def close(self) -> None:
         """See Checkpoint.close."""

@@ -81,7 +81,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         """See Checkpoint.tokenizer."""
-        return folder_tokenizer(self._folder, self.config)
+        return self._suiting(folder_tokenizer(self._folder, self.config))
 
     def close(self) -> None:
         """See Checkpoint.close."""

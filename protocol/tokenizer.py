@@ -62,6 +62,13 @@ class Tokenizer:
         """The chat as token ids; the template itself writes the special tokens. Raises ChatTemplateError."""
         return self.encode(self.render_chat(messages, add_generation_prompt, **variables), add_special=False)
 
+    def files(self) -> dict[str, str]:
+        """What a model folder says of its tokenizer, by file name."""
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._named}
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        return {"tokenizer.json": self._backend.to_str(), "tokenizer_config.json": json.dumps(settings, indent=1)}
+
     def token_id(self, token: str) -> int | None:
         """Id of one exact token, None if there is none."""
         found: int | None = self._backend.token_to_id(token)
@@ -76,6 +83,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def trained_size(self) -> int:
+        """Number of tokens without those added later, which a model may have no rows for."""
+        return int(self._backend.get_vocab_size(with_added_tokens=False))
 
     @cached_property
     def vocab_digest(self) -> str:

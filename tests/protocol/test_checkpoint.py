@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from petal.protocol.checkpoint import CheckpointError, open_checkpoint
 from petal.protocol.checkpoint_layout import arrange
 from petal.protocol.records import DIGEST_BYTES
 from safetensors.torch import save_file
+from tokenizers.models import WordLevel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -265,6 +267,18 @@ def test_overlaps_and_huge_headers_are_refused(copy):
     path.write_bytes((1 << 62).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match="does not fit"):
         open_checkpoint(copy)
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy):
+    for tokens, added, refused_at in ((48, 5, None), (49, 0, "49 tokens, the model has 48")):
+        tokenizer = tokenizers.Tokenizer(WordLevel({f"t{i}": i for i in range(tokens)}, unk_token="t0"))
+        tokenizer.add_tokens([f"added{i}" for i in range(added)])
+        tokenizer.save(str(copy / "tokenizer.json"))
+        if refused_at is None:
+            assert open_checkpoint(copy).tokenizer().vocab_size == tokens + added
+        else:
+            with pytest.raises(CheckpointError, match=refused_at):
+                open_checkpoint(copy).tokenizer()
 
 
 def test_config_is_the_folders(saved):
