@@ -75,8 +75,8 @@ class Checkpoint(ABC):
         rows = text_config(self.config).get("vocab_size")
         if isinstance(rows, int) and tokenizer.trained_size > rows:
             raise CheckpointError(
-                f"{self.name}: its tokenizer has {tokenizer.trained_size} tokens, the model has {rows}: get the one that "
-                "belongs to it."
+                f"{self.name}: its tokenizer has {tokenizer.trained_size} tokens, the model has {rows}: get the one "
+                "that belongs to it."
             )
         return tokenizer
 
