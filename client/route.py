@@ -45,6 +45,11 @@ def usable(record: pb.PeerRecord) -> bool:
     return record.state == pb.ONLINE and len(record.addresses) > 0
 
 
+def is_full(record: pb.PeerRecord, reserve_tokens: int) -> bool:
+    """Whether a session of so many tokens had no room when the peer published."""
+    return record.cache_tokens_free < reserve_tokens or record.sessions >= record.max_sessions
+
+
 def missing_blocks(records: Iterable[pb.PeerRecord], n_blocks: int) -> list[range]:
     """Runs of blocks that no usable peer hosts."""
     hosted = {block for r in records if usable(r) for block in range(r.start, r.end)}
@@ -213,8 +218,8 @@ def _without_returns(route: Route) -> Route:
 def _stop_cost(record: pb.PeerRecord, blocks: range, rtt_s: Mapping[str, float], reserve_tokens: int) -> float:
     span = record.end - record.start
     block_s = 1 / (record.throughput * span) if record.throughput > 0 else DEFAULT_BLOCK_S
-    full = record.cache_tokens_free < reserve_tokens or record.sessions >= record.max_sessions
-    return rtt_s.get(record.peer_id, DEFAULT_RTT_S) + block_s * len(blocks) + (1e3 if full else 0.0)
+    cost = rtt_s.get(record.peer_id, DEFAULT_RTT_S) + block_s * len(blocks)
+    return cost + (1e3 if is_full(record, reserve_tokens) else 0.0)
 
 
 def context_of(route: Route) -> int:

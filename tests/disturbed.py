@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
+import pytest
 from petal.client.session import Session
 from petal.client.swarm import AsyncSwarmModel
+from petal.peer.replay import ReplayLog
 from petal.peer.server import PeerServer
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.directory import DirectoryService
@@ -126,3 +128,19 @@ async def draining(peer: PeerServer) -> AsyncIterator[asyncio.Task[None]]:
         peer.service.draining = False
         peer._state = pb.ONLINE
         await peer._publisher.publish()
+
+
+async def replayed(
+    swarm: LocalSwarm, expected: list[int], monkeypatch: pytest.MonkeyPatch, change: Callable[[bytearray], bytearray]
+) -> list[int]:
+    """A run in which the middle peer crashes and the head's log says something else."""
+
+    def altered(log: ReplayLog) -> tuple[bytes, ...]:
+        return (bytes(change(bytearray(b"".join(log._chunks)))),)
+
+    async with disturbed(swarm, expected) as run:
+        await run.prefill()
+        await run.step(6)
+        await run.crash([1])
+        monkeypatch.setattr(ReplayLog, "chunks", property(altered))
+        return await run.finish()

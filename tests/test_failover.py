@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from petal.client.route import NoRoute
 from petal.client.stream import PeerError
 from petal.kernels import native
-from petal.peer.replay import ReplayLog
 from petal.protocol.tree import DraftTree
 
 from .disturbed import (
@@ -28,6 +27,7 @@ from .disturbed import (
     disturbed,
     draining,
     plain_steps,
+    replayed,
     undisturbed,
 )
 from .swarms import LocalSwarm, local_swarm
@@ -312,22 +312,6 @@ async def test_the_only_host_comes_back(bare: LocalSwarm, expected: list[int], p
 # Negative controls: the tokens above are those of an undisturbed run because of what is replayed.
 
 
-async def replayed(
-    swarm: LocalSwarm, expected: list[int], monkeypatch: pytest.MonkeyPatch, change: Callable[[bytearray], bytearray]
-) -> list[int]:
-    """A run in which the middle peer crashes and the head's log says something else."""
-
-    def altered(log: ReplayLog) -> tuple[bytes, ...]:
-        return (bytes(change(bytearray(b"".join(log._chunks)))),)
-
-    async with disturbed(swarm, expected) as run:
-        await run.prefill()
-        await run.step(6)
-        await run.crash([1])
-        monkeypatch.setattr(ReplayLog, "chunks", property(altered))
-        return await run.finish()
-
-
 async def test_an_altered_activation_changes_the_tokens(
     swarm: LocalSwarm, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,3 +371,20 @@ async def test_a_peer_that_drains_ends_idle_sessions_and_they_resume(
         async with draining(run.peers([1])[0]) as drained:
             await asyncio.wait_for(drained, 5)
             assert await run.finish() == expected
+
+
+async def test_a_session_stays_with_a_peer_that_drains_where_the_others_are_full(
+    swarm: LocalSwarm, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with disturbed(swarm, expected) as run:
+        await run.prefill()
+        [leaving] = run.peers([1])
+        [other] = [peer for peer in swarm.peers if peer.blocks == SPANS[1] and peer is not leaving]
+        monkeypatch.setattr(other.admission, "max_sessions", 0)
+        # As its next record will say.
+        monkeypatch.setattr("petal.client.session.is_full", lambda record, _: record.peer_id == other.identity.peer_id)
+        async with draining(leaving) as drained:
+            await asyncio.sleep(0.1)
+            assert await run.finish() == expected
+            assert not drained.done()
+            assert not run.session.take_events()
