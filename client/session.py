@@ -247,6 +247,7 @@ class Session:
         while True:
             try:
                 result = await self._answer(step)
+                self._check_hidden(result, self._unanswered[step])
             except PeerError as error:
                 await self._fail_over(error)
                 continue
@@ -271,21 +272,25 @@ class Session:
                 break
         if logits:
             result.logits = np.frombuffer(bytes(logits), np.float32).reshape(-1, self.vocab_size)
-        if self._unanswered[step].want.hidden:
-            result.hidden = self._hidden(bytes(hidden), len(self._unanswered[step].ids))
+        if hidden:
+            result.hidden = self._decoded(bytes(hidden))
         return result
 
-    def _hidden(self, data: bytes, rows: int) -> NDArray[np.float32]:
-        """Hidden states [rows, d] as the tail sent them; a tail that sends anything else has failed."""
+    def _decoded(self, hidden: bytes) -> NDArray[np.float32]:
+        """Hidden states [rows, d] as the tail sent them. Raises PeerError for a tail that sends anything else."""
         try:
-            hidden = decode(self.options.codec, data, self.route[-1].peer.hidden_size)
-            if len(hidden) == rows:
-                return hidden
-            reason = f"sent {len(hidden)} hidden states for {rows} rows"
+            return decode(self.options.codec, hidden, self.route[-1].peer.hidden_size)
         except CodecError as error:
-            reason = f"sent hidden states that are none: {error}"
+            raise self._lying_tail(f"sent hidden states that are none: {error}") from error
+
+    def _check_hidden(self, result: StepResult, asked: pb.Step) -> None:
+        rows = 0 if result.hidden is None else len(result.hidden)
+        if asked.want.hidden and rows != len(asked.ids):
+            raise self._lying_tail(f"sent hidden states of {rows} rows, not {len(asked.ids)}")
+
+    def _lying_tail(self, reason: str) -> PeerError:
         tail = self._line.legs[-1]
-        raise tail.fail(tail.stream.error(grpc.StatusCode.DATA_LOSS, reason))
+        return tail.fail(tail.stream.error(grpc.StatusCode.DATA_LOSS, reason))
 
     # Failover.
 

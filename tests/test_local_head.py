@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from petal.client.head import HeadError, LocalHead
+from petal.client.route import NoRoute
 from petal.client.session import Want
+from petal.client.stream import PeerError
 from petal.client.swarm import AsyncSwarmModel, ConnectError
 from petal.kernels import native
+from petal.peer.frames import result_frames
+from petal.peer.job import StepOutput
 from petal.peer.session import PeerSession
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.sampling import SamplingError, SamplingParams
+from petal.protocol.step import StepHeader
 from petal.protocol.tree import DraftTree
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor
 
@@ -139,6 +146,32 @@ async def test_peers_fail(sent: list[pb.Step]) -> None:
             assert said == expected
             assert any(step.replay and step.embeddings for step in sent)
             assert not any(map(tells_ids, sent))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda hidden: hidden[:-1], "63 bytes are no rows of 64|255 bytes are no rows of 256"),
+        (lambda hidden: b"\xff" * len(hidden), "not finite"),
+        (lambda hidden: hidden * 2, "hidden states of 2 rows, not 1"),
+        (lambda hidden: b"", "hidden states of 0 rows, not 1"),
+    ],
+    ids=["cut", "NaN", "more", "none"],
+)
+async def test_a_tail_that_sends_no_hidden_states(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes], reason: str
+) -> None:
+    def altered(header: StepHeader, output: StepOutput, hops: list[pb.Hop]) -> list[pb.PeerFrame]:
+        return result_frames(header, replace(output, hidden=change(output.hidden)), hops)
+
+    async with local_swarm(tiny_llama(), spans(4, 1)) as swarm, swarm.connect(local_head=True) as client:
+        client._wait_s = 0.0
+        async with await client.open_session(64) as session:
+            result = await session.prefill(PROMPT, SamplingParams())
+            monkeypatch.setattr("petal.peer.session.result_frames", altered)
+            with pytest.raises((PeerError, NoRoute)):
+                await session.step(DraftTree.of_chain([result.next_token]))
+            assert re.search(reason, str(session._line.legs[-1].failed))
 
 
 class _Forbid(LogitsProcessor):
