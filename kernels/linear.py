@@ -98,6 +98,10 @@ class PackedLinear(nn.Module):
         """The weights as [out, in], unpacked."""
         return self.panels.transpose(1, 2).flatten(2).flatten(0, 1)[: self.out_features, : self.in_features]
 
+    def rows(self, which: Tensor) -> Tensor:
+        """Rows of the weights, unpacked: which [n] -> [n, in] in the weights' dtype."""
+        return self.panels[which // PANEL, :, which % PANEL].flatten(1)[:, : self.in_features]
+
     @property
     def weight(self) -> Tensor:
         """`dense`, for modules that read a layer's weights beside calling it."""

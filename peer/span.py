@@ -6,8 +6,10 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 from ..kernels import norm
+from ..kernels.linear import PackedLinear
 from ..protocol.checkpoint import Checkpoint, CheckpointError
 from .span_check import settle
 from .span_ends import Ends
@@ -39,6 +41,8 @@ def load_span(
     skeleton = build(checkpoint)
     initialize_buffers(skeleton.model, set(skeleton.inside(start, end)).__contains__)
     fill(skeleton, checkpoint, start, end, progress, dtype)
+    if checkpoint.layout.tied and (start, end) == (0, n_blocks):
+        _share_tied(skeleton)
     _swap_norms(skeleton, start, end)
     span = Span(skeleton.model, start, end, n_blocks)
     settle(span, [span.model.get_submodule(path) for path in sorted(skeleton.before)], dtype)
@@ -52,8 +56,32 @@ def load_ends(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> End
     """
     skeleton = build(checkpoint)
     fill(skeleton, checkpoint, 0, 0, lambda nbytes: None, dtype)
+    if checkpoint.layout.tied:
+        _share_tied(skeleton)
     _swap_norms(skeleton, 0, 0)
     return Ends(Span(skeleton.model, 0, checkpoint.n_blocks, checkpoint.n_blocks))
+
+
+class _SharedEmbedding(nn.Module):
+    """Token embeddings out of the LM head that they are tied to."""
+
+    def __init__(self, head: PackedLinear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids of any shape -> [*ids, d] float32."""
+        return self.head.rows(ids.reshape(-1)).float().view(*ids.shape, -1)
+
+
+def _share_tied(skeleton: Skeleton) -> None:
+    """Hold the one matrix of a tied model once, where its embedding is a plain lookup."""
+    model = skeleton.model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding) is nn.Embedding and isinstance(head, PackedLinear):
+        path = next(path for path, module in model.named_modules() if module is embedding)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _SharedEmbedding(head))
 
 
 def _swap_norms(skeleton: Skeleton, start: int, end: int) -> None:

@@ -105,6 +105,15 @@ def test_every_storage_gives_transformers_logits(tmp_path: Path, tied: bool, dty
     assert (served_logits(spans) - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_matrix_is_held_once(dtype: torch.dtype):
+    with open_checkpoint(tiny_llama(tied=True)) as checkpoint:
+        whole, head, rest = (load_span(checkpoint, *blocks, dtype=dtype) for blocks in ((0, 4), (0, 1), (1, 4)))
+    matrix = 256 * 64 * dtype.itemsize
+    assert whole.nbytes == pytest.approx(head.nbytes + rest.nbytes - matrix, abs=4096)
+    assert torch.equal(served_logits([whole]), served_logits([head, rest]))
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "bloom"])
 def test_a_part_of_a_span_is_that_part(tmp_path: Path, family: str):
     """Routes may cut a span: a block keeps its own number, kind and rotary frequencies whatever part runs."""
