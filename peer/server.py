@@ -176,6 +176,8 @@ class PeerServer:
         add_DirectoryServicer_to_server(directory, self._grpc)
         self._bootstrap = list(await self.dht.multiaddrs())
         self.engine.start()
+        with contextlib.suppress(DirectoryError):  # who asks this peer for the directory shall not find it alone
+            await self.dht.list()
         await self._grpc.start()
         self._state = pb.ONLINE
         self._publisher = Publisher(self.dht, self.identity, self.record, period_s=self.options.publish_s)

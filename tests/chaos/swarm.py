@@ -25,6 +25,8 @@ DELAY_S = 0.001
 SLOWER = 20
 # Until peers that are well again are used again, and nothing is left of sessions that are gone.
 HEALED_S = 30.0
+# Until the swarm's status knows who is gone.
+STATUS_S = 15.0
 
 
 class ChaosSwarm:
@@ -118,19 +120,28 @@ class ChaosSwarm:
         return found
 
     async def inconsistencies(self, gone: Sequence[int]) -> list[str]:
-        """Where the swarm's status, as a survivor tells it, does not say who is gone and who is there."""
+        """Where the swarm's status, as a survivor tells it, does not say in time who is gone and who is there."""
         asked = next(peer for number, peer in enumerate(self.peers) if number not in gone)
-        report = await swarm_status(GrpcDirectory([asked.announced]))
-        told = {peer["peer_id"]: peer["reachable"] for model in report["models"] for peer in model["peers"]}
-        return [
-            f"peer {number} is {'gone' if number in gone else 'there'}, but its record says otherwise"
-            for number, peer in enumerate(self.peers)
-            if told.get(peer.peer_id, False) == (number in gone)
-        ]
+        there = {peer.peer_id for number, peer in enumerate(self.peers) if number not in gone}
+        told: set[str] = set()
+
+        async def consistent() -> bool:
+            nonlocal told
+            report = await swarm_status(GrpcDirectory([asked.announced]))
+            told = {peer["peer_id"] for model in report["models"] for peer in model["peers"] if peer["reachable"]}
+            return told == there
+
+        try:
+            await _until(consistent, "", STATUS_S)
+        except TimeoutError:
+            return [
+                f"status tells of {len(told - there)} peers that are gone, not of {len(there - told)} that are there"
+            ]
+        return []
 
 
-async def _until(true: Callable[[], Awaitable[bool]], complaint: str) -> None:
-    deadline = time.monotonic() + HEALED_S
+async def _until(true: Callable[[], Awaitable[bool]], complaint: str, seconds: float = HEALED_S) -> None:
+    deadline = time.monotonic() + seconds
     while not await true():
         if time.monotonic() > deadline:
             raise TimeoutError(complaint)
