@@ -14,7 +14,14 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("client", "kernels", "peer", "protocol")
 HEAVY = frozenset({"torch", "hivemind", "transformers", "triton"})
 # client -> kernels: a client's drafters may run small models, which peer/span.py builds; it knows no sockets.
-MODELS = {Path("client/drafting/model.py"), Path("client/drafting/cache.py"), Path("client/head.py")}
+MODELS = {
+    Path("client/drafting/model.py"),
+    Path("client/drafting/cache.py"),
+    Path("client/drafting/fused.py"),
+    Path("client/head.py"),
+}
+# `petal distill` trains models: torch's and transformers' public API.
+TRAINING = Path("client/distill")
 ARROWS = {
     "client": {"protocol", "kernels"},
     "peer": {"protocol", "kernels"},
@@ -68,11 +75,12 @@ def violations(path: Path, source: str) -> Iterator[str]:
 def _outside(path: Path, folder: str, top: str, at_once: bool) -> Iterator[str]:
     if top == "petal" or top in (*FOLDERS, "tests"):
         yield f"imports {top} by an absolute name"
-    if top == "transformers" and not path.match("peer/span*.py"):
+    trains = path.parent == TRAINING and top in ("torch", "transformers")
+    if top == "transformers" and not (path.match("peer/span*.py") or trains):
         yield "only peer/span*.py know transformers"
     if folder == "protocol" and top in HEAVY and not (path.name == "dht.py" and top in ("torch", "hivemind")):
         yield f"protocol imports {top}"
-    if folder == "client" and top in HEAVY and at_once and not (path in MODELS and top == "torch"):
+    if folder == "client" and top in HEAVY and at_once and not (trains or (path in MODELS and top == "torch")):
         yield f"client imports {top} at once"
     if folder == "kernels" and top not in sys.stdlib_module_names | {"torch", "triton"}:
         yield f"kernels imports {top}"
@@ -103,6 +111,8 @@ def test_arrows(path):
         ),
         ("client/x.py", "class A:\n    from torch import nn", "client imports torch at once"),
         ("client/x.py", "def f():\n    import transformers", "only peer/span*.py know transformers"),
+        ("client/distill/x.py", "import hivemind", "client imports hivemind at once"),
+        ("client/distill/x.py", "from ...peer.span import load_span", "client imports peer"),
         ("peer/x.py", "from ..client.route import Route", "peer imports client"),
         ("peer/x.py", "import petal.protocol.tree", "imports petal by an absolute name"),
         ("peer/x.py", "from kernels import linear", "imports kernels by an absolute name"),
@@ -126,6 +136,7 @@ def test_the_check_sees_a_wrong_arrow(path, source, expected):
         ("client/x.py", "from ..protocol import tree\nfrom .route import Route\nimport numpy"),
         ("client/drafting/model.py", "import torch\nfrom ...peer.span import load_span"),
         ("client/x.py", "def f():\n    import torch\n    from ..kernels import linear"),
+        ("client/distill/x.py", "import torch\nfrom transformers import LlamaConfig\nfrom ..drafting import growth"),
         ("peer/span_model.py", "import transformers\nfrom ..kernels.linear import PackedLinear"),
         ("protocol/dht.py", "import torch\nfrom hivemind.dht.node import DHTNode"),
         ("kernels/x.py", "import ctypes\nimport torch\nfrom .plan import Plan\nfrom . import native"),

@@ -315,7 +315,7 @@ def test_a_drafter_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     for file in tiny_llama().iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     (other / "tokenizer.json").write_text(small_tokenizer())
-    with pytest.raises(DrafterError, match=r"another vocabulary than the model \(256 and 49152"):
+    with pytest.raises(DrafterError, match=r"another vocabulary than the model"):
         load_drafter(str(other), tokenizer)
 
 

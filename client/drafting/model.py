@@ -21,6 +21,7 @@ from ...protocol.sampling import SamplingParams, TokenCounts
 from ...protocol.tokenizer import Tokenizer
 from .cache import SlotCache
 from .drafter import Drafter, DrafterError, ScoredTree
+from .fused import fused
 from .growth import GrowingTree, Ints
 from .noise import score_children
 
@@ -43,6 +44,8 @@ class DraftModel:
         self.name = name
         self.span = span
         self.vocab_size = vocab_size
+        cache = SlotCache(span.layers)
+        self.forward = (fused(span, lambda: cache.attention([cache.take(4)], 4)) or span).forward
         # Of the columns of `logits`.
         self.ids = torch.arange(vocab_size) if trimmed is None else torch.from_numpy(trimmed[trimmed < vocab_size])
         if trimmed is not None:
@@ -184,7 +187,7 @@ class ModelDrafter(Drafter):
 
     def _forward(self, ids: list[int], paths: list[list[int]], rows: int) -> Tensor:
         positions, attend = self._cache.attention(paths, rows)
-        return self._model.span.forward(torch.tensor(ids), positions, attend)
+        return self._model.forward(torch.tensor(ids), positions, attend)
 
     def _grow(self, nodes: Ints, hidden: Tensor) -> None:
         """Add the children of nodes, given their last hidden states [n, d]."""
