@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -111,8 +112,7 @@ def _plan(skeleton: Skeleton, checkpoint: Checkpoint, stored: Iterable[str], wan
             source = plan.sources.setdefault(target, _Source())
             source.names.append((name, pattern))
             if pattern is not None and source.converter is None:
-                known = by_pattern[pattern]
-                source.converter = known.copy(known.source_patterns, known.target_patterns, operations=known.operations)
+                source.converter = deepcopy(by_pattern[pattern])
     return plan
 
 
