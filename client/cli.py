@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -207,6 +208,34 @@ def demo(
 
     settings = _settings(max_new_tokens, temperature, 0, 1.0, 0.0, 1.0, seed, drafter, None)
     _guarded(lambda: run_demo(prompt, peers, settings, chatting, console))
+
+
+@app.command()
+def distill(
+    target: Annotated[str, typer.Argument(help="The model to draft for: hub id, path, or [b]demo[/b].")],
+    out: Annotated[Path, typer.Option(help="Folder for the drafter; after an interruption, the same goes on.")],
+    size: Annotated[str, typer.Option(help="Parameters at most, embedding included.")] = "16M",
+    minutes: Annotated[float, typer.Option(min=0.01, help="How long it may take.")] = 20.0,
+    data: Annotated[Path | None, typer.Option(help="Learn from this text, not from the target's dialogues.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="Also write this file: Q8_0, half the size.")] = None,
+    head: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the vocabulary to draft from, the most frequent tokens.")
+    ] = 1.0,
+    initial_peers: Peers = None,
+    seed: Seed = 0,
+) -> None:
+    """Make a drafter for a model that has no small sibling: a small Llama that learns to say what the model says."""
+
+    def run() -> None:
+        try:
+            from .distill.run import Options, distill
+            from .distill.shape import parameters_of
+        except ImportError as error:
+            raise ValueError("training needs torch and transformers: pip install 'petal-swarm[models]'") from error
+        peers = tuple(initial_peers or ())
+        distill(Options(target, out, parameters_of(size), minutes, data, gguf, head, peers, seed))
+
+    _guarded(run)
 
 
 def peer_program() -> str | None:
