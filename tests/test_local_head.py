@@ -22,11 +22,22 @@ from petal.kernels import native
 from petal.peer.frames import result_frames
 from petal.peer.job import StepOutput
 from petal.peer.session import PeerSession
+from petal.peer.span import load_ends
 from petal.protocol import petal_pb2 as pb
+from petal.protocol.checkpoint import open_checkpoint
 from petal.protocol.sampling import SamplingError, SamplingParams
 from petal.protocol.step import StepHeader
 from petal.protocol.tree import DraftTree
-from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    LogitsProcessor,
+    PretrainedConfig,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 from .swarms import LocalSwarm, local_swarm, spans
 from .test_exactness import SAMPLING, RandomDrafter
@@ -199,6 +210,41 @@ async def test_logits_processors() -> None:
             await local.generate(PROMPT, logits_processor=[lambda ids, scores: scores[:, :3]], **SAMPLED)
         with pytest.raises(ValueError, match="connect with local_head=True"):
             await plain.generate(PROMPT, logits_processor=[odd], **SAMPLED)
+
+
+FAMILIES = [
+    GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
+    BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.2),
+    Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.2,
+    ),
+]
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
+def test_ends_of_families_with_something_beside_the_embedding(config: PretrainedConfig, tmp_path: Path) -> None:
+    """Learned positions, a norm behind the embedding, scaled rows and capped logits."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    ends = load_ends(open_checkpoint(tmp_path))
+    ids, last = torch.randint(VOCAB, (12,)), []
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    blocks[-1].register_forward_hook(lambda m, inputs, out: last.append(out[0] if isinstance(out, tuple) else out))
+    with torch.inference_mode():
+        said = model(ids[None], output_hidden_states=True)
+        assert torch.equal(ends.embed(ids, torch.arange(12)), said.hidden_states[0][0])
+        torch.testing.assert_close(ends.logits(last[0].view(12, 64)), said.logits[0], atol=1e-5, rtol=0)
+        # Two rows of a tree at one position, as at any other place.
+        siblings = ends.embed(ids[[3, 4, 4]], torch.tensor([3, 4, 4]))
+        assert torch.equal(siblings, said.hidden_states[0][0][[3, 4, 4]])
 
 
 async def test_other_weights_than_the_peers_are_noticed(tmp_path: Path) -> None:
