@@ -28,7 +28,7 @@ from .noise import score_children
 # Nodes of one forward, children a node, and candidates among which the noise may choose.
 BEAMS = 12
 BRANCH = 24
-CANDIDATES = 128
+CANDIDATES = 256
 # While a tree is in flight, the drafter grows its own to so many times the budget, as long as a forward over the nodes
 # that come next meets one of them with this chance.
 AHEAD = 3

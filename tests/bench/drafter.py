@@ -1,8 +1,9 @@
 """How well a drafter knows its target: `python -m tests.bench.drafter --json [--drafter PATH] [--target PATH]`.
 
 The target's answers to the 20 prompts, greedy and at T = 1 with seed 0, depend on nothing but the model: they are known
-before, so trees are walked along them without running the target. Agreement is that of both models' distributions at
-every position of the same answers. `level_ms` is one forward of BEAMS nodes behind CONTEXT tokens, LM head included.
+before, so trees are walked along them without running the target. Agreement is that of both models' distributions
+wherever the target speaks in dialogues that it wrote by itself, with a seed that no training used. `level_ms` is one
+forward of BEAMS nodes behind CONTEXT tokens, LM head included.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from petal.client.distill.dialogues import sample
+from petal.client.distill.loss import agreement as agree
+from petal.client.distill.target import LocalTarget
+from petal.client.distill.texts import Texts
+from petal.client.distill.turns import turns_of
 from petal.client.drafting.cache import SlotCache
 from petal.client.drafting.choice import shipped_drafter
 from petal.client.drafting.model import BEAMS, DraftModel, ModelDrafter
@@ -33,6 +39,8 @@ BUDGET = 32
 CONTEXT, REPEATS = 256, 60
 SETTINGS = {"t0": SamplingParams(), "t1": SamplingParams(temperature=1.0, seed=0)}
 SAMPLED = DATA / "sampled.json"
+DIALOGUES = DATA / "dialogues.json"
+ROWS, LENGTH, SEED = 24, 400, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -69,29 +77,33 @@ def sampled(model: PreTrainedModel, prompt: list[int], params: SamplingParams) -
     return out
 
 
+def dialogues(target: Checkpoint) -> Texts:
+    """Fresh dialogues of the target with itself; the demo model's are stored."""
+    with open_checkpoint("demo") as demo:
+        if target.digest() == demo.digest():
+            stored = json.loads(DIALOGUES.read_text())
+            return Texts(torch.tensor(stored["ids"]), torch.tensor(stored["own"], dtype=torch.bool))
+    turns = turns_of(target.tokenizer(), target.name)
+    return sample(LocalTarget(target, torch.device("cpu")), turns, ROWS, LENGTH, SEED)
+
+
 @torch.inference_mode()
-def agreement(target: PreTrainedModel, drafter: DraftModel, known: list[Answer]) -> dict[str, float]:
+def agreement(target: PreTrainedModel, drafter: DraftModel, texts: Texts) -> dict[str, float]:
     """Shares of positions whose likeliest token is among the drafter's 1 and 4 likeliest; mean total variation."""
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
-    for answer in known:
-        ids = torch.tensor([answer.prompt + answer.ids[:-1]])
-        rows = len(answer.ids)
-        theirs = target(ids, logits_to_keep=rows).logits[0]
-        mine = draft_logits(drafter, ids[0])[-rows:]
-        theirs = theirs[:, : mine.shape[1]]
-        best = theirs.argmax(1)
-        rank = (mine > mine.gather(1, best[:, None])).sum(1)
-        tv = 0.5 * (mine.softmax(1) - theirs.softmax(1)).abs().sum(1)
-        sums += torch.stack([(rank < 1).sum(), (rank < 4).sum(), tv.double().sum()])
-        count += rows
-    return dict(zip(("top1", "top4", "tv"), (sums / count).tolist(), strict=True))
+    sums = torch.zeros(4)
+    for ids, own in zip(texts.ids.long(), texts.own, strict=True):
+        theirs = target(ids[None, :-1]).logits[0, own[1:]]
+        mine = draft_logits(drafter, ids[:-1])[own[1:]]
+        sums += agree(mine, theirs[:, : mine.shape[1]])
+    top1, top4, _, tv = (sums / texts.own[:, 1:].sum()).tolist()
+    return {"top1": top1, "top4": top4, "tv": tv}
 
 
 def draft_logits(drafter: DraftModel, ids: Tensor) -> Tensor:
     """The draft model's logits behind every token, by the kernels that drafting uses: [length] -> [length, vocab]."""
     cache = SlotCache(drafter.span.layers)
     positions, attend = cache.attention([cache.take(len(ids))], len(ids))
-    return drafter.spread(drafter.logits(drafter.span.forward(ids, positions, attend)))
+    return drafter.spread(drafter.logits(drafter.forward(ids, positions, attend)))
 
 
 def level_ms(drafter: DraftModel) -> float:
@@ -103,7 +115,7 @@ def level_ms(drafter: DraftModel) -> float:
     for _ in range(REPEATS):
         began = time.perf_counter()
         positions, attend = cache.attention(paths, 1)
-        drafter.logits(drafter.span.forward(ids, positions, attend))
+        drafter.logits(drafter.forward(ids, positions, attend))
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e3
 
@@ -127,7 +139,7 @@ def measure(source: Path, target: str) -> dict[str, float]:
     reference = load_reference(checkpoint)
     model = DraftModel.load(str(source), checkpoint.tokenizer())
     known = answers(checkpoint, reference)
-    figures = agreement(reference, model, [answer for group in known.values() for answer in group])
+    figures = agreement(reference, model, dialogues(checkpoint))
     for key, params in SETTINGS.items():
         gains: list[int] = []
         for answer in known[key]:
