@@ -17,7 +17,8 @@ async def test_a_slow_reader_delays_nobody() -> None:
     async with local_swarm(tiny_llama(), spans(4, 2)) as swarm, swarm.connect() as slow, swarm.connect() as quick:
         undisturbed = await quick.generate([5, 6, 7], max_new_tokens=40, eos_token_id=-1)
         with closing(await slow.open_session(500)) as session:
-            session._streams[-1]._call.read = asyncio.Event().wait  # nobody takes the answers from the stream any more
+            # Nobody takes the answers from the stream any more.
+            session._line.legs[-1].stream._call.read = asyncio.Event().wait
             for start in range(0, 400, 100):
                 ids = [(start + i) % VOCAB for i in range(100)]
                 await session._send(
@@ -34,7 +35,9 @@ async def test_equal_beginnings_are_computed_and_stored_once() -> None:
     beginning = [(7 * i) % VOCAB for i in range(160)]
     prompts = [[*beginning, 3, i] for i in range(4)]
     async with local_swarm(tiny_llama(), spans(4, 1)) as swarm, swarm.connect() as client:
-        apart = [await client.generate(prompt, max_new_tokens=20, eos_token_id=-1) for prompt in prompts]
+        apart = [
+            await client.generate(prompt, max_new_tokens=20, eos_token_id=-1, drafter="none") for prompt in prompts
+        ]
         pool = swarm.peers[0].engine.pool
         most = 0
 
@@ -45,7 +48,7 @@ async def test_equal_beginnings_are_computed_and_stored_once() -> None:
                 await asyncio.sleep(0.001)
 
         watching = asyncio.create_task(watch())
-        together = await client.generate(prompts, max_new_tokens=20, eos_token_id=-1)
+        together = await client.generate(prompts, max_new_tokens=20, eos_token_id=-1, drafter="none")
         watching.cancel()
     assert together == apart
     # Ten pages are shared; each prompt has at most two of its own. Apart they would take 48.
