@@ -32,7 +32,7 @@ from .disturbed import (
 )
 from .swarms import LocalSwarm, local_swarm
 from .tiny import tiny_llama
-from .wire import settled
+from .wire import released
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -70,13 +70,7 @@ async def expected(swarm: LocalSwarm) -> list[int]:
 async def nothing_leaks(swarm: LocalSwarm) -> AsyncIterator[None]:
     yield
     for peer in swarm.peers:
-        for _ in range(1000):
-            if not peer.admission.sessions:
-                break
-            await asyncio.sleep(0.005)
-        await settled(peer)
-        assert peer.admission.sessions == 0
-        assert peer.engine.pool.free_pages == peer.engine.pool.n_pages
+        await released(peer)
         assert peer.service.replay_budget.used == 0
 
 

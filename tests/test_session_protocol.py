@@ -24,7 +24,7 @@ from petal.protocol.tree import DraftTree
 
 from .swarms import LocalSwarm, local_swarm, spans
 from .tiny import VOCAB, tiny_llama
-from .wire import Wire, settled
+from .wire import Wire, released, settled
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 GREEDY = SamplingParams()
@@ -57,13 +57,7 @@ async def single() -> AsyncIterator[LocalSwarm]:
 async def nothing_leaks(swarm: LocalSwarm) -> AsyncIterator[None]:
     yield
     for peer in swarm.peers:
-        for _ in range(1000):
-            if not peer.admission.sessions:
-                break
-            await asyncio.sleep(0.005)
-        await settled(peer)
-        assert peer.admission.sessions == 0
-        assert peer.engine.pool.free_pages == peer.engine.pool.n_pages
+        await released(peer)
 
 
 async def start(session: Session, ids: Sequence[int], params: SamplingParams) -> int:

@@ -139,3 +139,14 @@ async def settled(peer: PeerServer) -> None:
     loop = asyncio.get_running_loop()
     peer.engine.call(lambda: loop.call_soon_threadsafe(done.set))
     await asyncio.wait_for(done.wait(), ANSWER_S)
+
+
+async def released(peer: PeerServer) -> None:
+    """Wait until the peer's last session has ended; then every page must be free again."""
+    for _ in range(1000):
+        if not peer.admission.sessions:
+            break
+        await asyncio.sleep(0.005)
+    await settled(peer)
+    assert peer.admission.sessions == 0
+    assert peer.engine.pool.free_pages == peer.engine.pool.n_pages

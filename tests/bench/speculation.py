@@ -115,8 +115,10 @@ def measure(
         answers = set()
         for name, drafter in contenders.items():
             answers.add(tuple(answer(models[name], prompt, drafter, cell.temperature, tokens, scores[name], links)))
-        # On one arithmetic: in bf16 and float32 alike a row's bits do not depend on the rows beside it.
-        console.print(f"[dim]{cell} {prompt['id']}: {'same tokens' if len(answers) == 1 else 'TOKENS DIFFER'}[/dim]")
+        # In bf16 and float32 alike a row's bits do not depend on the rows beside it.
+        if len(answers) > 1:
+            raise SystemExit(f"{cell.full_name}, {prompt['id']}: drafting changed the tokens")
+        console.print(f"[dim]{cell.full_name} {prompt['id']}[/dim]")
     for model in models.values():
         model.close()
     return scores
