@@ -19,15 +19,17 @@ from ..protocol.directory import DirectoryError
 from ..protocol.sampling import SamplingError
 from .generation import Piece
 from .known_peers import ConnectError
+from .private_cli import commands as private_swarms
 from .report import speed_line
 from .route import NoRoute
 from .status import print_status, swarm_status
 from .stream import PeerError
-from .swarm import SwarmModel, open_directory
+from .swarm import SwarmModel, enter
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
-swarm_app = typer.Typer(no_args_is_help=True, help="Look at a swarm.")
+swarm_app = typer.Typer(no_args_is_help=True, help="Look at a swarm; make private ones.")
 app.add_typer(swarm_app, name="swarm")
+swarm_app.add_typer(private_swarms)
 console = Console(stderr=True)
 
 EXPECTED = (ConnectError, DirectoryError, NoRoute, PeerError, SamplingError, ValueError)
@@ -36,6 +38,9 @@ Model = Annotated[str, typer.Argument(help="The model as its peers name it: hub 
 Peers = Annotated[
     list[str] | None,
     typer.Option(help="Any peer of the swarm: gRPC host:port or libp2p multiaddr.", envvar="PETAL_INITIAL_PEERS"),
+]
+Join = Annotated[
+    str | None, typer.Option(envvar="PETAL_JOIN", help="Of a private swarm: an invitation, or a file that holds it.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens at most.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
@@ -94,6 +99,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
     initial_peers: Peers = None,
+    join: Join = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -114,7 +120,8 @@ def generate(
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def run() -> None:
-        with SwarmModel.connect(model, initial_peers or [], exact=exact, allow_mixed=allow_mixed, wait_s=wait) as swarm:
+        options = {"join": join, "exact": exact, "allow_mixed": allow_mixed, "wait_s": wait}
+        with SwarmModel.connect(model, initial_peers or [], **options) as swarm:
             talk = swarm.chat()
             pieces = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
             if as_json:
@@ -131,6 +138,7 @@ def generate(
 def chat(
     model: Model,
     initial_peers: Peers = None,
+    join: Join = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -150,7 +158,8 @@ def chat(
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def run() -> None:
-        with SwarmModel.connect(model, initial_peers or [], exact=exact, allow_mixed=allow_mixed, wait_s=wait) as swarm:
+        options = {"join": join, "exact": exact, "allow_mixed": allow_mixed, "wait_s": wait}
+        with SwarmModel.connect(model, initial_peers or [], **options) as swarm:
             converse(swarm, settings, system, verbose)
 
     _guarded(run)
@@ -159,14 +168,15 @@ def chat(
 @swarm_app.command()
 def status(
     initial_peers: Peers = None,
+    join: Join = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Models, blocks covered, peers, free cache, throughput; which blocks nobody hosts."""
 
     async def look() -> dict[str, Any]:
-        directory = await open_directory(initial_peers or [])
+        trust, directory = await enter(initial_peers or [], join)
         try:
-            return await swarm_status(directory)
+            return await swarm_status(directory, trust)
         finally:
             await directory.close()
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.directory import Directory, DirectoryError, ping_all
+from ..protocol.trust import Trust
 from .route import NoRoute, by_model
 
 REFRESH_S = 3.0
@@ -24,10 +25,11 @@ class KnownPeers:
     A peer that failed is left out until it answers a ping and has published a new record: a dead one can do neither.
     """
 
-    def __init__(self, directory: Directory, name: str, digest: bytes | None) -> None:
+    def __init__(self, directory: Directory, trust: Trust, name: str, digest: bytes | None) -> None:
         self.digest = digest
         self.rtt_s: dict[str, float] = {}
         self._directory = directory
+        self._trust = trust
         self._name = name
         self._records: list[pb.PeerRecord] = []
         self._banned: dict[str, int] = {}  # with the version of the record that it had
@@ -80,9 +82,9 @@ class KnownPeers:
         await self._ping([record for record in self._records if record.peer_id in self._banned])
 
     async def _ping(self, records: Sequence[pb.PeerRecord]) -> None:
-        peers = {record.addresses[0]: record for record in records if record.addresses}
-        for address, pong in (await ping_all(peers, timeout=PING_S)).items() if peers else ():
-            record = peers[address]
+        peers = {record.peer_id: record for record in records}
+        for peer_id, pong in (await ping_all(records, self._trust, timeout=PING_S)).items() if records else ():
+            record = peers[peer_id]
             if pong is None or pong.peer_id != record.peer_id:
                 self._banned[record.peer_id] = record.version
             else:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Coroutine as Work
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from ..protocol import petal_pb2 as pb
+from ..protocol.channels import Channels
 from ..protocol.codec import row_bytes
 from ..protocol.limits import PROTOCOL
 from .route import Route, Stop
@@ -27,8 +28,6 @@ OPEN_TIMEOUT_S = 5.0
 CHANGE_TIMEOUT_S = 2.5
 # Token ids of one replayed chunk.
 REPLAY_ROWS = 512
-
-Channels = Callable[[str], grpc.aio.Channel]
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,11 @@ class Leg:
 class OpenRoute:
     """Streams to the peers of a route. Whatever waits for a peer raises PeerError once any of them has failed."""
 
-    def __init__(self, channels: Channels, client_id: bytes, options: SessionOptions) -> None:
+    def __init__(self, channels: Channels, options: SessionOptions) -> None:
         self.session_id = secrets.token_bytes(16)
         self.legs: list[Leg] = []
         self.epoch = 0
         self._channels = channels
-        self._client_id = client_id
         self._options = options
         self._results: asyncio.Queue[pb.Result | None] = asyncio.Queue()
         self._patience_s = options.step_timeout_s
@@ -178,14 +176,14 @@ class OpenRoute:
     # Opening, linking, replaying.
 
     def _leg(self, stop: Stop) -> Leg:
-        stream = PeerStream(stop.name, stop.peer.peer_id, self._channels(stop.peer.addresses[0]), self._deliver)
+        stream = PeerStream(stop.name, stop.peer.peer_id, self._channels.to(stop.peer), self._deliver)
         return Leg(stop, stream)
 
     async def _open(self, leg: Leg, timeout: float, *, fork_of: bytes = b"", resume: pb.Resume | None = None) -> None:
         stop, options = leg.stop, self._options
         message = pb.Open(
             session_id=self.session_id,
-            client_id=self._client_id,
+            client_id=self._channels.trust.client_id,
             protocol=PROTOCOL,
             required_features=[*(["exact"] if options.exact else []), *(["embeddings"] if options.head else [])],
             model_digest=stop.peer.model_digest,
@@ -198,11 +196,14 @@ class OpenRoute:
             exact=options.exact,
             priority=options.priority,
             resume=resume,
+            hello=self._channels.trust.hello(stop.peer, self.session_id),
+            revocations=self._channels.trust.revocations,
         )
         try:
             opened = await leg.stream.open(message, timeout)
         except PeerError as error:
             raise leg.fail(error) from None
+        self._channels.trust.learn(opened.revocations)
         leg.token, leg.max_rows, leg.features = opened.link_token, opened.max_rows, frozenset(opened.features)
 
     def _words(self, standpoint: Standpoint) -> list[tuple[Leg, pb.Resume]]:

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol import petal_pb2 as pb
+from ..protocol.channels import Channels
 from ..protocol.codec import CodecError, decode, row_bytes
 from ..protocol.sampling import SamplingParams
 from ..protocol.tree import DraftTree, chain
 from ..protocol.verdict import TokenHistory
 from .answer import StepResult, Want
 from .failover import Failover, PeerFinder, move, plan
-from .open_route import Channels, OpenRoute, SessionOptions, Standpoint
+from .open_route import OpenRoute, SessionOptions, Standpoint
 from .route import NoRoute, Route, context_of, is_full, same_kinds
 from .stream import PeerError
 
@@ -36,18 +37,15 @@ class Session:
     Where a peer fails, another takes its place and the session goes on; `take_events` says so.
     """
 
-    def __init__(
-        self, route: Route, finder: PeerFinder, channels: Channels, client_id: bytes, options: SessionOptions
-    ) -> None:
+    def __init__(self, route: Route, finder: PeerFinder, channels: Channels, options: SessionOptions) -> None:
         self.route = route
         self.options = options
         self.ids: list[int] = []
         self._finder = finder
         self._channels = channels
-        self._client_id = client_id
         # Applied before each draw, where this machine holds the head.
         self.logits_processors: Sequence[LogitsProcessor] = ()
-        self._line = OpenRoute(channels, client_id, options)
+        self._line = OpenRoute(channels, options)
         self._step = 0
         self._commit: list[int] = []
         self._rewind: int | None = None
@@ -90,7 +88,7 @@ class Session:
 
     async def fork(self) -> Session:
         """A session with the same state that shares this one's pages on every peer."""
-        child = Session(self.route, self._finder, self._channels, self._client_id, self.options)
+        child = Session(self.route, self._finder, self._channels, self.options)
         await child._line.open(self.route, fork_of=self._line.session_id)
         child.ids = list(self.ids)
         child._step, child._commit = self._step, list(self._commit)

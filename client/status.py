@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.directory import Directory, Pong, ping_all
+from ..protocol.trust import Trust
 from .route import by_model, describe_blocks, missing_blocks
 
 PING_S = 2.0
@@ -18,16 +19,16 @@ PING_S = 2.0
 WIDE = 130
 
 
-async def swarm_status(directory: Directory) -> dict[str, Any]:
+async def swarm_status(directory: Directory, trust: Trust) -> dict[str, Any]:
     """Models with coverage and peers. Peers that do not answer a ping count for nothing, but are shown."""
     records = await directory.list()
-    pongs = await ping_all([record.addresses[0] for record in records if record.addresses], timeout=PING_S)
+    pongs = await ping_all(records, trust, timeout=PING_S)
     models = [_model(group, pongs) for group in by_model(records).values()]
     return {"models": sorted(models, key=lambda model: model["name"])}
 
 
 def _model(records: list[pb.PeerRecord], pongs: dict[str, Pong | None]) -> dict[str, Any]:
-    peers = [_peer(record, pongs.get(record.addresses[0]) if record.addresses else None) for record in records]
+    peers = [_peer(record, pongs.get(record.peer_id)) for record in records]
     reachable = [record for record, peer in zip(records, peers, strict=True) if peer["reachable"]]
     n_blocks = records[0].n_blocks
     missing = missing_blocks(reachable, n_blocks)

@@ -10,7 +10,9 @@ import grpc
 from ..protocol import petal_pb2 as pb
 from ..protocol.petal_pb2_grpc import PeerStub
 
-_OUR_FAULT = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED})
+_OUR_FAULT = frozenset(
+    {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.PERMISSION_DENIED}
+)
 
 
 class PeerError(RuntimeError):

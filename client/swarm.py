@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Protocol
 
-import grpc
-
+from ..protocol.channels import Channels
 from ..protocol.checkpoint import CheckpointError, open_checkpoint
 from ..protocol.codec import CODECS
 from ..protocol.directory import Directory, DirectoryError, GrpcDirectory
-from ..protocol.limits import CHANNEL_OPTIONS
 from ..protocol.tokenizer import Tokenizer
+from ..protocol.trust import PublicTrust, Trust
 from .background import BackgroundLoop
 from .chat import Chat
 from .drafting.budget import BudgetController
@@ -32,6 +30,8 @@ from .stream import PeerError
 
 # For blocks that lose their last peer in mid-generation.
 WAIT_S = 30.0
+# How soon a revoked peer's streams are cut once this client has heard of it.
+SWEEP_S = 2.0
 # Rows a draft tree may add behind prompt and answer.
 TREE_ROOM = 128
 
@@ -56,6 +56,7 @@ class AsyncSwarmModel:
         name: str,
         digest: bytes | None,
         directory: Directory,
+        trust: Trust,
         tokenizer: Tokenizer | None,
         codec: str,
         exact: bool,
@@ -69,10 +70,10 @@ class AsyncSwarmModel:
         self._directory = directory
         self._codec = CODECS[codec]
         self._exact, self._mixed = exact, allow_mixed
-        self._client_id = secrets.token_bytes(16)
         self._wait_s = wait_s
-        self._known = KnownPeers(directory, name, digest)
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._known = KnownPeers(directory, trust, name, digest)
+        self._channels = Channels(trust)
+        self._membership: asyncio.Task[None] | None = None
         self._drafters: DrafterShelf | None = None
         self._heads: HeadShelf | None = None
         self._budgets: dict[tuple[str, ...], BudgetController] = {}
@@ -81,8 +82,9 @@ class AsyncSwarmModel:
     async def connect(
         cls,
         model: str,
-        initial_peers: Sequence[str],
+        initial_peers: Sequence[str] = (),
         *,
+        join: str | None = None,
         tokenizer: Tokenizer | None = None,
         codec: str = "float32",
         exact: bool = False,
@@ -92,6 +94,7 @@ class AsyncSwarmModel:
     ) -> AsyncSwarmModel:
         """Find the model's peers. `initial_peers` are gRPC host:port of any peers, or libp2p multiaddrs.
 
+        `join` is an invitation to a private swarm, or a file that holds it, in place of `initial_peers`.
         `exact` keeps to peers that promise the same bits for a row in any batch, tree or chunk, by one arithmetic.
         `allow_mixed` lets a route mix dtypes and quantizations where no one kind has every block; by default it does
         not, since the text would depend on the route.
@@ -111,23 +114,37 @@ class AsyncSwarmModel:
         except CheckpointError as error:
             if tokenizer is None:
                 raise ConnectError(f"no tokenizer for {model}: {error}") from error
-        directory = await open_directory(initial_peers)
-        self = cls(name, digest, directory, tokenizer, codec, exact, allow_mixed, WAIT_S if wait_s is None else wait_s)
+        trust, directory = await enter(initial_peers, join)
+        wait = WAIT_S if wait_s is None else wait_s
+        self = cls(name, digest, directory, trust, tokenizer, codec, exact, allow_mixed, wait)
         try:
             await self._wait_for_route(wait_s or 0.0)
             if local_head:
                 self._heads = HeadShelf(model, exact)
                 await self._heads.head_for(await self.route())
             self._known.keep_fresh()
+            self._membership = asyncio.create_task(self._keep_trust())
         except BaseException:
             await self.close()
             raise
         return self
 
     async def close(self) -> None:
+        if self._membership:
+            self._membership.cancel()
         self._known.close()
         await self._directory.close()
-        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+        await self._channels.close()
+
+    async def _keep_trust(self) -> None:
+        """Renew what this client shows; leave peers that are not trusted any more, and let sessions go on elsewhere."""
+        renewing = asyncio.create_task(self._channels.trust.keep(None))
+        try:
+            while True:
+                await asyncio.sleep(SWEEP_S)
+                self._channels.sweep()
+        finally:
+            renewing.cancel()
 
     async def route(self, reserve_tokens: int = 0) -> Route:
         """The route that a new session would take. Raises NoRoute, ConnectError."""
@@ -147,7 +164,7 @@ class AsyncSwarmModel:
                 usable = min(reserve_tokens, context_of(route) + TREE_ROOM)
                 head = await self._heads.head_for(route) if self._heads else None
                 options = SessionOptions(usable, self._codec, self._exact, self._mixed, wait_s=self._wait_s, head=head)
-                session = Session(route, self._known, self._channel, self._client_id, options)
+                session = Session(route, self._known, self._channels, options)
                 await session.open()
                 return session
             except PeerError as error:
@@ -273,11 +290,6 @@ class AsyncSwarmModel:
                     raise ConnectError(str(error)) from error
             await asyncio.sleep(0.5)
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        return self._channels[address]
-
 
 class SwarmModel:
     """A model that a swarm runs.
@@ -293,7 +305,7 @@ class SwarmModel:
         self._loop = loop
 
     @classmethod
-    def connect(cls, model: str, initial_peers: Sequence[str], **options: Any) -> SwarmModel:
+    def connect(cls, model: str, initial_peers: Sequence[str] = (), **options: Any) -> SwarmModel:
         """See AsyncSwarmModel.connect. Raises ConnectError."""
         loop = BackgroundLoop()
         try:
@@ -343,13 +355,31 @@ class SwarmModel:
         self.close()
 
 
-async def open_directory(initial_peers: Sequence[str]) -> Directory:
+async def enter(initial_peers: Sequence[str], join: str | None) -> tuple[Trust, Directory]:
+    """The way into a swarm: public through `initial_peers`, private by an invitation. Raises ConnectError."""
+    if join is None:
+        trust = PublicTrust()
+        return trust, await open_directory(initial_peers, trust)
+    if initial_peers:
+        raise ConnectError("an invitation knows the swarm's addresses; leave initial_peers out")
+    # What only private swarms need is imported late.
+    from ..protocol.private.invites import InviteError
+    from ..protocol.private.joining import join as become_member
+
+    try:
+        membership = await become_member(join)
+    except InviteError as error:
+        raise ConnectError(str(error)) from error
+    return membership, GrpcDirectory([*membership.addresses, membership.admin], trust=membership)
+
+
+async def open_directory(initial_peers: Sequence[str], trust: Trust) -> Directory:
     """The DHT where libp2p multiaddrs are given, any peer's gRPC directory otherwise. Raises ConnectError."""
     if not initial_peers:
         raise ConnectError("name at least one peer of the swarm: a gRPC host:port or a libp2p multiaddr")
     multiaddrs = [peer for peer in initial_peers if peer.startswith("/")]
     if not multiaddrs:
-        return GrpcDirectory(initial_peers)
+        return GrpcDirectory(initial_peers, trust=trust)
     try:
         # hivemind comes with the extra `peer`; a light client does without.
         from ..protocol.dht import DhtDirectory

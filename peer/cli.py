@@ -28,7 +28,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from ..protocol.checkpoint import CheckpointError
 from ..protocol.directory import DirectoryError
-from .options import DTYPES, ServeOptions, data_dir
+from ..protocol.folders import data_dir
+from ..protocol.private.invites import ENVIRONMENT
+from .options import DTYPES, ServeOptions
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -49,6 +51,10 @@ def serve(
     num_blocks: Annotated[int | None, typer.Option(min=1, help="Host this many blocks, where they help most.")] = None,
     initial_peers: Annotated[
         list[str] | None, typer.Option(help="Join through these: libp2p multiaddrs or gRPC host:port.")
+    ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(envvar=ENVIRONMENT, help="Of a private swarm: an invitation, or a file that holds it."),
     ] = None,
     host: Annotated[str, typer.Option(help="Interface to listen on.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="gRPC port; 0 picks one.")] = 0,
@@ -83,6 +89,7 @@ def serve(
         announce=announce,
         dht_port=dht_port,
         initial_peers=tuple(initial_peers or ()),
+        join=join,
         identity=identity or data_dir() / "identity",
         device=device,
         dtype=dtype,

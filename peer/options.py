@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..protocol.folders import data_dir
+from ..protocol.host import outward_host
+
 DTYPES = ("float32", "bf16")
-
-
-def data_dir() -> Path:
-    """Where identities are kept."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "petal"
 
 
 @dataclass(frozen=True)
@@ -27,6 +23,7 @@ class ServeOptions:
     announce: str | None = None
     dht_port: int = 0
     initial_peers: tuple[str, ...] = ()
+    join: str | None = None
     identity: Path = field(default_factory=lambda: data_dir() / "identity")
     device: str = "cpu"
     dtype: str = "float32"
@@ -44,12 +41,4 @@ class ServeOptions:
         return self.announce or f"{self._reachable_host()}:{port}"
 
     def _reachable_host(self) -> str:
-        if self.host not in ("0.0.0.0", "[::]", "::"):
-            return self.host
-        # Connecting a datagram socket sends nothing; it only asks the kernel which interface faces outwards.
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect(("192.0.2.1", 9))
-            except OSError:
-                return "127.0.0.1"
-            return str(probe.getsockname()[0])
+        return outward_host() if self.host in ("0.0.0.0", "[::]", "::") else self.host

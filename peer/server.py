@@ -17,10 +17,15 @@ from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint import Checkpoint, open_checkpoint
 from ..protocol.dht import DhtDirectory
 from ..protocol.directory import DirectoryError, DirectoryService
+from ..protocol.gate import Gate
 from ..protocol.identity import Identity
-from ..protocol.limits import CHANNEL_OPTIONS, MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
+from ..protocol.limits import DIRECTORY_OPTIONS, MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
 from ..protocol.petal_pb2_grpc import DirectoryStub, add_DirectoryServicer_to_server, add_PeerServicer_to_server
+from ..protocol.private.gossip import GossipDirectory
+from ..protocol.private.joining import join
+from ..protocol.private.membership import Membership
 from ..protocol.publisher import Publisher
+from ..protocol.trust import PublicTrust, Trust
 from .admission import Admission
 from .engine import Engine
 from .options import ServeOptions
@@ -66,17 +71,18 @@ class PeerServer:
         self.checkpoint = open_checkpoint(options.model)
         self._set_up_threads()
         self.identity = Identity.load_or_create(options.identity)
-        self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
-        self.port = self._bind()
+        self.trust = await self._trust()
+        self._grpc = grpc.aio.server(interceptors=[Gate(self.trust)], options=SERVER_OPTIONS)
+        self.port = self._bind(f"{options.host}:{options.port}")
         self.address = options.announced(self.port)
         try:
             self._progress.stage("joining the swarm")
-            self.dht = await self._join_dht()
+            self.directory = await self._join_directory()
             try:
                 await self._load()
                 await self._serve()
             except BaseException:
-                await self.dht.close()
+                await self.directory.close()
                 raise
         except BaseException:
             await self._grpc.stop(None)
@@ -91,19 +97,31 @@ class PeerServer:
         native.set_threads(threads)
         torch.set_num_threads(1 if options.exact else threads)
 
-    def _bind(self) -> int:
-        wanted = f"{self.options.host}:{self.options.port}"
+    async def _trust(self) -> Trust:
+        options = self.options
+        if options.join is None:
+            return PublicTrust(self.identity)
+        if options.initial_peers:
+            raise ServeError("--join knows the swarm's addresses; leave --initial-peers out")
+        folder = options.identity.with_name(f"{options.identity.name}.members")
+        return await join(options.join, self.identity, folder)
+
+    def _bind(self, wanted: str) -> int:
         try:
-            return self._grpc.add_insecure_port(wanted)
+            return self._grpc.add_secure_port(wanted, self.trust.server_credentials())
         except RuntimeError as error:
             reason = "the port is in use or not yours; choose another --port"
             raise ServeError(f"cannot listen on {wanted}: {reason}") from error
 
-    async def _join_dht(self) -> DhtDirectory:
+    async def _join_directory(self) -> DhtDirectory | GossipDirectory:
         options = self.options
+        if isinstance(self.trust, Membership):
+            gossip = GossipDirectory(self.trust, self.address)
+            await gossip.join()
+            return gossip
         return await DhtDirectory.create(
             options.identity,
-            initial_peers=await bootstrap_addresses(options.initial_peers),
+            initial_peers=await bootstrap_addresses(options.initial_peers, self.trust),
             listen=(f"/ip4/{options.host}/tcp/{options.dht_port}",),
         )
 
@@ -145,7 +163,7 @@ class PeerServer:
         size = options.num_blocks or fitting_blocks(self.checkpoint, self._dtype.itemsize)
         if size < 1:
             raise ServeError("not one block of this model fits the free memory; free some, or try a smaller model")
-        records = await self.dht.list(self.checkpoint.name)
+        records = await self.directory.list(self.checkpoint.name)
         digest = self._model_digest()
         return choose_span([r for r in records if r.model_digest == digest], n_blocks, size)
 
@@ -165,25 +183,28 @@ class PeerServer:
             idle_s=self.options.idle_s,
             replay_bytes=self.options.replay_bytes,
         )
-        self.service = PeerService(info, self.engine, self.admission, self._resolve)
-        directory = DirectoryService(
+        self.service = PeerService(info, self.engine, self.admission, self.trust, self._resolve)
+        served = DirectoryService(
             self.identity.peer_id,
             state=lambda: self._state,
-            records=self.dht.book.signed,
+            records=self.directory.book.signed,
             bootstrap=lambda: self._bootstrap,
+            heard=self.directory.hear,
+            revocations=lambda: self.trust.revocations,
         )
         add_PeerServicer_to_server(self.service, self._grpc)
-        add_DirectoryServicer_to_server(directory, self._grpc)
-        self._bootstrap = list(await self.dht.multiaddrs())
+        add_DirectoryServicer_to_server(served, self._grpc)
+        self._bootstrap = list(await self.directory.multiaddrs())
         self.engine.start()
         with contextlib.suppress(DirectoryError):  # who asks this peer for the directory shall not find it alone
-            await self.dht.list()
+            await self.directory.list()
         await self._grpc.start()
         self._state = pb.ONLINE
-        self._publisher = Publisher(self.dht, self.identity, self.record, period_s=self.options.publish_s)
+        self._publisher = Publisher(self.directory, self.identity, self.record, period_s=self.options.publish_s)
         await self._publisher.publish()
         self._publisher.start()
-        self._refresher = asyncio.create_task(self._refresh())
+        work = (self._refresh(), self.trust.keep(self.identity))
+        self._background = [asyncio.create_task(part) for part in work]
 
     async def drain(self, grace_s: float) -> None:
         """Say in the record that this peer leaves, take no new sessions, and give the running ones time to move."""
@@ -204,12 +225,13 @@ class PeerServer:
         """Take no new sessions, withdraw the record, end what runs, leave the DHT."""
         self._state = pb.DRAINING
         self.service.draining = True
-        self._refresher.cancel()
+        for task in self._background:
+            task.cancel()
         await self._publisher.stop()
         await self.service.close()
         await self._grpc.stop(grace=1.0)
         await asyncio.to_thread(self.engine.stop)
-        await self.dht.close()
+        await self.directory.close()
 
     def record(self) -> pb.PeerRecord:
         """What the directory says of this peer, as of now."""
@@ -242,26 +264,29 @@ class PeerServer:
             vocab_size=self.span.vocab_size,
             hidden_size=self.span.hidden_size,
             features=sorted(self.service.info.features),
+            certificates=self.trust.certificates,
+            hello_nonce=self.trust.nonce,
         )
 
     def _model_digest(self) -> bytes:
         return bytes.fromhex(self.checkpoint.digest())
 
-    async def _resolve(self, peer_id: str, fresh: bool) -> list[str]:
-        """Addresses of a peer from its own signed record; where `fresh`, the DHT is asked for it anew."""
+    async def _resolve(self, peer_id: str, fresh: bool) -> pb.PeerRecord | None:
+        """A peer's own signed record; where `fresh`, the DHT is asked for it anew."""
         if fresh:
             with contextlib.suppress(DirectoryError):  # then the book is all there is
-                await self.dht.list(self.checkpoint.name)
-        records = self.dht.book.list(self.checkpoint.name)
-        return [address for record in records if record.peer_id == peer_id for address in record.addresses]
+                await self.directory.list(self.checkpoint.name)
+        records = self.directory.book.list(self.checkpoint.name)
+        return next((record for record in records if record.peer_id == peer_id), None)
 
     async def _refresh(self) -> None:
         """Keep the book that clients and links read fresh."""
         while True:
             try:
-                await self.dht.list()
+                await self.directory.list()
             except DirectoryError as error:
                 log.warning("the directory is out of reach: %s", error)
+            self.service.sweep()
             await asyncio.sleep(REFRESH_S)
 
 
@@ -284,19 +309,19 @@ def loaded_bytes(checkpoint: Checkpoint, blocks: range) -> int:
     return sum(checkpoint.info(name).nbytes for name in names)
 
 
-async def bootstrap_addresses(initial_peers: tuple[str, ...]) -> list[str]:
+async def bootstrap_addresses(initial_peers: tuple[str, ...], trust: Trust) -> list[str]:
     """Multiaddrs to join the DHT through: as given, or asked of a peer at a gRPC host:port. Raises DirectoryError."""
     found: list[str] = []
     for peer in initial_peers:
         if peer.startswith("/"):
             found.append(peer)
             continue
-        async with grpc.aio.insecure_channel(peer, options=CHANNEL_OPTIONS) as channel:
-            try:
+        try:
+            async with trust.dial(peer, DIRECTORY_OPTIONS) as channel:
                 reply = await DirectoryStub(channel).List(pb.ListRequest(model="-"), timeout=10)
-            except grpc.aio.AioRpcError as error:
-                raise DirectoryError(
-                    f"No peer answers at {peer}: check the address, or name another with --initial-peers."
-                ) from error
-            found.extend(reply.bootstrap)
+        except (grpc.aio.AioRpcError, OSError) as error:
+            raise DirectoryError(
+                f"No peer answers at {peer}: check the address, or name another with --initial-peers."
+            ) from error
+        found.extend(reply.bootstrap)
     return found

@@ -14,8 +14,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ..protocol import petal_pb2 as pb
-from ..protocol.limits import CHANNEL_OPTIONS, PROTOCOL, PROTOCOL_MIN, WINDOW_BYTES
+from ..protocol.channels import Channels
+from ..protocol.limits import PROTOCOL, PROTOCOL_MIN, WINDOW_BYTES
 from ..protocol.petal_pb2_grpc import PeerServicer
+from ..protocol.trust import Caller, Trust, TrustError, client_id_of
 from .admission import Admission, Refused
 from .engine import Engine
 from .link import LinkFailed
@@ -26,9 +28,8 @@ from .session_spec import SessionFailed, SessionSpec, invalid
 FEATURES = frozenset({"tree", "fork", "rewind", "resume", "logits", "hidden", "top_logprobs", "embeddings"})
 Status = grpc.StatusCode
 Frame = TypeVar("Frame")
-# Finds the addresses of a peer in this peer's own directory; empty where it is not known.
-# With `fresh` it asks the swarm anew.
-Resolve = Callable[[str, bool], Awaitable[list[str]]]
+# Finds a peer's record in this peer's own directory; None where it is not known. With `fresh` it asks the swarm anew.
+Resolve = Callable[[str, bool], Awaitable[pb.PeerRecord | None]]
 # Of a peer that leaves, a session in which nothing happened for so long ends at once: its client resumes elsewhere.
 DRAIN_IDLE_S = 3.0
 
@@ -51,6 +52,7 @@ class ServiceInfo:
     replay_bytes: int = 1 << 30
 
 
+_REVOKED = SessionFailed(Status.PERMISSION_DENIED, "your membership of this swarm was revoked or has run out")
 _LEAVING = SessionFailed(Status.UNAVAILABLE, "this peer is shutting down")
 
 
@@ -83,7 +85,7 @@ class _Writer:
 class PeerService(PeerServicer):
     """Sessions and links of one peer."""
 
-    def __init__(self, info: ServiceInfo, engine: Engine, admission: Admission, resolve: Resolve) -> None:
+    def __init__(self, info: ServiceInfo, engine: Engine, admission: Admission, trust: Trust, resolve: Resolve) -> None:
         self.info = info
         self.draining = False
         self._engine = engine
@@ -91,7 +93,9 @@ class PeerService(PeerServicer):
         self._resolve = resolve
         self.replay_budget = ReplayBudget(info.replay_bytes)
         self._sessions: dict[bytes, PeerSession] = {}
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._uplinks: dict[asyncio.Task[Any], Caller] = {}
+        self._trust = trust
+        self._channels = Channels(trust)
 
     @property
     def sessions(self) -> int:
@@ -110,11 +114,20 @@ class PeerService(PeerServicer):
                     session.fail(_LEAVING)
             await asyncio.sleep(0.05)
 
+    def sweep(self) -> None:
+        """Cut the streams of whoever is not trusted any more, on either side of this peer."""
+        self._channels.sweep()
+        for session in self._sessions.values():
+            if not self._trust.trusted(session.caller.certificates):
+                session.fail(_REVOKED)
+        for link, caller in self._uplinks.items():
+            if not self._trust.trusted(caller.certificates):
+                link.cancel()
+
     async def close(self) -> None:
         for session in self._sessions.values():
             session.fail(_LEAVING)
-        for channel in self._channels.values():
-            await channel.close()
+        await self._channels.close()
 
     # A client's control stream.
 
@@ -122,7 +135,7 @@ class PeerService(PeerServicer):
         writer = _Writer(context)
         requests = _frames(requests)
         try:
-            session = await self._open(requests, writer)
+            session = await self._open(requests, writer, context)
         except SessionFailed as failure:
             await _abort(context, failure)
             return
@@ -140,12 +153,15 @@ class PeerService(PeerServicer):
         if ended:
             await _abort(context, ended)
 
-    async def _open(self, requests: AsyncIterator[pb.ClientFrame], writer: _Writer) -> PeerSession:
+    async def _open(
+        self, requests: AsyncIterator[pb.ClientFrame], writer: _Writer, context: grpc.aio.ServicerContext
+    ) -> PeerSession:
         frame = await anext(requests, None)
         if frame is None or not frame.HasField("open"):
             raise invalid("a session starts with an open frame")
         message = frame.open
         self._check_open(message)
+        caller = self._client(message, context)
         parent = self._parent(message)
         spec = self._spec(message)
         if former := self._sessions.get(spec.session_id):
@@ -156,7 +172,7 @@ class PeerService(PeerServicer):
         except Refused as error:
             code = Status.FAILED_PRECONDITION if error.final else Status.RESOURCE_EXHAUSTED
             raise SessionFailed(code, str(error)) from error
-        session = PeerSession(spec, self._engine, self.replay_budget, message.route_epoch, writer.put)
+        session = PeerSession(spec, caller, self._engine, self.replay_budget, message.route_epoch, writer.put)
         try:
             if parent:
                 session.adopt(parent)
@@ -175,6 +191,7 @@ class PeerService(PeerServicer):
             max_rows=spec.max_rows,
             protocol=PROTOCOL,
             features=sorted(self.info.features),
+            revocations=self._trust.revocations,
         )
         writer.put(pb.PeerFrame(opened=opened))
         return session
@@ -212,6 +229,20 @@ class PeerService(PeerServicer):
         for name in ("adapter_id", "block_prompts"):
             if getattr(message, name):
                 raise SessionFailed(Status.UNIMPLEMENTED, f"this peer does not serve {name} yet")
+
+    def _client(self, message: pb.Open, context: grpc.aio.ServicerContext) -> Caller:
+        """Who opens a session; sessions belong to whoever can prove their client id."""
+        self._trust.learn(message.revocations)
+        caller = self._caller(context, message.hello, message.session_id)
+        if message.client_id != client_id_of(caller.name):
+            raise SessionFailed(Status.UNAUTHENTICATED, "client_id is not of the key that the caller has shown")
+        return caller
+
+    def _caller(self, context: grpc.aio.ServicerContext, hello: pb.Hello, session_id: bytes) -> Caller:
+        try:
+            return self._trust.caller(context.auth_context(), hello, session_id)
+        except TrustError as error:
+            raise SessionFailed(Status.UNAUTHENTICATED, str(error)) from None
 
     def _parent(self, message: pb.Open) -> PeerSession | None:
         if not message.fork_of:
@@ -266,16 +297,24 @@ class PeerService(PeerServicer):
 
     async def _link(self, session: PeerSession, message: pb.LinkTo, writer: _Writer) -> None:
         """Dial the next peer at the address in its own signed record, never at one that a client names."""
-        hello = pb.LinkHello(session_id=session.spec.session_id, token=message.token, route_epoch=message.route_epoch)
+        session_id = session.spec.session_id
         reason = "it is not in this peer's directory"
-        tried: set[str] = set()
-        for fresh in (False, True):  # it may have come back at another address
-            for address in await self._resolve(message.peer_id, fresh):
-                if address in tried:
+        tried: set[tuple[str, bytes]] = set()
+        for fresh in (False, True):  # it may have come back with another address or TLS key
+            record = await self._resolve(message.peer_id, fresh) or pb.PeerRecord()
+            for address in record.addresses:
+                if (address, record.certificates[0]) in tried:
                     continue
-                tried.add(address)
+                tried.add((address, record.certificates[0]))
+                hello = pb.LinkHello(
+                    session_id=session_id,
+                    token=message.token,
+                    route_epoch=message.route_epoch,
+                    hello=self._trust.hello(record, session_id),
+                    revocations=self._trust.revocations,
+                )
                 try:
-                    await session.downlink.attach(message.peer_id, self._channel(address), hello)
+                    await session.downlink.attach(message.peer_id, self._channels.to(record, address), hello)
                 except LinkFailed as error:
                     reason = f"{address}: {error}"
                     continue
@@ -283,11 +322,6 @@ class PeerService(PeerServicer):
                 return
         fault = pb.Fault(peer_id=message.peer_id, reason=reason, route_epoch=message.route_epoch)
         writer.put(pb.PeerFrame(fault=fault))
-
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        return self._channels[address]
 
     async def _expire(self, session: PeerSession) -> None:
         # A step only notes the time: it must not pay for waking a task.
@@ -307,7 +341,7 @@ class PeerService(PeerServicer):
     async def Link(self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext) -> None:
         requests = _frames(requests)
         try:
-            session = await self._linked_session(requests)
+            session, caller = await self._linked_session(requests, context)
         except SessionFailed as failure:
             await _abort(context, failure)
             return
@@ -320,6 +354,9 @@ class PeerService(PeerServicer):
         session.on_uplink(credit)
         writing = asyncio.ensure_future(writer.run())
         token = session.link_token
+        link = asyncio.current_task()
+        assert link
+        self._uplinks[link] = caller
         try:
             async for frame in requests:
                 if session.link_token != token:
@@ -332,12 +369,17 @@ class PeerService(PeerServicer):
             await _abort(context, failure)
         finally:
             writing.cancel()
+            del self._uplinks[link]
 
-    async def _linked_session(self, requests: AsyncIterator[pb.LinkFrame]) -> PeerSession:
+    async def _linked_session(
+        self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext
+    ) -> tuple[PeerSession, Caller]:
         frame = await anext(requests, None)
         if frame is None or not frame.HasField("hello"):
             raise invalid("a link starts with a hello")
         hello = frame.hello
+        caller = self._caller(context, hello.hello, hello.session_id)
+        self._trust.learn(hello.revocations)
         session = self._sessions.get(hello.session_id)
         # One answer for an unknown session and for a wrong token: ids cannot be probed.
         if session is None or not hmac.compare_digest(session.link_token, hello.token):
@@ -347,7 +389,7 @@ class PeerService(PeerServicer):
             raise SessionFailed(
                 Status.FAILED_PRECONDITION, f"route epoch {hello.route_epoch} is {word}; {session.epoch} is current"
             )
-        return session
+        return session, caller
 
 
 def _replaces(message: pb.Open, former: PeerSession) -> bool:

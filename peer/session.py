@@ -16,6 +16,7 @@ import grpc
 from ..protocol import petal_pb2 as pb
 from ..protocol.limits import UNREAD_BYTES, WINDOW_BYTES
 from ..protocol.step import StepHeader
+from ..protocol.trust import Caller
 from .engine import Engine
 from .frames import link_frames, replay_frames, result_frames
 from .job import BadStep, DeadlinePassed, StepFailed, StepInput, StepOutput
@@ -37,12 +38,14 @@ class PeerSession:
     def __init__(
         self,
         spec: SessionSpec,
+        caller: Caller,
         engine: Engine,
         budget: ReplayBudget,
         epoch: int,
         send: Callable[[pb.PeerFrame], int],
     ) -> None:
         self.spec = spec
+        self.caller = caller
         # The engine's name for it: a session that is opened anew shares nothing with the one before.
         self.key = secrets.token_bytes(16)
         self.link_token = secrets.token_bytes(16)

@@ -131,6 +131,9 @@ class DhtDirectory(Directory):
         """Replace `record`, the last one published, by a tombstone."""
         await self.publish(sign_record(identity, tombstone(record)))
 
+    def hear(self, request: pb.ListRequest) -> None:
+        """Nothing: what a caller tells is not in the DHT."""
+
     async def multiaddrs(self) -> Sequence[str]:
         """Where others can join the DHT through this node, addresses of this machine only last."""
         addresses = [str(address) for address in await self._node.get_visible_maddrs(latest=True)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from .private_file import write_private
 
 KEY_BITS = 2048
 MAX_KEY_BITS = 4096  # larger ones only cost their readers time
@@ -67,13 +68,7 @@ class Identity:
         der = self._key.private_bytes(
             serialization.Encoding.DER, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # made with mode 0600
-        with os.fdopen(handle, "wb") as file:
-            file.write(_wrap(der))
-            file.flush()
-            os.fsync(handle)
-        os.replace(temporary, path)
+        write_private(path, _wrap(der))
 
 
 def peer_id_of(public_key: bytes) -> str:

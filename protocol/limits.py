@@ -38,6 +38,8 @@ _SIZES = [
     # The window opens at once: a growing one would cost several round trips a prompt on a long link.
     ("grpc.http2.lookahead_bytes", 8 << 20),
 ]
+# Of whoever asks for the directory.
+DIRECTORY_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.use_local_subchannel_pool", 1)]
 CHANNEL_OPTIONS = [
     *_KEEPALIVE,
     *_SIZES,

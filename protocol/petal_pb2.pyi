@@ -39,7 +39,7 @@ FORWARD: Op
 BACKWARD: Op
 
 class PeerRecord(_message.Message):
-    __slots__ = ("peer_id", "model", "model_digest", "n_blocks", "start", "end", "addresses", "multiaddrs", "dtype", "quantization", "numerics", "protocol_min", "protocol_max", "state", "context_length", "cache_tokens", "cache_tokens_free", "max_sessions", "sessions", "max_rows", "throughput", "block_digests", "embedding_digest", "norm_digest", "head_digest", "version", "expires_at", "vocab_size", "hidden_size", "features")
+    __slots__ = ("peer_id", "model", "model_digest", "n_blocks", "start", "end", "addresses", "multiaddrs", "dtype", "quantization", "numerics", "protocol_min", "protocol_max", "state", "context_length", "cache_tokens", "cache_tokens_free", "max_sessions", "sessions", "max_rows", "throughput", "block_digests", "embedding_digest", "norm_digest", "head_digest", "version", "expires_at", "vocab_size", "hidden_size", "features", "certificates", "hello_nonce")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,8 @@ class PeerRecord(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATES_FIELD_NUMBER: _ClassVar[int]
+    HELLO_NONCE_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     model: str
     model_digest: bytes
@@ -100,7 +102,9 @@ class PeerRecord(_message.Message):
     vocab_size: int
     hidden_size: int
     features: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, peer_id: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., n_blocks: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., multiaddrs: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., numerics: _Optional[str] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., state: _Optional[_Union[PeerState, str]] = ..., context_length: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., cache_tokens_free: _Optional[int] = ..., max_sessions: _Optional[int] = ..., sessions: _Optional[int] = ..., max_rows: _Optional[int] = ..., throughput: _Optional[float] = ..., block_digests: _Optional[_Iterable[bytes]] = ..., embedding_digest: _Optional[bytes] = ..., norm_digest: _Optional[bytes] = ..., head_digest: _Optional[bytes] = ..., version: _Optional[int] = ..., expires_at: _Optional[float] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
+    certificates: _containers.RepeatedScalarFieldContainer[bytes]
+    hello_nonce: bytes
+    def __init__(self, peer_id: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., n_blocks: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., multiaddrs: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., numerics: _Optional[str] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., state: _Optional[_Union[PeerState, str]] = ..., context_length: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., cache_tokens_free: _Optional[int] = ..., max_sessions: _Optional[int] = ..., sessions: _Optional[int] = ..., max_rows: _Optional[int] = ..., throughput: _Optional[float] = ..., block_digests: _Optional[_Iterable[bytes]] = ..., embedding_digest: _Optional[bytes] = ..., norm_digest: _Optional[bytes] = ..., head_digest: _Optional[bytes] = ..., version: _Optional[int] = ..., expires_at: _Optional[float] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., certificates: _Optional[_Iterable[bytes]] = ..., hello_nonce: _Optional[bytes] = ...) -> None: ...
 
 class SignedRecord(_message.Message):
     __slots__ = ("record", "public_key", "signature")
@@ -112,19 +116,33 @@ class SignedRecord(_message.Message):
     signature: bytes
     def __init__(self, record: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
+class RevocationList(_message.Message):
+    __slots__ = ("crl", "issuer")
+    CRL_FIELD_NUMBER: _ClassVar[int]
+    ISSUER_FIELD_NUMBER: _ClassVar[int]
+    crl: bytes
+    issuer: bytes
+    def __init__(self, crl: _Optional[bytes] = ..., issuer: _Optional[bytes] = ...) -> None: ...
+
 class ListRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "records", "revocations")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    records: _containers.RepeatedCompositeFieldContainer[SignedRecord]
+    revocations: _containers.RepeatedCompositeFieldContainer[RevocationList]
+    def __init__(self, model: _Optional[str] = ..., records: _Optional[_Iterable[_Union[SignedRecord, _Mapping]]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ...) -> None: ...
 
 class ListReply(_message.Message):
-    __slots__ = ("records", "bootstrap")
+    __slots__ = ("records", "bootstrap", "revocations")
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     BOOTSTRAP_FIELD_NUMBER: _ClassVar[int]
+    REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
     records: _containers.RepeatedCompositeFieldContainer[SignedRecord]
     bootstrap: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, records: _Optional[_Iterable[_Union[SignedRecord, _Mapping]]] = ..., bootstrap: _Optional[_Iterable[str]] = ...) -> None: ...
+    revocations: _containers.RepeatedCompositeFieldContainer[RevocationList]
+    def __init__(self, records: _Optional[_Iterable[_Union[SignedRecord, _Mapping]]] = ..., bootstrap: _Optional[_Iterable[str]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ...) -> None: ...
 
 class PingRequest(_message.Message):
     __slots__ = ()
@@ -190,7 +208,7 @@ class Want(_message.Message):
     def __init__(self, top_logprobs: _Optional[int] = ..., logits: bool = ..., hidden: bool = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "client_id", "protocol", "required_features", "model_digest", "start", "end", "reserve_tokens", "codec", "route_epoch", "fork_of", "exact", "adapter_id", "priority", "trace_id", "block_prompts", "resume")
+    __slots__ = ("session_id", "client_id", "protocol", "required_features", "model_digest", "start", "end", "reserve_tokens", "codec", "route_epoch", "fork_of", "exact", "adapter_id", "priority", "trace_id", "block_prompts", "resume", "hello", "revocations")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +226,8 @@ class Open(_message.Message):
     TRACE_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     client_id: bytes
     protocol: int
@@ -225,7 +245,17 @@ class Open(_message.Message):
     trace_id: bytes
     block_prompts: bytes
     resume: Resume
-    def __init__(self, session_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., protocol: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., reserve_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., route_epoch: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., exact: bool = ..., adapter_id: _Optional[str] = ..., priority: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., block_prompts: _Optional[bytes] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+    hello: Hello
+    revocations: _containers.RepeatedCompositeFieldContainer[RevocationList]
+    def __init__(self, session_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., protocol: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., reserve_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., route_epoch: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., exact: bool = ..., adapter_id: _Optional[str] = ..., priority: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., block_prompts: _Optional[bytes] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("public_key", "signature")
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    public_key: bytes
+    signature: bytes
+    def __init__(self, public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Resume(_message.Message):
     __slots__ = ("route_epoch", "step", "length", "commit", "replayed", "replay")
@@ -260,18 +290,20 @@ class Draining(_message.Message):
     def __init__(self, grace_ms: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("link_token", "window_bytes", "max_rows", "protocol", "features")
+    __slots__ = ("link_token", "window_bytes", "max_rows", "protocol", "features", "revocations")
     LINK_TOKEN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
+    REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
     link_token: bytes
     window_bytes: int
     max_rows: int
     protocol: int
     features: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, link_token: _Optional[bytes] = ..., window_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ..., protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
+    revocations: _containers.RepeatedCompositeFieldContainer[RevocationList]
+    def __init__(self, link_token: _Optional[bytes] = ..., window_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ..., protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ...) -> None: ...
 
 class LinkTo(_message.Message):
     __slots__ = ("peer_id", "token", "route_epoch")
@@ -436,14 +468,18 @@ class PeerFrame(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., linked: _Optional[_Union[Linked, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
 
 class LinkHello(_message.Message):
-    __slots__ = ("session_id", "token", "route_epoch")
+    __slots__ = ("session_id", "token", "route_epoch", "hello", "revocations")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     token: bytes
     route_epoch: int
-    def __init__(self, session_id: _Optional[bytes] = ..., token: _Optional[bytes] = ..., route_epoch: _Optional[int] = ...) -> None: ...
+    hello: Hello
+    revocations: _containers.RepeatedCompositeFieldContainer[RevocationList]
+    def __init__(self, session_id: _Optional[bytes] = ..., token: _Optional[bytes] = ..., route_epoch: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ...) -> None: ...
 
 class Activations(_message.Message):
     __slots__ = ("step", "route_epoch", "base", "commit", "rewind", "parents", "rows", "prefill", "sample", "want", "hidden", "total_bytes", "trace", "hops", "deadline_ms", "replay")
@@ -496,3 +532,35 @@ class LinkReply(_message.Message):
     linked: Linked
     credit: Credit
     def __init__(self, linked: _Optional[_Union[Linked, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ...) -> None: ...
+
+class CertificateRequest(_message.Message):
+    __slots__ = ("csr", "identity", "identity_signature")
+    CSR_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    csr: bytes
+    identity: bytes
+    identity_signature: bytes
+    def __init__(self, csr: _Optional[bytes] = ..., identity: _Optional[bytes] = ..., identity_signature: _Optional[bytes] = ...) -> None: ...
+
+class RedeemRequest(_message.Message):
+    __slots__ = ("token", "request")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    request: CertificateRequest
+    def __init__(self, token: _Optional[str] = ..., request: _Optional[_Union[CertificateRequest, _Mapping]] = ...) -> None: ...
+
+class Issued(_message.Message):
+    __slots__ = ("certificates", "root", "addresses", "revocations", "admin")
+    CERTIFICATES_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
+    ADMIN_FIELD_NUMBER: _ClassVar[int]
+    certificates: _containers.RepeatedScalarFieldContainer[bytes]
+    root: bytes
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    revocations: _containers.RepeatedCompositeFieldContainer[RevocationList]
+    admin: str
+    def __init__(self, certificates: _Optional[_Iterable[bytes]] = ..., root: _Optional[bytes] = ..., addresses: _Optional[_Iterable[str]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ..., admin: _Optional[str] = ...) -> None: ...

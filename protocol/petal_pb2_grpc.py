@@ -255,3 +255,119 @@ class Peer(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class AdminStub(object):
+    """Missing associated documentation comment in .proto file."""
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Redeem = channel.unary_unary(
+                '/petal.v1.Admin/Redeem',
+                request_serializer=petal__pb2.RedeemRequest.SerializeToString,
+                response_deserializer=petal__pb2.Issued.FromString,
+                _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/petal.v1.Admin/Renew',
+                request_serializer=petal__pb2.CertificateRequest.SerializeToString,
+                response_deserializer=petal__pb2.Issued.FromString,
+                _registered_method=True)
+
+
+class AdminServicer(object):
+    """Missing associated documentation comment in .proto file."""
+
+    def Redeem(self, request, context):
+        """For whoever has a token; the only call that needs no certificate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Redeem': grpc.unary_unary_rpc_method_handler(
+                    servicer.Redeem,
+                    request_deserializer=petal__pb2.RedeemRequest.FromString,
+                    response_serializer=petal__pb2.Issued.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=petal__pb2.CertificateRequest.FromString,
+                    response_serializer=petal__pb2.Issued.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'petal.v1.Admin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('petal.v1.Admin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Admin(object):
+    """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Redeem(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/petal.v1.Admin/Redeem',
+            petal__pb2.RedeemRequest.SerializeToString,
+            petal__pb2.Issued.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/petal.v1.Admin/Renew',
+            petal__pb2.CertificateRequest.SerializeToString,
+            petal__pb2.Issued.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -13,6 +13,8 @@ from google.protobuf.message import DecodeError
 
 from . import petal_pb2 as pb
 from .identity import Identity, peer_id_of, verify
+from .leaf import name_of, parse_certificate
+from .trust import NONCE_BYTES, server_name
 
 MAX_BYTES = 64 * 1024  # of a whole SignedRecord
 MAX_LIFETIME_S = 600.0
@@ -108,6 +110,7 @@ def _check(signed: pb.SignedRecord) -> pb.PeerRecord:
         raise RecordError(f"The record of {owner} does not parse.") from None
     _require(record.peer_id == owner, f"A record signed by {owner} names another peer")
     _check_fields(record)
+    _check_certificates(record, name_of(signed.public_key))
     return record
 
 
@@ -165,6 +168,16 @@ def _check_digests(record: pb.PeerRecord) -> None:
     optional = filter(None, [record.embedding_digest, record.norm_digest, record.head_digest])
     sizes = {len(digest) for digest in [*record.block_digests, *optional]}
     require(sizes <= {DIGEST_BYTES}, f"has a digest that is not {DIGEST_BYTES} bytes long")
+
+
+def _check_certificates(record: pb.PeerRecord, name: str) -> None:
+    try:
+        chain = [parse_certificate(der) for der in record.certificates]
+        good = 1 <= len(chain) <= 2 and server_name(chain[0]) == name
+    except ValueError as error:
+        raise RecordError(f"The record of {record.peer_id} is not to be used: {error}.") from None
+    _require(good, f"The record of {record.peer_id} has no TLS certificate of its own key's name")
+    _require(len(record.hello_nonce) in (0, NONCE_BYTES), f"The record of {record.peer_id} has a bad hello nonce")
 
 
 def _require(good: bool, sentence: str) -> None:

@@ -1,0 +1,1 @@
+import petal.protocol  # noqa: F401 (before a test imports gRPC)

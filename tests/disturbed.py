@@ -16,6 +16,7 @@ from petal.peer.replay import ReplayLog
 from petal.peer.server import PeerServer
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.directory import DirectoryService
+from petal.protocol.gate import Gate
 from petal.protocol.limits import SERVER_OPTIONS
 from petal.protocol.petal_pb2_grpc import add_DirectoryServicer_to_server, add_PeerServicer_to_server
 from petal.protocol.sampling import SamplingParams
@@ -51,10 +52,10 @@ async def undisturbed(client: AsyncSwarmModel) -> list[int]:
 async def crash(peer: PeerServer) -> None:
     """Every connection breaks and every session is gone; then the peer is back at the same address."""
     await peer._grpc.stop(None)
-    peer._grpc = grpc.aio.server(options=SERVER_OPTIONS)
-    peer._grpc.add_insecure_port(peer.address)
+    peer._grpc = grpc.aio.server(interceptors=[Gate(peer.trust)], options=SERVER_OPTIONS)
+    peer._bind(peer.address)
     add_PeerServicer_to_server(peer.service, peer._grpc)
-    directory = DirectoryService(peer.identity.peer_id, state=lambda: peer._state, records=peer.dht.book.signed)
+    directory = DirectoryService(peer.identity.peer_id, state=lambda: peer._state, records=peer.directory.book.signed)
     add_DirectoryServicer_to_server(directory, peer._grpc)
     await peer._grpc.start()
 

@@ -22,10 +22,11 @@ from petal.protocol.codec import row_bytes
 from petal.protocol.limits import FRAME_BYTES, WINDOW_BYTES
 from petal.protocol.sampling import SamplingParams
 from petal.protocol.tree import DraftTree
+from petal.protocol.trust import PublicTrust
 
 from .swarms import LocalSwarm, local_swarm
 from .tiny import VOCAB, tiny_llama
-from .wire import CLIENT, RawSession, RawStream, Wire, settled
+from .wire import CALLER, CLIENT, RawSession, RawStream, Wire, settled
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 Code = grpc.StatusCode
@@ -157,7 +158,7 @@ async def test_fork_of_another_clients_session_is_as_unknown_as_none(whole: Wire
     opening = whole.opening()
     await whole.stream().open(**opening)
     thief = whole.stream()
-    await thief.send(open=pb.Open(**whole.opening(client_id=b"t" * 16, fork_of=opening["session_id"])))
+    await thief.send(open=pb.Open(**whole.opening(PublicTrust(), fork_of=opening["session_id"])))
     stolen = await thief.refused(Code.NOT_FOUND)
     guess = whole.stream()
     await guess.send(open=pb.Open(**whole.opening(fork_of=b"g" * 16)))
@@ -423,7 +424,7 @@ async def linked(tail: Wire, **changed: Any) -> tuple[RawSession, RawStream]:
     session = tail.stream()
     opened = await session.open(**opening)
     link = tail.link()
-    await link.send(hello=pb.LinkHello(session_id=opening["session_id"], token=opened.link_token, route_epoch=1))
+    await link.send(hello=tail.link_hello(opening["session_id"], opened.link_token, 1))
     assert (await link.read()).linked.window_bytes == WINDOW_BYTES
     return session, link
 
@@ -509,9 +510,9 @@ async def test_link_without_the_token_is_refused(tail: Wire, known: bool) -> Non
     session = tail.stream()
     opened = await session.open(**opening)
     link = tail.link()
-    hello = pb.LinkHello(session_id=opening["session_id"], token=b"w" * 16, route_epoch=1)
+    hello = tail.link_hello(opening["session_id"], b"w" * 16, 1)
     if not known:
-        hello = pb.LinkHello(session_id=b"u" * 16, token=opened.link_token, route_epoch=1)
+        hello = tail.link_hello(b"u" * 16, opened.link_token, 1)
     await link.send(hello=hello)
     await link.refused(Code.PERMISSION_DENIED, "token opens no session here")
     await session.send(route=pb.Route(route_epoch=2))  # the session itself lives on
@@ -521,7 +522,7 @@ async def test_link_of_an_old_epoch_is_refused(tail: Wire) -> None:
     opening = tail.opening(route_epoch=4)
     opened = await tail.stream().open(**opening)
     link = tail.link()
-    await link.send(hello=pb.LinkHello(session_id=opening["session_id"], token=opened.link_token, route_epoch=3))
+    await link.send(hello=tail.link_hello(opening["session_id"], opened.link_token, 3))
     await link.refused(Code.FAILED_PRECONDITION, "route epoch 3 is over; 4 is current")
 
 
@@ -587,6 +588,7 @@ async def test_older_client_without_optional_fields_still_works(whole: Wire) -> 
         open=pb.Open(
             session_id=b"o" * 16,
             client_id=CLIENT,
+            hello=CALLER.hello(whole.record, b"o" * 16),
             protocol=1,
             model_digest=whole.record.model_digest,
             end=4,

@@ -221,11 +221,7 @@ async def linked(tail: Wire, **changed: Any) -> tuple[RawSession, RawStream, pb.
     session = tail.stream()
     opened = await session.open(**opening)
     link = tail.link()
-    await link.send(
-        hello=pb.LinkHello(
-            session_id=opening["session_id"], token=opened.link_token, route_epoch=opening["route_epoch"]
-        )
-    )
+    await link.send(hello=tail.link_hello(opening["session_id"], opened.link_token, opening["route_epoch"]))
     await link.read()
     return session, link, opened, opening["session_id"]
 
@@ -287,11 +283,11 @@ async def test_after_a_resumption_the_former_link_and_its_token_are_void(tail: W
     await link.send(activations=replayed(2, replay=False))
     await link.refused(Code.FAILED_PRECONDITION, "the route of this link is over")
     again = tail.link()
-    await again.send(hello=pb.LinkHello(session_id=session_id, token=opened.link_token, route_epoch=2))
+    await again.send(hello=tail.link_hello(session_id, opened.link_token, 2))
     await again.refused(Code.PERMISSION_DENIED, "token opens no session here")
     early = tail.link()
-    await early.send(hello=pb.LinkHello(session_id=session_id, token=token, route_epoch=3))
+    await early.send(hello=tail.link_hello(session_id, token, 3))
     await early.refused(Code.FAILED_PRECONDITION, "route epoch 3 is not announced; 2 is current")
     good = tail.link()
-    await good.send(hello=pb.LinkHello(session_id=session_id, token=token, route_epoch=2))
+    await good.send(hello=tail.link_hello(session_id, token, 2))
     assert (await good.read()).HasField("linked")

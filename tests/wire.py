@@ -12,8 +12,11 @@ import pytest
 from petal.peer.server import PeerServer
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.petal_pb2_grpc import PeerStub
+from petal.protocol.trust import PublicTrust
 
-CLIENT = b"c" * 16
+# Who calls unless a test says otherwise.
+CALLER = PublicTrust()
+CLIENT = CALLER.client_id
 ANSWER_S = 20.0
 
 
@@ -85,7 +88,7 @@ class Wire:
     def __init__(self, peer: PeerServer) -> None:
         self.peer = peer
         self.record = peer.record()
-        self.channel = grpc.aio.insecure_channel(peer.address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self.channel = CALLER.channel(self.record, peer.address, [("grpc.use_local_subchannel_pool", 1)])
         self._stub = PeerStub(self.channel)
         self._streams: list[RawStream] = []
 
@@ -97,11 +100,11 @@ class Wire:
             stream.close()
         await self.channel.close()
 
-    def opening(self, **changed: Any) -> dict[str, Any]:
+    def opening(self, caller: PublicTrust = CALLER, **changed: Any) -> dict[str, Any]:
         """Fields of a good open frame, but for what is changed."""
         good = {
             "session_id": secrets.token_bytes(16),
-            "client_id": CLIENT,
+            "client_id": caller.client_id,
             "protocol": 1,
             "model_digest": self.record.model_digest,
             "start": self.record.start,
@@ -110,7 +113,13 @@ class Wire:
             "codec": pb.FLOAT32,
             "route_epoch": 1,
         }
-        return {**good, **changed}
+        fields = {**good, **changed}
+        return {"hello": caller.hello(self.record, fields["session_id"]), **fields}
+
+    def link_hello(self, session_id: bytes, token: bytes, route_epoch: int) -> pb.LinkHello:
+        """What a link starts with."""
+        hello = CALLER.hello(self.record, session_id)
+        return pb.LinkHello(session_id=session_id, token=token, route_epoch=route_epoch, hello=hello)
 
     def stream(self) -> RawSession:
         stream = RawSession(self._stub.Session(), pb.ClientFrame)

@@ -28,10 +28,10 @@ hide(PEERS_NEED)
 from petal.client import SwarmModel, swarm
 imported = time.time()
 open_directory = swarm.open_directory
-def stamped(peers):
+def stamped(peers, trust):
     global opened
     opened = time.time()
-    return open_directory(peers)
+    return open_directory(peers, trust)
 swarm.open_directory = stamped
 with SwarmModel.connect("demo", [sys.argv[1]]) as model:
     connected = time.time()

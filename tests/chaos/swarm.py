@@ -12,6 +12,7 @@ from pathlib import Path
 from petal.client.status import swarm_status
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol.directory import GrpcDirectory
+from petal.protocol.trust import PublicTrust
 
 from tests.emulator import Link
 from tests.swarms import spans
@@ -127,7 +128,8 @@ class ChaosSwarm:
 
         async def consistent() -> bool:
             nonlocal told
-            report = await swarm_status(GrpcDirectory([asked.announced]))
+            trust = PublicTrust()
+            report = await swarm_status(GrpcDirectory([asked.announced], trust=trust), trust)
             told = {peer["peer_id"] for model in report["models"] for peer in model["peers"] if peer["reachable"]}
             return told == there
 

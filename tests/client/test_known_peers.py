@@ -10,6 +10,7 @@ from petal.client.known_peers import ConnectError, KnownPeers
 from petal.client.route import NoRoute
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.directory import Directory, DirectoryError, Pong
+from petal.protocol.trust import PublicTrust
 
 
 class Book(Directory):
@@ -40,9 +41,10 @@ class Network:
         self.pinged: list[str] = []
         monkeypatch.setattr(known_peers, "ping_all", self._ping_all)
 
-    async def _ping_all(self, addresses: Any, **_: Any) -> dict[str, Pong | None]:
-        self.pinged += addresses
-        return {a: None if a in self.silent else Pong(a, pb.ONLINE, 0.01) for a in addresses}
+    async def _ping_all(self, records: Any, trust: Any, **_: Any) -> dict[str, Pong | None]:
+        names = [record.peer_id for record in records]
+        self.pinged += names
+        return {name: None if name in self.silent else Pong(name, pb.ONLINE, 0.01) for name in names}
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def names(peers: KnownPeers) -> set[str]:
 
 
 async def test_a_peer_that_failed_is_used_again_with_a_new_record_and_an_answer(book: Book, network: Network) -> None:
-    peers = KnownPeers(book, "model", None)
+    peers = KnownPeers(book, PublicTrust(), "model", None)
     await peers.look()
     assert names(peers) == {"a", "b"}
     peers.ban("a")
@@ -82,13 +84,13 @@ async def test_a_peer_that_failed_is_used_again_with_a_new_record_and_an_answer(
 
 async def test_who_never_answered_is_not_used(book: Book, network: Network) -> None:
     network.silent = {"b"}
-    peers = KnownPeers(book, "model", None)
+    peers = KnownPeers(book, PublicTrust(), "model", None)
     await peers.look()
     assert names(peers) == {"a"}
 
 
 async def test_each_peer_is_pinged_once(book: Book, network: Network) -> None:
-    peers = KnownPeers(book, "model", None)
+    peers = KnownPeers(book, PublicTrust(), "model", None)
     await peers.look()
     book.publish("a", 2)
     book.publish("c", 1)
@@ -97,7 +99,7 @@ async def test_each_peer_is_pinged_once(book: Book, network: Network) -> None:
 
 
 async def test_where_nobody_else_is_left_an_answer_is_enough(book: Book, network: Network) -> None:
-    peers = KnownPeers(book, "model", None)
+    peers = KnownPeers(book, PublicTrust(), "model", None)
     await peers.look()
     for name in ("a", "b"):
         peers.ban(name)
@@ -109,7 +111,7 @@ async def test_where_nobody_else_is_left_an_answer_is_enough(book: Book, network
 
 
 async def test_without_a_directory_the_peers_known_so_far_stay(book: Book, network: Network) -> None:
-    peers = KnownPeers(book, "model", None)
+    peers = KnownPeers(book, PublicTrust(), "model", None)
     await peers.look()
     book.error = DirectoryError("nobody answers")
     with pytest.raises(ConnectError, match="nobody answers"):

@@ -1,10 +1,17 @@
 """Good records, which tests then break."""
 
 import time
+from functools import cache
 
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.identity import Identity
 from petal.protocol.records import sign_record
+from petal.protocol.trust import PublicTrust
+
+
+@cache
+def trust_of(identity: Identity) -> PublicTrust:
+    return PublicTrust(identity)
 
 
 def good_record(identity: Identity, model: str = "tiny", **changes) -> pb.PeerRecord:
@@ -22,6 +29,8 @@ def good_record(identity: Identity, model: str = "tiny", **changes) -> pb.PeerRe
         throughput=10.0,
         version=1,
         expires_at=time.time() + 30,
+        certificates=trust_of(identity).certificates,
+        hello_nonce=trust_of(identity).nonce,
     )
     for field, value in changes.items():
         if isinstance(value, list):

@@ -1,6 +1,7 @@
 import asyncio
 import random
 import time
+from functools import partial
 
 import grpc
 import pytest
@@ -11,20 +12,26 @@ from petal.protocol.directory import (
     DirectoryService,
     GrpcDirectory,
     RecordBook,
-    connect_plain,
     ping,
     ping_all,
 )
 from petal.protocol.identity import Identity
+from petal.protocol.limits import DIRECTORY_OPTIONS
 from petal.protocol.records import RecordError, sign_record, tombstone
 
-from .records_for_tests import good_record, signed_record
+from .records_for_tests import good_record, signed_record, trust_of
 
+TRUSTED = Identity.ephemeral()
+TRUST = trust_of(TRUSTED)
 ALICE, BOB, EVE = Identity.ephemeral(), Identity.ephemeral(), Identity.ephemeral()
 
 
 def ids(records):
     return {record.peer_id for record in records}
+
+
+def listen(server: grpc.aio.Server) -> str:
+    return f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', TRUST.server_credentials())}"
 
 
 def damaged(signed: pb.SignedRecord) -> pb.SignedRecord:
@@ -44,7 +51,7 @@ async def serve():
             peer_id, state=lambda: pb.DRAINING, records=lambda model: records, bootstrap=lambda: ["/ip4/…"]
         )
         rpc.add_DirectoryServicer_to_server(service, server)
-        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        address = listen(server)
         await server.start()
         servers.append(server)
         return address
@@ -132,9 +139,9 @@ async def test_lists_what_a_peer_serves(serve):
 
 
 async def test_a_reply_is_bounded_and_names_the_bootstrap(serve, monkeypatch):
-    monkeypatch.setattr("petal.protocol.directory.MAX_REPLY_BYTES", 2500)
+    monkeypatch.setattr("petal.protocol.directory.MAX_REPLY_BYTES", 3500)
     address = await serve(*(signed_record(identity) for identity in (ALICE, BOB, EVE)))
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with TRUST.dial(address, DIRECTORY_OPTIONS) as channel:
         reply = await rpc.DirectoryStub(channel).List(pb.ListRequest())
     assert len(reply.records) == 1
     assert list(reply.bootstrap) == ["/ip4/…"]
@@ -185,7 +192,7 @@ async def test_replay_of_an_older_record(serve):
     server = grpc.aio.server()
     service = DirectoryService(ALICE.peer_id, state=lambda: pb.ONLINE, records=lambda model: served)
     rpc.add_DirectoryServicer_to_server(service, server)
-    directory = GrpcDirectory([f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"])
+    directory = GrpcDirectory([listen(server)])
     await server.start()
     await directory.list()
     served[:] = [old]
@@ -197,20 +204,22 @@ async def test_replay_of_an_older_record(serve):
 
 async def test_peers_that_it_learned_of_are_asked_too(serve):
     second = await serve(signed_record(BOB))
-    first = await serve(signed_record(ALICE, addresses=[second]))
+    first = await serve(signed_record(TRUSTED, addresses=[second]))
     directory = GrpcDirectory([first])
     await directory.list()
     directory._addresses = [NOBODY]
     await directory.list()
-    assert ids(await directory.list()) == {ALICE.peer_id, BOB.peer_id}
+    assert ids(await directory.list()) == {TRUSTED.peer_id, BOB.peer_id}
 
 
 async def test_ping(serve, silent):
     address = await serve()
-    pong = await ping(address)
+    pong = await ping(partial(TRUST.dial, address, DIRECTORY_OPTIONS))
     assert (pong.peer_id, pong.state) == (ALICE.peer_id, pb.DRAINING)
     assert 0 < pong.rtt_s < 0.5
     started = time.monotonic()
-    pongs = await ping_all([address, NOBODY, silent, silent], timeout=0.5, connect=connect_plain)
-    assert [pong is not None for pong in pongs.values()] == [True, False, False]
+    places = {ALICE: NOBODY, BOB: silent, EVE: address}
+    records = [good_record(identity, addresses=[place]) for identity, place in places.items()]
+    pongs = await ping_all([*records, good_record(TRUSTED, addresses=[address])], TRUST, timeout=0.5)
+    assert {peer for peer, pong in pongs.items() if pong} == {TRUSTED.peer_id}, "Eve's record has another TLS key"
     assert time.monotonic() - started < 1.5

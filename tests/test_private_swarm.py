@@ -1,0 +1,124 @@
+"""A private swarm end to end: who is invited works as in a public one, others get nothing, who is revoked is cut."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import pytest_asyncio
+from petal.client.known_peers import ConnectError
+from petal.client.session import Session
+from petal.client.stream import PeerError
+from petal.client.swarm import AsyncSwarmModel
+from petal.protocol import petal_pb2 as pb
+from petal.protocol.limits import DIRECTORY_OPTIONS
+from petal.protocol.petal_pb2_grpc import DirectoryStub
+from petal.protocol.private.invites import InviteError
+from petal.protocol.private.joining import join
+from petal.protocol.trust import PublicTrust
+
+from .private_swarms import PrivateSwarm, private_swarm
+from .swarms import local_swarm
+from .tiny import tiny_llama
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+PROMPT = [1, 5, 9, 4, 77]
+SETTINGS = {"max_new_tokens": 8, "eos_token_id": -1}
+CUT_S = 20.0
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def swarm() -> AsyncIterator[PrivateSwarm]:
+    async with private_swarm(tiny_llama(), [range(0, 2), range(2, 4)]) as running:
+        yield running
+
+
+async def test_the_same_tokens_as_in_a_public_swarm(swarm: PrivateSwarm) -> None:
+    async with swarm.connect() as client:
+        said = await client.generate(PROMPT, **SETTINGS)
+    async with local_swarm(tiny_llama(), [range(0, 4)]) as public, public.connect() as other:
+        assert said == await other.generate(PROMPT, **SETTINGS)
+
+
+async def test_keys_are_the_joiners_own_and_private(swarm: PrivateSwarm) -> None:
+    keys = [*swarm.folder.rglob("*.key"), *swarm.folder.rglob("key.pem")]
+    assert len(keys) >= 5
+    assert {os.stat(path).st_mode & 0o777 for path in keys} == {0o600}
+
+
+async def test_strangers_get_nothing(swarm: PrivateSwarm) -> None:
+    peer = swarm.peers[0]
+    for trust in (PublicTrust(), PublicTrust(peer.identity)):
+        with pytest.raises((grpc.aio.AioRpcError, OSError)):
+            async with trust.dial(peer.address, DIRECTORY_OPTIONS) as channel:
+                await DirectoryStub(channel).List(pb.ListRequest(), timeout=5)
+    with pytest.raises(ConnectError):
+        await AsyncSwarmModel.connect(swarm.model, [peer.address])
+
+
+async def test_members_of_another_swarm_get_nothing(swarm: PrivateSwarm) -> None:
+    async with private_swarm(tiny_llama()) as other:
+        foreign = other.authority.membership
+        with pytest.raises(grpc.aio.AioRpcError):
+            async with foreign.dial(swarm.peers[0].address, DIRECTORY_OPTIONS) as channel:
+                await DirectoryStub(channel).List(pb.ListRequest(), timeout=5)
+
+
+async def test_an_invitation_is_good_for_its_uses_and_its_role(swarm: PrivateSwarm) -> None:
+    token = swarm.invite("client")
+    await join(token, folder=swarm.folder / "first")
+    with pytest.raises(InviteError, match="used up"):
+        await join(token, folder=swarm.folder / "second")
+    await join(token, folder=swarm.folder / "first")  # is a member already
+    with pytest.raises(InviteError, match="for a peer"):
+        await join(swarm.invite("peer"), folder=swarm.folder / "third")
+    with pytest.raises(InviteError, match="expired"):
+        await join(swarm.invite("client", lifetime_s=-5 + 5.001), folder=swarm.folder / "fourth")
+
+
+async def test_of_two_at_once_one_joins(swarm: PrivateSwarm) -> None:
+    token = swarm.invite("client")
+    both = [join(token, folder=swarm.folder / name) for name in ("this", "that")]
+    outcomes = await asyncio.gather(*both, return_exceptions=True)
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["InviteError", "Membership"]
+
+
+async def test_a_revoked_client_is_cut_everywhere(swarm: PrivateSwarm) -> None:
+    async with swarm.connect("victim") as client, await client.open_session(64) as session:
+        await session.prefill(PROMPT)
+        swarm.authority.revoke(client._channels.trust.name)
+        started = time.monotonic()
+        with pytest.raises(PeerError, match="membership of this swarm was revoked"):
+            await _go_on(session, CUT_S)
+        while any(peer.admission.sessions for peer in swarm.peers):
+            assert time.monotonic() - started < CUT_S
+            await asyncio.sleep(0.1)
+
+
+async def _go_on(session: Session, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        await session.prefill([7])
+        await asyncio.sleep(0.2)
+
+
+async def test_a_revoked_peer_is_left_and_the_text_goes_on(swarm: PrivateSwarm) -> None:
+    spare = await swarm.serve(range(0, 2))
+    async with swarm.connect("bystander") as client:
+        expected = await client.generate(PROMPT, **SETTINGS)
+        session = await client.open_session(64)
+        first = session.route[0].peer
+        [revoked] = [peer for peer in swarm.peers if peer.identity.peer_id == first.peer_id]
+        swarm.authority.revoke(revoked.trust.name)
+        started = time.monotonic()
+        while first.peer_id in {record.peer_id for record in client._known._records}:
+            await client._known.look()
+            assert time.monotonic() - started < CUT_S
+            await asyncio.sleep(0.2)
+        assert await client.generate(PROMPT, **SETTINGS) == expected
+        session.close()
+    assert spare.identity.peer_id
