@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..protocol.directory import DirectoryError
+from ..protocol.private import ENVIRONMENT
 from ..protocol.sampling import SamplingError
+from .ends import CAVEAT, explain, table
 from .generation import Piece
 from .known_peers import ConnectError
 from .private_cli import commands as private_swarms
@@ -40,7 +42,11 @@ Peers = Annotated[
     typer.Option(help="Any peer of the swarm: gRPC host:port or libp2p multiaddr.", envvar="PETAL_INITIAL_PEERS"),
 ]
 Join = Annotated[
-    str | None, typer.Option(envvar="PETAL_JOIN", help="Of a private swarm: an invitation, or a file that holds it.")
+    str | None, typer.Option(envvar=ENVIRONMENT, help="Of a private swarm: an invitation, or a file that holds it.")
+]
+Ends = Annotated[
+    list[str] | None,
+    typer.Option("--ends", help="A label, such as lab=oxford, that the peers of the first and last block must have."),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens at most.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
@@ -111,6 +117,7 @@ def generate(
     budget: Budget = None,
     exact: Exact = False,
     allow_mixed: AllowMixed = False,
+    ends: Ends = None,
     wait: Wait = None,
     raw: Annotated[bool, typer.Option(help="Continue the prompt as it is, without the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
@@ -120,7 +127,7 @@ def generate(
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def run() -> None:
-        options = {"join": join, "exact": exact, "allow_mixed": allow_mixed, "wait_s": wait}
+        options = {"join": join, "exact": exact, "allow_mixed": allow_mixed, "trusted_ends": ends or (), "wait_s": wait}
         with SwarmModel.connect(model, initial_peers or [], **options) as swarm:
             talk = swarm.chat()
             pieces = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
@@ -150,6 +157,7 @@ def chat(
     budget: Budget = None,
     exact: Exact = False,
     allow_mixed: AllowMixed = False,
+    ends: Ends = None,
     wait: Wait = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     verbose: Verbose = False,
@@ -158,9 +166,33 @@ def chat(
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def run() -> None:
-        options = {"join": join, "exact": exact, "allow_mixed": allow_mixed, "wait_s": wait}
+        options = {"join": join, "exact": exact, "allow_mixed": allow_mixed, "trusted_ends": ends or (), "wait_s": wait}
         with SwarmModel.connect(model, initial_peers or [], **options) as swarm:
             converse(swarm, settings, system, verbose)
+
+    _guarded(run)
+
+
+@app.command()
+def route(
+    model: Model,
+    initial_peers: Peers = None,
+    join: Join = None,
+    ends: Ends = None,
+    explained: Annotated[bool, typer.Option("--explain", help="Say what each peer sees.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """The peers that a session would run through now."""
+
+    def run() -> None:
+        with SwarmModel.connect(model, initial_peers or [], join=join, trusted_ends=ends or ()) as swarm:
+            stops = explain(swarm.route(), swarm.ends, local_head=False)
+        if as_json:
+            print(json.dumps(stops))
+        elif explained:
+            Console().print(table(stops), CAVEAT)
+        else:
+            print(" -> ".join(f"{stop['address']} [{stop['blocks'][0]}:{stop['blocks'][1]}]" for stop in stops))
 
     _guarded(run)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.directory import Directory, DirectoryError, ping_all
@@ -20,16 +20,24 @@ class ConnectError(RuntimeError):
 
 
 class KnownPeers:
-    """Records of the peers that host one model. `rtt_s`: their measured round trips, by peer id.
+    """Records of the peers that host one model, within a limit. `rtt_s`: their measured round trips, by peer id.
 
     A peer that failed is left out until it answers a ping and has published a new record: a dead one can do neither.
     """
 
-    def __init__(self, directory: Directory, trust: Trust, name: str, digest: bytes | None) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        trust: Trust,
+        name: str,
+        digest: bytes | None,
+        limit: Callable[[list[pb.PeerRecord]], list[pb.PeerRecord]] = lambda records: records,
+    ) -> None:
         self.digest = digest
         self.rtt_s: dict[str, float] = {}
         self._directory = directory
         self._trust = trust
+        self._limit = limit
         self._name = name
         self._records: list[pb.PeerRecord] = []
         self._banned: dict[str, int] = {}  # with the version of the record that it had
@@ -54,7 +62,7 @@ class KnownPeers:
             self.digest = max(groups, key=lambda digest: len(groups[digest]))
         if groups and self.digest not in groups:
             raise ConnectError(f"the swarm serves other weights under the name {self._name}; compare model digests")
-        self._records = groups.get(self.digest or b"", [])
+        self._records = self._limit(groups.get(self.digest or b"", []))
         back = [r for r in self._records if r.version > self._banned.get(r.peer_id, r.version)]
         await self._ping([r for r in self._records if r.peer_id not in self.rtt_s or r in back])
         return self._records

@@ -66,7 +66,7 @@ class Leg:
         self.whole = False
         self.draining = False
         self.failed: PeerError | None = None
-        self.max_rows = 0
+        self.max_rows = self.max_nodes = 0
         self.features: frozenset[str] = frozenset()
         self.token = b""
         # What it was told of the newest route, and what it has to answer.
@@ -104,7 +104,9 @@ class OpenRoute:
     @property
     def max_nodes(self) -> int:
         """Rows of a tree below row 0; none where a peer knows no trees."""
-        return self.max_rows - 1 if all("tree" in leg.features for leg in self.legs) else 0
+        if not all("tree" in leg.features for leg in self.legs):
+            return 0
+        return min(self.max_rows - 1, *(leg.max_nodes for leg in self.legs))
 
     async def open(self, route: Route, fork_of: bytes = b"") -> None:
         """Reserve on every peer and join the links, or release all and raise PeerError."""
@@ -205,6 +207,7 @@ class OpenRoute:
             raise leg.fail(error) from None
         self._channels.trust.learn(opened.revocations)
         leg.token, leg.max_rows, leg.features = opened.link_token, opened.max_rows, frozenset(opened.features)
+        leg.max_nodes = opened.max_nodes if opened.HasField("max_nodes") else opened.max_rows - 1
 
     def _words(self, standpoint: Standpoint) -> list[tuple[Leg, pb.Resume]]:
         """What each peer must hear: where the session stands, who gets a replay, who sends one."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 from ..protocol.channels import Channels
@@ -20,6 +20,7 @@ from .chat import Chat
 from .drafting.budget import BudgetController
 from .drafting.choice import DrafterShelf
 from .drafting.speculation import Speculation
+from .ends import TrustedEnds
 from .generation import GenerationConfig, Piece, common_prefix, config_of, for_sequence, generate
 from .head_shelf import HeadShelf
 from .known_peers import ConnectError, KnownPeers
@@ -56,7 +57,7 @@ class AsyncSwarmModel:
         name: str,
         digest: bytes | None,
         directory: Directory,
-        trust: Trust,
+        ends: TrustedEnds,
         tokenizer: Tokenizer | None,
         codec: str,
         exact: bool,
@@ -71,8 +72,9 @@ class AsyncSwarmModel:
         self._codec = CODECS[codec]
         self._exact, self._mixed = exact, allow_mixed
         self._wait_s = wait_s
-        self._known = KnownPeers(directory, trust, name, digest)
-        self._channels = Channels(trust)
+        self._known = KnownPeers(directory, ends.trust, name, digest, ends.limit)
+        self._channels = Channels(ends.trust)
+        self.ends = ends
         self._membership: asyncio.Task[None] | None = None
         self._drafters: DrafterShelf | None = None
         self._heads: HeadShelf | None = None
@@ -90,6 +92,7 @@ class AsyncSwarmModel:
         exact: bool = False,
         allow_mixed: bool = False,
         local_head: bool = False,
+        trusted_ends: str | Collection[str] = (),
         wait_s: float | None = None,
     ) -> AsyncSwarmModel:
         """Find the model's peers. `initial_peers` are gRPC host:port of any peers, or libp2p multiaddrs.
@@ -100,6 +103,7 @@ class AsyncSwarmModel:
         not, since the text would depend on the route.
         `local_head` embeds and draws on this machine, with `logits_processor`s of one's own; peers get embeddings
         in place of token ids. It needs the checkpoint, torch and transformers.
+        `trusted_ends` are labels, such as lab=oxford, that the peers of the first and the last block must have.
         Waits up to `wait_s` seconds for blocks without a peer: by default not at all to begin with, and WAIT_S where
         they are lost while it generates. Raises ConnectError.
         """
@@ -116,7 +120,8 @@ class AsyncSwarmModel:
                 raise ConnectError(f"no tokenizer for {model}: {error}") from error
         trust, directory = await enter(initial_peers, join)
         wait = WAIT_S if wait_s is None else wait_s
-        self = cls(name, digest, directory, trust, tokenizer, codec, exact, allow_mixed, wait)
+        ends = TrustedEnds(trust, frozenset([trusted_ends] if isinstance(trusted_ends, str) else trusted_ends))
+        self = cls(name, digest, directory, ends, tokenizer, codec, exact, allow_mixed, wait)
         try:
             await self._wait_for_route(wait_s or 0.0)
             if local_head:
@@ -150,7 +155,10 @@ class AsyncSwarmModel:
         """The route that a new session would take. Raises NoRoute, ConnectError."""
         await self._known.look()
         known = self._known
-        return choose_route(known.usable(), known.rtt_s, reserve_tokens, exact=self._exact, mixed=self._mixed)
+        try:
+            return choose_route(known.usable(), known.rtt_s, reserve_tokens, exact=self._exact, mixed=self._mixed)
+        except NoRoute as error:
+            raise NoRoute(f"{error}; {self.ends}") if self.ends.labels else error from None
 
     async def open_session(self, reserve_tokens: int, wait_s: float | None = None) -> Session:
         """Open along the best route; where peers are busy or missing, try again with jitter, for `wait_s` seconds.
@@ -343,6 +351,11 @@ class SwarmModel:
     def route(self) -> Route:
         """The route that a new session would take. Raises NoRoute."""
         return self._loop.run(self._core.route())
+
+    @property
+    def ends(self) -> TrustedEnds:
+        """Whom the first and the last block are left to."""
+        return self._core.ends
 
     def close(self) -> None:
         self._loop.run(self._core.close())

@@ -29,8 +29,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from ..protocol.checkpoint import CheckpointError
 from ..protocol.directory import DirectoryError
 from ..protocol.folders import data_dir
-from ..protocol.private.invites import ENVIRONMENT
+from ..protocol.private import ENVIRONMENT
 from .options import DTYPES, ServeOptions
+from .quotas import NO_QUOTAS, Quotas
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -42,6 +43,13 @@ def _parse_blocks(text: str | None) -> range | None:
     if not (colon and start.isdigit() and end.isdigit() and int(start) < int(end)):
         raise typer.BadParameter("give a half-open range such as 0:10")
     return range(int(start), int(end))
+
+
+def _quotas(path: Path | None) -> Quotas:
+    try:
+        return Quotas.read(path) if path else NO_QUOTAS
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()
@@ -72,6 +80,9 @@ def serve(
     replay_mib: Annotated[
         int, typer.Option(min=0, help="Memory for outputs that are sent again where another peer fails.")
     ] = 1024,
+    quotas: Annotated[
+        Path | None, typer.Option(help="JSON file: what clients may take, by role and label, and weights of labs.")
+    ] = None,
     exact: Annotated[
         bool, typer.Option(help="Promise equal bits for a row in any batch, tree or chunk; refuse to start otherwise.")
     ] = False,
@@ -99,6 +110,7 @@ def serve(
         exact=exact,
         grace_s=grace,
         replay_bytes=replay_mib << 20,
+        quotas=_quotas(quotas),
     )
     ui = _JsonLines() if json_logs else _Terminal()
     ui.set_up_logging()

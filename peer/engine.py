@@ -27,7 +27,7 @@ from .decode import decode_rows
 from .executor import Executor, Segment
 from .job import BadStep, DeadlinePassed, Done, StepFailed, StepInput, StepOutput
 from .pool import KVPool, PoolExhausted, RewindRefused, SessionCache
-from .scheduler import Budget, Gathering, Ready, Scheduler, Slice
+from .scheduler import Budget, Gathering, Ready, Scheduler, Slice, Tenant
 from .span import Span
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class _Job:
 class _Session:
     """The compute thread's side of a session."""
 
-    client: bytes
+    tenant: Tenant
     priority: int
     codec: Codec
     blocks: range
@@ -96,13 +96,13 @@ class Engine:
     def open(
         self,
         session: bytes,
-        client: bytes,
+        tenant: Tenant,
         codec: Codec,
         blocks: range,
         priority: int = 0,
         fork_of: bytes | None = None,
     ) -> None:
-        self._post(lambda: self._open(session, _Session(client, priority, codec, blocks, self.pool.open()), fork_of))
+        self._post(lambda: self._open(session, _Session(tenant, priority, codec, blocks, self.pool.open()), fork_of))
 
     def submit(self, session: bytes, step: StepInput, done: Done) -> None:
         """Queue a step behind the session's others; `done` is called on the compute thread."""
@@ -199,7 +199,7 @@ class Engine:
             self._fail(key, StepFailed(str(error)))
             return
         self._scheduler.add(
-            Ready(key, session.client, len(job.rows), step.base, step.prefill, session.priority, step.deadline)
+            Ready(key, session.tenant, len(job.rows), step.base, step.prefill, session.priority, step.deadline)
         )
 
     def _resume(self, key: bytes, length: int, commit: Sequence[int]) -> str:

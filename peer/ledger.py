@@ -114,5 +114,7 @@ class Ledger:
         spec = self._spec
         if header.want_logits and header.rows * spec.vocab_size * 4 > ANSWER_BYTES:
             raise invalid(f"logits of {header.rows} rows exceed an answer of {ANSWER_BYTES} bytes; ask for fewer rows")
+        if not header.prefill and header.rows - 1 > spec.max_nodes:
+            raise invalid(f"a tree of {header.rows - 1} nodes; your quota here is {spec.max_nodes}")
         if header.rows > spec.max_rows:
             raise invalid(f"a step of {header.rows} rows; this peer takes up to {spec.max_rows}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..protocol.folders import data_dir
 from ..protocol.host import outward_host
+from .quotas import NO_QUOTAS, Quotas
 
 DTYPES = ("float32", "bf16")
 
@@ -35,6 +36,7 @@ class ServeOptions:
     idle_s: float = 600.0
     grace_s: float = 30.0
     replay_bytes: int = 1 << 30
+    quotas: Quotas = NO_QUOTAS
 
     def announced(self, port: int) -> str:
         """The host:port under which others reach this peer."""

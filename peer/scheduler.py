@@ -1,8 +1,8 @@
 """Which rows run next: pure planning, no torch and no sockets.
 
 Each iteration takes every ready step that fits the token budget: decode and tree steps first, whole; then prefill in
-chunks, so that a decode step never waits for a whole prompt. Within a class: higher priority first, then the client
-that has been served least, then the oldest.
+chunks, so that a decode step never waits for a whole prompt. Within a class: higher priority first, then the lab that
+has been served least by its weight, then its client that has, then the oldest.
 """
 
 from __future__ import annotations
@@ -15,12 +15,21 @@ from typing import Generic, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 
 
+@dataclass(frozen=True)
+class Tenant:
+    """Who is served: a client, and the lab with which it shares a turn of this weight."""
+
+    client: str
+    share: str = ""
+    weight: float = 1.0
+
+
 @dataclass
 class Ready(Generic[Key]):
     """A step that waits for compute. `done` of its `rows` have run; only a prefill runs in parts."""
 
     key: Key
-    client: bytes
+    tenant: Tenant
     rows: int
     context: int
     prefill: bool = False
@@ -61,33 +70,62 @@ class Budget:
 
 @dataclass
 class Turns:
-    """How much each client of one class was served, since the class last had nothing ready.
+    """How much everybody of one class was served for its weight, since the class last had nothing ready.
 
-    `clock` is what a client would have got that was ready all the time, each time an equal share (the virtual time of
+    `clock` is what somebody would have got who was ready all the time, each time a fair share (the virtual time of
     fair queueing). Who comes or returns starts there: it owes nothing for the past and gains nothing from having been
-    away. Who is behind the clock and away is forgotten, so only the clients of the last few turns are remembered.
+    away. Who is behind the clock and away is forgotten, so only those of the last few turns are remembered.
     """
 
     clock: float = 0.0
-    served: dict[bytes, float] = field(default_factory=dict)
-    waiting: Counter[bytes] = field(default_factory=Counter)
+    served: dict[str, float] = field(default_factory=dict)
+    waiting: Counter[str] = field(default_factory=Counter)
+    weights: dict[str, float] = field(default_factory=dict)
 
-    def join(self, client: bytes) -> None:
-        if not self.waiting[client]:
-            self.served[client] = max(self.served.get(client, 0.0), self.clock)
-        self.waiting[client] += 1
+    def join(self, who: str, weight: float = 1.0) -> None:
+        if not self.waiting[who]:
+            self.served[who] = max(self.served.get(who, 0.0), self.clock)
+        self.waiting[who] += 1
+        self.weights[who] = weight
 
-    def leave(self, client: bytes) -> None:
-        self.waiting[client] -= 1
-        if not self.waiting[client]:
-            del self.waiting[client]
+    def leave(self, who: str) -> None:
+        self.waiting[who] -= 1
+        if not self.waiting[who]:
+            del self.waiting[who], self.weights[who]
 
-    def charge(self, client: bytes, cost: float) -> None:
-        self.served[client] += cost
-        self.clock += cost / len(self.waiting)
+    def charge(self, who: str, cost: float) -> None:
+        self.served[who] += cost / self.weights[who]
+        self.clock += cost / sum(self.weights.values())
 
     def forget(self) -> None:
-        self.served = {c: cost for c, cost in self.served.items() if c in self.waiting or cost > self.clock}
+        self.served = {who: cost for who, cost in self.served.items() if who in self.waiting or cost > self.clock}
+
+
+@dataclass
+class Accounts:
+    """The turns of labs, and of clients among all."""
+
+    labs: Turns = field(default_factory=Turns)
+    clients: Turns = field(default_factory=Turns)
+
+    def join(self, tenant: Tenant) -> None:
+        self.labs.join(tenant.share, tenant.weight)
+        self.clients.join(tenant.client)
+
+    def leave(self, tenant: Tenant) -> None:
+        self.labs.leave(tenant.share)
+        self.clients.leave(tenant.client)
+
+    def charge(self, tenant: Tenant, cost: float) -> None:
+        self.labs.charge(tenant.share, cost)
+        self.clients.charge(tenant.client, cost)
+
+    def served(self, tenant: Tenant) -> tuple[float, float]:
+        return self.labs.served[tenant.share], self.clients.served[tenant.client]
+
+    def forget(self) -> None:
+        self.labs.forget()
+        self.clients.forget()
 
 
 @dataclass
@@ -132,8 +170,8 @@ class Scheduler(Generic[Key]):
 
     budget: Budget = field(default_factory=Budget)
     _ready: dict[Key, Ready[Key]] = field(default_factory=dict)
-    # One account a class: what decoding cost a client says nothing of its turn to prefill.
-    _turns: dict[tuple[int, bool], Turns] = field(default_factory=dict)
+    # One for each class: what decoding cost a client says nothing of its turn to prefill.
+    _accounts: dict[tuple[int, bool], Accounts] = field(default_factory=dict)
     _orders: int = 0
     _last_decode: float = float("-inf")
 
@@ -153,7 +191,7 @@ class Scheduler(Generic[Key]):
         assert step.rows > 0
         self._orders += 1
         step.order = self._orders
-        self._turns.setdefault((step.priority, step.prefill), Turns()).join(step.client)
+        self._accounts.setdefault((step.priority, step.prefill), Accounts()).join(step.tenant)
         self._ready[step.key] = step
 
     def cancel(self, key: Key) -> None:
@@ -162,13 +200,13 @@ class Scheduler(Generic[Key]):
 
     def _remove(self, step: Ready[Key]) -> None:
         del self._ready[step.key]
-        turns = self._turns_of(step)
-        turns.leave(step.client)
-        if not turns.waiting:
-            del self._turns[step.priority, step.prefill]
+        accounts = self._accounts_of(step)
+        accounts.leave(step.tenant)
+        if not accounts.clients.waiting:
+            del self._accounts[step.priority, step.prefill]
 
-    def _turns_of(self, step: Ready[Key]) -> Turns:
-        return self._turns[step.priority, step.prefill]
+    def _accounts_of(self, step: Ready[Key]) -> Accounts:
+        return self._accounts[step.priority, step.prefill]
 
     def expired(self, now: float) -> list[Ready[Key]]:
         """Remove and return the steps whose deadline has passed before any of their rows ran."""
@@ -189,8 +227,8 @@ class Scheduler(Generic[Key]):
         for piece in slices:
             if piece.last:
                 self._remove(piece.step)
-        for turns in self._turns.values():
-            turns.forget()
+        for accounts in self._accounts.values():
+            accounts.forget()
         return slices
 
     def _take_decodes(self, steps: Iterable[Ready[Key]]) -> list[Slice[Key]]:
@@ -220,10 +258,10 @@ class Scheduler(Generic[Key]):
         return slices
 
     def _by_turn(self, steps: Iterable[Ready[Key]]) -> list[Ready[Key]]:
-        return sorted(steps, key=lambda s: (-s.priority, self._turns_of(s).served[s.client], s.order))
+        return sorted(steps, key=lambda s: (-s.priority, self._accounts_of(s).served(s.tenant), s.order))
 
     def _account(self, piece: Slice[Key]) -> None:
         step = piece.step
         cost = self.budget.cost(piece.stop - piece.start, step.context + piece.start)
-        self._turns_of(step).charge(step.client, cost)
+        self._accounts_of(step).charge(step.tenant, cost)
         step.done = piece.stop

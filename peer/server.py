@@ -183,7 +183,7 @@ class PeerServer:
             idle_s=self.options.idle_s,
             replay_bytes=self.options.replay_bytes,
         )
-        self.service = PeerService(info, self.engine, self.admission, self.trust, self._resolve)
+        self.service = PeerService(info, self.engine, self.admission, self.trust, self._resolve, self.options.quotas)
         served = DirectoryService(
             self.identity.peer_id,
             state=lambda: self._state,

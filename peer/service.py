@@ -15,13 +15,15 @@ from google.protobuf.message import DecodeError
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.channels import Channels
-from ..protocol.limits import PROTOCOL, PROTOCOL_MIN, WINDOW_BYTES
+from ..protocol.limits import MAX_ROWS, PROTOCOL, PROTOCOL_MIN, WINDOW_BYTES
 from ..protocol.petal_pb2_grpc import PeerServicer
 from ..protocol.trust import Caller, Trust, TrustError, client_id_of
 from .admission import Admission, Refused
 from .engine import Engine
 from .link import LinkFailed
+from .quotas import NO_QUOTAS, Allowance, Allowances, Quota, Quotas
 from .replay import ReplayBudget
+from .scheduler import Tenant
 from .session import PeerSession
 from .session_spec import SessionFailed, SessionSpec, invalid
 
@@ -85,7 +87,15 @@ class _Writer:
 class PeerService(PeerServicer):
     """Sessions and links of one peer."""
 
-    def __init__(self, info: ServiceInfo, engine: Engine, admission: Admission, trust: Trust, resolve: Resolve) -> None:
+    def __init__(
+        self,
+        info: ServiceInfo,
+        engine: Engine,
+        admission: Admission,
+        trust: Trust,
+        resolve: Resolve,
+        quotas: Quotas = NO_QUOTAS,
+    ) -> None:
         self.info = info
         self.draining = False
         self._engine = engine
@@ -96,6 +106,7 @@ class PeerService(PeerServicer):
         self._uplinks: dict[asyncio.Task[Any], Caller] = {}
         self._trust = trust
         self._channels = Channels(trust)
+        self._allowances = Allowances(quotas)
 
     @property
     def sessions(self) -> int:
@@ -118,7 +129,7 @@ class PeerService(PeerServicer):
         """Cut the streams of whoever is not trusted any more, on either side of this peer."""
         self._channels.sweep()
         for session in self._sessions.values():
-            if not self._trust.trusted(session.caller.certificates):
+            if not self._trust.trusted(session.allowance.caller.certificates):
                 session.fail(_REVOKED)
         for link, caller in self._uplinks.items():
             if not self._trust.trusted(caller.certificates):
@@ -163,26 +174,28 @@ class PeerService(PeerServicer):
         self._check_open(message)
         caller = self._client(message, context)
         parent = self._parent(message)
-        spec = self._spec(message)
+        allowance = self._allowances.of(caller)
+        spec = self._spec(message, allowance.quota)
         if former := self._sessions.get(spec.session_id):
             self._close(former)
             former.fail(SessionFailed(Status.ABORTED, "this session was opened anew on another stream"))
         try:
-            self._admission.reserve(spec.session_id, spec.reserve_tokens)
+            self._reserve(spec, allowance)
         except Refused as error:
             code = Status.FAILED_PRECONDITION if error.final else Status.RESOURCE_EXHAUSTED
             raise SessionFailed(code, str(error)) from error
-        session = PeerSession(spec, caller, self._engine, self.replay_budget, message.route_epoch, writer.put)
+        session = PeerSession(spec, allowance, self._engine, self.replay_budget, message.route_epoch, writer.put)
         try:
             if parent:
                 session.adopt(parent)
             if message.HasField("resume"):
                 session.start_behind(message.resume)
         except SessionFailed:
-            self._admission.release(spec.session_id)
+            self._release(session)
             raise
+        tenant = Tenant(caller.name, caller.share, allowance.weight)
         self._engine.open(
-            session.key, spec.client_id, spec.codec, spec.blocks, message.priority, parent.key if parent else None
+            session.key, tenant, spec.codec, spec.blocks, message.priority, parent.key if parent else None
         )
         self._sessions[spec.session_id] = session
         opened = pb.Opened(
@@ -192,6 +205,7 @@ class PeerService(PeerServicer):
             protocol=PROTOCOL,
             features=sorted(self.info.features),
             revocations=self._trust.revocations,
+            max_nodes=allowance.quota.tree_nodes,
         )
         writer.put(pb.PeerFrame(opened=opened))
         return session
@@ -257,7 +271,7 @@ class PeerService(PeerServicer):
             raise invalid(f"a fork reserves at least what its parent did, {parent.spec.reserve_tokens} tokens")
         return parent
 
-    def _spec(self, message: pb.Open) -> SessionSpec:
+    def _spec(self, message: pb.Open, quota: Quota) -> SessionSpec:
         info = self.info
         return SessionSpec(
             session_id=message.session_id,
@@ -270,6 +284,7 @@ class PeerService(PeerServicer):
             blocks=range(message.start, message.end),
             n_blocks=info.n_blocks,
             peer_id=info.peer_id,
+            max_nodes=MAX_ROWS - 1 if quota.tree_nodes is None else quota.tree_nodes,
         )
 
     async def _read(self, session: PeerSession, requests: AsyncIterator[pb.ClientFrame], writer: _Writer) -> None:
@@ -333,8 +348,21 @@ class PeerService(PeerServicer):
         session_id = session.spec.session_id
         if self._sessions.get(session_id) is session:  # else its client has opened it anew, in its place
             session.close()
-            self._admission.release(session_id)
+            self._release(session)
             del self._sessions[session_id]
+
+    def _reserve(self, spec: SessionSpec, allowance: Allowance) -> None:
+        allowance.open(spec.session_id, spec.reserve_tokens)
+        try:
+            share, weight = allowance.caller.share, allowance.weight
+            self._admission.reserve(spec.session_id, spec.reserve_tokens, share, weight)
+        except Refused:
+            allowance.close(spec.session_id)
+            raise
+
+    def _release(self, session: PeerSession) -> None:
+        self._admission.release(session.spec.session_id)
+        session.allowance.close(session.spec.session_id)
 
     # The link from the peer before.
 

@@ -16,13 +16,14 @@ import grpc
 from ..protocol import petal_pb2 as pb
 from ..protocol.limits import UNREAD_BYTES, WINDOW_BYTES
 from ..protocol.step import StepHeader
-from ..protocol.trust import Caller
+from .admission import Refused
 from .engine import Engine
 from .frames import link_frames, replay_frames, result_frames
 from .job import BadStep, DeadlinePassed, StepFailed, StepInput, StepOutput
 from .ledger import Entry, Ledger, Rows
 from .link import Downlink
 from .parts import ClientPart, LinkPart
+from .quotas import Allowance
 from .replay import ReplayBudget, ReplayLog
 from .session_spec import SessionFailed, SessionSpec, invalid
 
@@ -38,14 +39,14 @@ class PeerSession:
     def __init__(
         self,
         spec: SessionSpec,
-        caller: Caller,
+        allowance: Allowance,
         engine: Engine,
         budget: ReplayBudget,
         epoch: int,
         send: Callable[[pb.PeerFrame], int],
     ) -> None:
         self.spec = spec
-        self.caller = caller
+        self.allowance = allowance
         # The engine's name for it: a session that is opened anew shares nothing with the one before.
         self.key = secrets.token_bytes(16)
         self.link_token = secrets.token_bytes(16)
@@ -212,7 +213,14 @@ class PeerSession:
         part = from_client or from_link
         assert part is not None
         if entry := self._accept(part.header, part.rows):
+            self._spend(part.header.rows)
             self._submit(entry, from_client, from_link, time.monotonic_ns())
+
+    def _spend(self, tokens: int) -> None:
+        try:
+            self.allowance.spend(tokens)
+        except Refused as error:
+            raise SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
 
     def _forget(self, step: int) -> None:
         self._client_part.pop(step, None)

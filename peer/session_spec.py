@@ -37,6 +37,7 @@ class SessionSpec:
     blocks: range
     n_blocks: int
     peer_id: str
+    max_nodes: int = MAX_ROWS - 1
 
     @property
     def is_head(self) -> bool:

@@ -290,20 +290,22 @@ class Draining(_message.Message):
     def __init__(self, grace_ms: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("link_token", "window_bytes", "max_rows", "protocol", "features", "revocations")
+    __slots__ = ("link_token", "window_bytes", "max_rows", "protocol", "features", "revocations", "max_nodes")
     LINK_TOKEN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NODES_FIELD_NUMBER: _ClassVar[int]
     link_token: bytes
     window_bytes: int
     max_rows: int
     protocol: int
     features: _containers.RepeatedScalarFieldContainer[str]
     revocations: _containers.RepeatedCompositeFieldContainer[RevocationList]
-    def __init__(self, link_token: _Optional[bytes] = ..., window_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ..., protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ...) -> None: ...
+    max_nodes: int
+    def __init__(self, link_token: _Optional[bytes] = ..., window_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ..., protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ..., max_nodes: _Optional[int] = ...) -> None: ...
 
 class LinkTo(_message.Message):
     __slots__ = ("peer_id", "token", "route_epoch")

@@ -102,6 +102,10 @@ class Trust(ABC):
         """Whether who has shown this chain is still believed: neither revoked nor expired."""
         return True
 
+    def labels_of(self, certificates: Sequence[bytes]) -> dict[str, str]:
+        """What the swarm's admins say of the owner of this chain. Raises TrustError."""
+        return {}
+
     async def keep(self, identity: Identity | None) -> None:  # noqa: B027 (a public swarm's keys do not run out)
         """Keep what proves who this machine is from running out, for as long as this runs."""
 
@@ -152,7 +156,7 @@ class PublicTrust(Trust):
         except asyncio.TimeoutError:
             raise TimeoutError("it did not answer in time") from None
         except grpc.RpcError:
-            del self._presented[address]  # somebody else may be there by now
+            self._presented.pop(address, None)  # somebody else may be there by now
             raise
 
     def hello(self, record: pb.PeerRecord, session_id: bytes) -> pb.Hello:

@@ -16,7 +16,6 @@ from ..leaf import LeafKey, name_of
 from ..records import is_address
 from .certificates import ROLES
 
-ENVIRONMENT = "PETAL_JOIN"
 MAX_USES = 10_000
 MAX_TOKEN_BYTES = 8192
 _ALGORITHM = "ES256"

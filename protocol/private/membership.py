@@ -172,7 +172,6 @@ class Membership(Trust):
                 log.debug("refused a revocation list: %s", error)
 
     def labels_of(self, certificates: Sequence[bytes]) -> dict[str, str]:
-        """Raises TrustError."""
         return dict(self._member(certificates).labels)
 
     def reload(self) -> None:

@@ -47,3 +47,30 @@ def test_never_more_than_there_is(asks):
             assert not fits
         assert admission.free_tokens == (5 - sum(held.values())) * PAGE
         assert admission.sessions == len(held)
+
+
+def test_a_lab_that_was_refused_comes_in_before_others_get_more_than_their_share():
+    admission = Admission(n_pages=8, max_sessions=8)
+    for session in range(8):
+        admission.reserve(bytes([session]), PAGE, "large")
+    with pytest.raises(Refused, match="all 8 sessions"):
+        admission.reserve(b"s", PAGE, "small", weight=3.0)
+    admission.release(bytes([0]))
+    with pytest.raises(Refused, match="you hold your fair share and others wait; retry in 2 s"):
+        admission.reserve(b"l", PAGE, "large")
+    admission.reserve(b"s", PAGE, "small", weight=3.0)
+    admission.release(bytes([1]))
+    admission.reserve(b"l", PAGE, "large")  # nobody else waits
+
+
+def test_who_stopped_asking_holds_nobody_up(monkeypatch):
+    admission = Admission(n_pages=4, max_sessions=2)
+    admission.reserve(b"a", PAGE, "large")
+    admission.reserve(b"b", PAGE, "large")
+    with pytest.raises(Refused):
+        admission.reserve(b"s", PAGE, "small")
+    admission.release(b"a")
+    with pytest.raises(Refused, match="others wait"):
+        admission.reserve(b"a", PAGE, "large")
+    monkeypatch.setattr("petal.peer.admission.PATIENCE_S", 0.0)
+    admission.reserve(b"a", PAGE, "large")

@@ -7,6 +7,7 @@ import threading
 from petal.peer.engine import Engine
 from petal.peer.job import StepInput
 from petal.peer.pool import KVPool
+from petal.peer.scheduler import Tenant
 from petal.peer.span import load_span
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.checkpoint import open_checkpoint
@@ -21,7 +22,7 @@ def _step(commit=None) -> StepInput:
 def _engine() -> Engine:
     span = load_span(open_checkpoint(tiny_llama()), 0, 4)
     engine = Engine(span, KVPool(span.layers, 256))
-    engine.open(b"s", b"c", pb.FLOAT32, range(4))
+    engine.open(b"s", Tenant("c"), pb.FLOAT32, range(4))
     return engine
 
 
@@ -56,7 +57,7 @@ def test_a_failing_lm_head_ends_the_step_and_not_the_thread() -> None:
         answered.set()
 
     engine.span.logits = broken
-    engine.open(b"t", b"c", pb.FLOAT32, range(4))
+    engine.open(b"t", Tenant("c"), pb.FLOAT32, range(4))
     engine.start()
     try:
         for session in (b"s", b"t"):

@@ -6,19 +6,24 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from petal.peer.scheduler import Budget, Gathering, Ready, Scheduler
+from petal.peer.scheduler import Budget, Gathering, Ready, Scheduler, Tenant
 
 BUDGET = Budget(rows=64, rows_beside_decode=8, context_scale=100, decode_memory_s=1.0)
 # One row costs one, whatever its context: then shares can be counted in rows.
 EVEN = Budget(rows=100, rows_beside_decode=10, context_scale=10**30)
 
 
+def tenant(client: bytes, weight: float = 1.0) -> Tenant:
+    """A client that shares its turn with nobody."""
+    return Tenant(client.decode(), client.decode(), weight)
+
+
 def decode(key, client=b"a", rows=1, context=0, **more):
-    return Ready(key, client, rows, context, **more)
+    return Ready(key, tenant(client), rows, context, **more)
 
 
 def prefill(key, client=b"a", rows=1000, context=0, **more):
-    return Ready(key, client, rows, context, prefill=True, **more)
+    return Ready(key, tenant(client), rows, context, prefill=True, **more)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -43,7 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(self, client, rows, context, is_prefill, priority, patience):
         key = len(self.ran)
         deadline = None if patience is None else self.now + patience
-        step = Ready(key, client, rows, context, is_prefill, priority, deadline)
+        step = Ready(key, tenant(client), rows, context, is_prefill, priority, deadline)
         self.ready[key], self.ran[key] = replace(step), 0
         self.scheduler.add(step)
 
@@ -117,12 +122,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.scheduler) == len(self.ready)
         assert all(key in self.scheduler for key in self.ready)
         # Accounts exist only where something waits, and nobody is remembered for nothing.
-        turns = self.scheduler._turns
-        assert turns.keys() == {(step.priority, step.prefill) for step in self.ready.values()}
-        for (priority, is_prefill), account in turns.items():
-            clients = [s.client for s in self.ready.values() if (s.priority, s.prefill) == (priority, is_prefill)]
-            assert account.waiting == {client: clients.count(client) for client in clients}
-            assert account.served.keys() >= set(clients)
+        accounts = self.scheduler._accounts
+        assert accounts.keys() == {(step.priority, step.prefill) for step in self.ready.values()}
+        for (priority, is_prefill), account in accounts.items():
+            clients = [
+                s.tenant.client for s in self.ready.values() if (s.priority, s.prefill) == (priority, is_prefill)
+            ]
+            assert account.clients.waiting == {client: clients.count(client) for client in clients}
+            assert account.clients.served.keys() >= set(clients)
 
     def teardown(self):
         for _ in range(100_000):
@@ -131,7 +138,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.now += 10
             self.take()
         assert not len(self.scheduler)
-        assert not self.scheduler._turns
+        assert not self.scheduler._accounts
         assert self.scheduler.take(self.now) == []
 
 
@@ -230,7 +237,7 @@ class Clients:
     def run(self, iterations: int) -> None:
         for _ in range(iterations):
             for piece in self.scheduler.take(0.0):
-                client = piece.step.client
+                client = piece.step.tenant.client.encode()
                 self.served[client] += piece.stop - piece.start
                 if piece.last and client in self.sizes:
                     self._next(client)
@@ -295,7 +302,7 @@ def test_endless_newcomers_do_not_starve_the_old():
         clients.served[b"%d" % i] = 0
         clients.scheduler.add(prefill(-1 - i, b"%d" % i, rows=EVEN.rows))
         clients.run(1)
-    fewest = 300 * EVEN.rows / len(clients.scheduler._turns[0, True].waiting)
+    fewest = 300 * EVEN.rows / len(clients.scheduler._accounts[0, True].clients.waiting)
     assert clients.served[b"old"] >= 0.5 * fewest
 
 
@@ -306,7 +313,7 @@ def test_accounts_of_clients_that_left_do_not_pile_up():
     for i in range(5000):
         scheduler.add(prefill(i, b"%d" % i, rows=40))
         scheduler.take(0.0)
-        most = max(most, len(scheduler._turns[0, True].served))
+        most = max(most, len(scheduler._accounts[0, True].clients.served))
     assert most < 20
 
 
@@ -355,3 +362,15 @@ class TestGathering:
             gathering.ran(turn, turn + 1, decodes=2)
             assert gathering.wait(turn + 1, 2) == 0
         assert gathering.patience == gathering.most
+
+
+@pytest.mark.parametrize(("weight", "share"), [(1.0, 0.5), (3.0, 0.75)])
+def test_labs_share_by_weight_however_many_clients_they_have(weight, share):
+    scheduler, rows = Scheduler(EVEN), {"small": 0, "large": 0}
+    scheduler.add(Ready("s", Tenant("s", "small", weight), 10**6, 0, prefill=True))
+    for i in range(20):
+        scheduler.add(Ready(i, Tenant(str(i), "large"), 10**6, 0, prefill=True))
+    for _ in range(400):
+        for piece in scheduler.take(0.0):
+            rows[piece.step.tenant.share] += piece.stop - piece.start
+    assert abs(rows["small"] / sum(rows.values()) - share) < 0.02
