@@ -19,6 +19,7 @@ from ..protocol.directory import DirectoryError
 from ..protocol.private import ENVIRONMENT
 from ..protocol.sampling import SamplingError
 from .ends import CAVEAT, explain, table
+from .entrance import enter
 from .generation import Piece
 from .known_peers import ConnectError
 from .private_cli import commands as private_swarms
@@ -26,7 +27,7 @@ from .report import speed_line
 from .route import NoRoute
 from .status import print_status, swarm_status
 from .stream import PeerError
-from .swarm import SwarmModel, enter
+from .swarm import SwarmModel
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
 swarm_app = typer.Typer(no_args_is_help=True, help="Look at a swarm; make private ones.")

@@ -45,9 +45,7 @@ def explain(route: Route, ends: TrustedEnds, local_head: bool) -> list[dict[str,
         if head:
             seen.append("embeddings of your tokens" if local_head else "your prompt as tokens")
         if tail:
-            seen.append(
-                "last hidden states" if local_head else "your prompt and the answer as tokens, and the settings"
-            )
+            seen.append("last hidden states" if local_head else "your prompt and the answer as tokens")
         seen.append("activations" if not (head or tail) else "activations of its blocks")
         stops.append(
             {
@@ -71,9 +69,7 @@ def table(stops: Iterable[dict[str, Any]]) -> Table:
 
 
 # What the table cannot say in a word.
-CAVEAT = (
-    "Whoever has the model can recover text from activations and embeddings; the address of a client is seen by all."
-)
+CAVEAT = "Whoever has the model can recover text from activations and embeddings. All of them see your address."
 
 
 def _inner(record: pb.PeerRecord) -> pb.PeerRecord:

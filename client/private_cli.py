@@ -8,7 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,9 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..protocol.host import outward_host
-from ..protocol.private.authority import Authority, folder_of
-from ..protocol.private.certificates import parse_label
-from ..protocol.private.ledger import Issue
+
+# What only admins need is imported late: `petal --help` answers at once.
+if TYPE_CHECKING:
+    from ..protocol.private.authority import Authority
+    from ..protocol.private.ledger import Issue
 
 commands = typer.Typer()
 console = Console(stderr=True)
@@ -41,6 +43,8 @@ def init(
     """Make a private swarm: its root key, and this machine as its first admin."""
 
     def run() -> None:
+        from ..protocol.private.authority import Authority
+
         authority = Authority.init(name, address or f"{outward_host()}:{PORT}")
         root = authority.folder / "root.key"
         console.print(
@@ -67,6 +71,8 @@ def invite(
     """Print one line that lets others join; only this admin redeems it."""
 
     def run() -> None:
+        from ..protocol.private.certificates import parse_label
+
         labels = dict(parse_label(text) for text in label or ())
         print(_authority(name).invite(role, labels, uses, _seconds(expires)))
 
@@ -151,6 +157,8 @@ async def _tell(authority: Authority) -> int:
 
 
 def _authority(name: str | None) -> Authority:
+    from ..protocol.private.authority import Authority, folder_of
+
     if name is None:
         swarms = folder_of("any").parent
         names = sorted(path.parent.name for path in swarms.glob("*/admin.json")) if swarms.exists() else []

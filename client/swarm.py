@@ -12,15 +12,15 @@ from typing import Any, Protocol
 from ..protocol.channels import Channels
 from ..protocol.checkpoint import CheckpointError, open_checkpoint
 from ..protocol.codec import CODECS
-from ..protocol.directory import Directory, DirectoryError, GrpcDirectory
+from ..protocol.directory import Directory
 from ..protocol.tokenizer import Tokenizer
-from ..protocol.trust import PublicTrust, Trust
 from .background import BackgroundLoop
 from .chat import Chat
 from .drafting.budget import BudgetController
 from .drafting.choice import DrafterShelf
 from .drafting.speculation import Speculation
 from .ends import TrustedEnds
+from .entrance import enter
 from .generation import GenerationConfig, Piece, common_prefix, config_of, for_sequence, generate
 from .head_shelf import HeadShelf
 from .known_peers import ConnectError, KnownPeers
@@ -366,44 +366,6 @@ class SwarmModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-async def enter(initial_peers: Sequence[str], join: str | None) -> tuple[Trust, Directory]:
-    """The way into a swarm: public through `initial_peers`, private by an invitation. Raises ConnectError."""
-    if join is None:
-        trust = PublicTrust()
-        return trust, await open_directory(initial_peers, trust)
-    if initial_peers:
-        raise ConnectError("an invitation knows the swarm's addresses; leave initial_peers out")
-    # What only private swarms need is imported late.
-    from ..protocol.private.invites import InviteError
-    from ..protocol.private.joining import join as become_member
-
-    try:
-        membership = await become_member(join)
-    except InviteError as error:
-        raise ConnectError(str(error)) from error
-    return membership, GrpcDirectory([*membership.addresses, membership.admin], trust=membership)
-
-
-async def open_directory(initial_peers: Sequence[str], trust: Trust) -> Directory:
-    """The DHT where libp2p multiaddrs are given, any peer's gRPC directory otherwise. Raises ConnectError."""
-    if not initial_peers:
-        raise ConnectError("name at least one peer of the swarm: a gRPC host:port or a libp2p multiaddr")
-    multiaddrs = [peer for peer in initial_peers if peer.startswith("/")]
-    if not multiaddrs:
-        return GrpcDirectory(initial_peers, trust=trust)
-    try:
-        # hivemind comes with the extra `peer`; a light client does without.
-        from ..protocol.dht import DhtDirectory
-
-        return await DhtDirectory.create(initial_peers=multiaddrs, client_mode=True)
-    except ImportError as error:
-        raise ConnectError(
-            "libp2p addresses need hivemind: pip install 'petal-swarm[peer]', or give a gRPC host:port"
-        ) from error
-    except DirectoryError as error:
-        raise ConnectError(str(error)) from error
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:

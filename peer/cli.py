@@ -153,6 +153,17 @@ def serve(
         raise typer.Exit(1) from error
 
 
+def _ways_in(model: str, multiaddr: str, address: str) -> list[str]:
+    """What others type; a private swarm's members have their invitation."""
+    if not multiaddr:
+        return ["Private swarm: [cyan]petal swarm invite[/cyan], on an admin's machine, lets others in."]
+    return [
+        f"Add a peer:  [cyan]petal-serve {model} --initial-peers {multiaddr}[/cyan]",
+        f'Generate:    [cyan]petal generate {model} "Hi" --initial-peers {address}[/cyan]',
+        f"See all:     [cyan]petal swarm status --initial-peers {address}[/cyan]",
+    ]
+
+
 class _Terminal:
     """A person watches: progress bars, a banner, readable log lines."""
 
@@ -187,19 +198,13 @@ class _Terminal:
     def ready(self, server: Any) -> None:
         self._bar.stop()
         record = server.record()
-        join = next(iter(record.multiaddrs), server.address)
+        join = next(iter(record.multiaddrs), "")
         lines = [
             f"[b]{record.model}[/b]  blocks [b]{record.start}:{record.end}[/b] of {record.n_blocks}, "
             f"{record.throughput:.0f} rows/s, cache of {record.cache_tokens} tokens",
             f"peer {record.peer_id}",
             "",
-            "Add a peer:  [cyan]petal-serve " + server.options.model + " --initial-peers " + join + "[/cyan]",
-            "Generate:    [cyan]petal generate "
-            + server.options.model
-            + ' "Hi" --initial-peers '
-            + server.address
-            + "[/cyan]",
-            "See all:     [cyan]petal swarm status --initial-peers " + server.address + "[/cyan]",
+            *_ways_in(server.options.model, join, server.address),
         ]
         self._console.print(Panel("\n".join(lines), title=f"Petal peer ready at {server.address}", expand=False))
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from ..protocol import petal_pb2 as pb
 from ..protocol.channels import Channels
@@ -26,6 +24,7 @@ from .replay import ReplayBudget
 from .scheduler import Tenant
 from .session import PeerSession
 from .session_spec import SessionFailed, SessionSpec, invalid
+from .streams import Writer, abort, failure_of, frames_of
 
 FEATURES = frozenset({"tree", "fork", "rewind", "resume", "logits", "hidden", "top_logprobs", "embeddings"})
 Status = grpc.StatusCode
@@ -56,32 +55,6 @@ class ServiceInfo:
 
 _REVOKED = SessionFailed(Status.PERMISSION_DENIED, "your membership of this swarm was revoked or has run out")
 _LEAVING = SessionFailed(Status.UNAVAILABLE, "this peer is shutting down")
-
-
-class _Writer:
-    """Frames for one stream: `put` never waits; a slow reader holds up only its own stream."""
-
-    def __init__(self, context: grpc.aio.ServicerContext) -> None:
-        self._context = context
-        self._frames: deque[pb.PeerFrame | pb.LinkReply] = deque()
-        self._wake = asyncio.Event()
-        self._queued = 0
-
-    def put(self, frame: pb.PeerFrame | pb.LinkReply) -> int:
-        """Queue a frame; returns the bytes that wait."""
-        self._frames.append(frame)
-        self._queued += frame.ByteSize()
-        self._wake.set()
-        return self._queued
-
-    async def run(self) -> None:
-        while True:
-            while self._frames:
-                frame = self._frames.popleft()
-                await self._context.write(frame)
-                self._queued -= frame.ByteSize()
-            self._wake.clear()
-            await self._wake.wait()
 
 
 class PeerService(PeerServicer):
@@ -143,29 +116,29 @@ class PeerService(PeerServicer):
     # A client's control stream.
 
     async def Session(self, requests: AsyncIterator[pb.ClientFrame], context: grpc.aio.ServicerContext) -> None:
-        writer = _Writer(context)
-        requests = _frames(requests)
+        writer = Writer(context)
+        requests = frames_of(requests)
         try:
             session = await self._open(requests, writer, context)
         except SessionFailed as failure:
-            await _abort(context, failure)
+            await abort(context, failure)
             return
         work = (self._read(session, requests, writer), writer.run(), self._expire(session))
         tasks = [asyncio.ensure_future(part) for part in work]
         try:
             watched: list[asyncio.Future[Any]] = [session.failed, *tasks]
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-            ended = session.failed.result() if session.failed.done() else _failure_of(tasks)
+            ended = session.failed.result() if session.failed.done() else failure_of(tasks)
         finally:
             # Also when the client vanished and gRPC cancels this handler: its pages are free at once.
             for task in tasks:
                 task.cancel()
             self._close(session)
         if ended:
-            await _abort(context, ended)
+            await abort(context, ended)
 
     async def _open(
-        self, requests: AsyncIterator[pb.ClientFrame], writer: _Writer, context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[pb.ClientFrame], writer: Writer, context: grpc.aio.ServicerContext
     ) -> PeerSession:
         frame = await anext(requests, None)
         if frame is None or not frame.HasField("open"):
@@ -287,7 +260,7 @@ class PeerService(PeerServicer):
             max_nodes=MAX_ROWS - 1 if quota.tree_nodes is None else quota.tree_nodes,
         )
 
-    async def _read(self, session: PeerSession, requests: AsyncIterator[pb.ClientFrame], writer: _Writer) -> None:
+    async def _read(self, session: PeerSession, requests: AsyncIterator[pb.ClientFrame], writer: Writer) -> None:
         dialing: asyncio.Task[None] | None = None
         try:
             async for frame in requests:
@@ -310,7 +283,7 @@ class PeerService(PeerServicer):
             if dialing:
                 dialing.cancel()
 
-    async def _link(self, session: PeerSession, message: pb.LinkTo, writer: _Writer) -> None:
+    async def _link(self, session: PeerSession, message: pb.LinkTo, writer: Writer) -> None:
         """Dial the next peer at the address in its own signed record, never at one that a client names."""
         session_id = session.spec.session_id
         reason = "it is not in this peer's directory"
@@ -367,13 +340,13 @@ class PeerService(PeerServicer):
     # The link from the peer before.
 
     async def Link(self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext) -> None:
-        requests = _frames(requests)
+        requests = frames_of(requests)
         try:
             session, caller = await self._linked_session(requests, context)
         except SessionFailed as failure:
-            await _abort(context, failure)
+            await abort(context, failure)
             return
-        writer = _Writer(context)
+        writer = Writer(context)
         writer.put(pb.LinkReply(linked=pb.Linked(route_epoch=session.epoch, window_bytes=WINDOW_BYTES)))
 
         def credit(size: int) -> None:
@@ -388,13 +361,13 @@ class PeerService(PeerServicer):
         try:
             async for frame in requests:
                 if session.link_token != token:
-                    await _abort(context, SessionFailed(Status.FAILED_PRECONDITION, "the route of this link is over"))
+                    await abort(context, SessionFailed(Status.FAILED_PRECONDITION, "the route of this link is over"))
                 if not frame.HasField("activations"):
                     raise invalid("after the hello only activations follow on a link")
                 session.on_activations(frame.activations, frame.ByteSize())
         except SessionFailed as failure:
             session.fail(failure)
-            await _abort(context, failure)
+            await abort(context, failure)
         finally:
             writing.cancel()
             del self._uplinks[link]
@@ -423,27 +396,3 @@ class PeerService(PeerServicer):
 def _replaces(message: pb.Open, former: PeerSession) -> bool:
     """Whether a client opens its own session anew: its stream broke, which this peer may not have noticed yet."""
     return hmac.compare_digest(former.spec.client_id, message.client_id) and message.route_epoch > former.epoch
-
-
-async def _frames(requests: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
-    """The frames of a stream. Raises SessionFailed for bytes that are no frame."""
-    try:
-        async for frame in requests:
-            yield frame
-    except DecodeError as error:
-        raise invalid("what arrived is not a message of this protocol") from error
-
-
-def _failure_of(tasks: Iterable[asyncio.Future[None]]) -> SessionFailed | None:
-    """Why a stream's task ended: None where the client closed it or its connection broke."""
-    for task in (task for task in tasks if task.done()):
-        error = task.exception()
-        if isinstance(error, SessionFailed):
-            return error
-        if error and not isinstance(error, (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError)):
-            raise error
-    return None
-
-
-async def _abort(context: grpc.aio.ServicerContext, failure: SessionFailed) -> None:
-    await context.abort(failure.code, str(failure))

@@ -25,14 +25,14 @@ import json, sys, time
 began = time.time()
 from tests.light_client import PEERS_NEED, hide
 hide(PEERS_NEED)
-from petal.client import SwarmModel, swarm
+from petal.client import SwarmModel, entrance
 imported = time.time()
-open_directory = swarm.open_directory
+open_directory = entrance.open_directory
 def stamped(peers, trust):
     global opened
     opened = time.time()
     return open_directory(peers, trust)
-swarm.open_directory = stamped
+entrance.open_directory = stamped
 with SwarmModel.connect("demo", [sys.argv[1]]) as model:
     connected = time.time()
     next(iter(model.stream(sys.argv[2])))

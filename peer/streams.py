@@ -1,0 +1,66 @@
+"""The gRPC side of a stream: frames in, frames out, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from ..protocol import petal_pb2 as pb
+from .session_spec import SessionFailed, invalid
+
+Frame = TypeVar("Frame")
+
+
+class Writer:
+    """Frames for one stream: `put` never waits; a slow reader holds up only its own stream."""
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+        self._frames: deque[pb.PeerFrame | pb.LinkReply] = deque()
+        self._wake = asyncio.Event()
+        self._queued = 0
+
+    def put(self, frame: pb.PeerFrame | pb.LinkReply) -> int:
+        """Queue a frame; returns the bytes that wait."""
+        self._frames.append(frame)
+        self._queued += frame.ByteSize()
+        self._wake.set()
+        return self._queued
+
+    async def run(self) -> None:
+        while True:
+            while self._frames:
+                frame = self._frames.popleft()
+                await self._context.write(frame)
+                self._queued -= frame.ByteSize()
+            self._wake.clear()
+            await self._wake.wait()
+
+
+async def frames_of(requests: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
+    """The frames of a stream. Raises SessionFailed for bytes that are no frame."""
+    try:
+        async for frame in requests:
+            yield frame
+    except DecodeError as error:
+        raise invalid("what arrived is not a message of this protocol") from error
+
+
+def failure_of(tasks: Iterable[asyncio.Future[None]]) -> SessionFailed | None:
+    """Why a stream's task ended: None where the client closed it or its connection broke."""
+    for task in (task for task in tasks if task.done()):
+        error = task.exception()
+        if isinstance(error, SessionFailed):
+            return error
+        if error and not isinstance(error, (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError)):
+            raise error
+    return None
+
+
+async def abort(context: grpc.aio.ServicerContext, failure: SessionFailed) -> None:
+    await context.abort(failure.code, str(failure))
