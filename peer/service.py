@@ -24,7 +24,7 @@ from .replay import ReplayBudget
 from .scheduler import Tenant
 from .session import PeerSession
 from .session_spec import SessionFailed, SessionSpec, invalid
-from .streams import Writer, abort, failure_of, frames_of
+from .streams import Writer, abort, failure_of, first_of, frames_of
 
 FEATURES = frozenset({"tree", "fork", "rewind", "resume", "logits", "hidden", "top_logprobs", "embeddings"})
 Status = grpc.StatusCode
@@ -123,7 +123,7 @@ class PeerService(PeerServicer):
         except SessionFailed as failure:
             await abort(context, failure)
             return
-        work = (self._read(session, requests, writer), writer.run(), self._expire(session))
+        work = (self._read(session, requests, writer), writer.run(), writer.watch(), self._expire(session))
         tasks = [asyncio.ensure_future(part) for part in work]
         try:
             watched: list[asyncio.Future[Any]] = [session.failed, *tasks]
@@ -140,7 +140,7 @@ class PeerService(PeerServicer):
     async def _open(
         self, requests: AsyncIterator[pb.ClientFrame], writer: Writer, context: grpc.aio.ServicerContext
     ) -> PeerSession:
-        frame = await anext(requests, None)
+        frame = await first_of(requests)
         if frame is None or not frame.HasField("open"):
             raise invalid("a session starts with an open frame")
         message = frame.open
@@ -375,7 +375,7 @@ class PeerService(PeerServicer):
     async def _linked_session(
         self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext
     ) -> tuple[PeerSession, Caller]:
-        frame = await anext(requests, None)
+        frame = await first_of(requests)
         if frame is None or not frame.HasField("hello"):
             raise invalid("a link starts with a hello")
         hello = frame.hello

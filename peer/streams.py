@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from typing import TypeVar
@@ -11,6 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ..protocol import petal_pb2 as pb
+from ..protocol.limits import SILENT_S, UNREAD_S
 from .session_spec import SessionFailed, invalid
 
 Frame = TypeVar("Frame")
@@ -24,6 +27,7 @@ class Writer:
         self._frames: deque[pb.PeerFrame | pb.LinkReply] = deque()
         self._wake = asyncio.Event()
         self._queued = 0
+        self._writing_since = math.inf
 
     def put(self, frame: pb.PeerFrame | pb.LinkReply) -> int:
         """Queue a frame; returns the bytes that wait."""
@@ -36,10 +40,26 @@ class Writer:
         while True:
             while self._frames:
                 frame = self._frames.popleft()
+                self._writing_since = time.monotonic()
                 await self._context.write(frame)
+                self._writing_since = math.inf
                 self._queued -= frame.ByteSize()
             self._wake.clear()
             await self._wake.wait()
+
+    async def watch(self) -> None:
+        """Raises SessionFailed once the other end has not read for too long."""
+        while time.monotonic() - self._writing_since < UNREAD_S:  # noqa: ASYNC110 (a frame must not pay for a timer)
+            await asyncio.sleep(UNREAD_S / 4)
+        raise SessionFailed(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing was read for {UNREAD_S:g} s")
+
+
+async def first_of(requests: AsyncIterator[Frame]) -> Frame | None:
+    """The frame that a stream starts with; None where it ends at once. Raises SessionFailed where none comes."""
+    try:
+        return await asyncio.wait_for(anext(requests, None), SILENT_S)
+    except asyncio.TimeoutError:
+        raise SessionFailed(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came within {SILENT_S:g} s") from None
 
 
 async def frames_of(requests: AsyncIterator[Frame]) -> AsyncIterator[Frame]:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from .trust import AuthContext, Trust, TrustError, admit_tls
 
@@ -27,12 +28,14 @@ class Gate(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:  # gRPC itself says that there is no such method
             return None
-        if handler.request_streaming:
-            make, behaviour = grpc.stream_stream_rpc_method_handler, handler.stream_stream
-        else:
-            make, behaviour = grpc.unary_unary_rpc_method_handler, handler.unary_unary
         check = admit_tls if handler_call_details.method in self._open else self._trust.admit
-        return make(_guarded(behaviour, check), handler.request_deserializer, handler.response_serializer)
+        if handler.request_streaming:
+            behaviour = _guarded(handler.stream_stream, check)
+            return grpc.stream_stream_rpc_method_handler(
+                behaviour, handler.request_deserializer, handler.response_serializer
+            )
+        behaviour = _guarded(_parsing(handler.unary_unary, handler.request_deserializer), check)
+        return grpc.unary_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
 
 
 def _guarded(behaviour: Handler, check: Callable[[AuthContext], None]) -> Handler:
@@ -44,3 +47,16 @@ def _guarded(behaviour: Handler, check: Callable[[AuthContext], None]) -> Handle
         return await behaviour(request, context)
 
     return guarded
+
+
+def _parsing(behaviour: Handler, parse: Callable[[bytes], Any]) -> Handler:
+    """gRPC would call bytes that are no message an unknown error, and log a stack trace for each."""
+
+    async def parsing(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            request = parse(data)
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "what arrived is not a message of this protocol")
+        return await behaviour(request, context)
+
+    return parsing

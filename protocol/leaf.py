@@ -17,6 +17,17 @@ from cryptography.x509.oid import NameOID
 from .private_file import write_private
 
 MAX_CERTIFICATE_BYTES = 4096
+# What hostile bytes can make of X.509, as the library says it.
+X509_ERRORS = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 _ECDSA = ec.ECDSA(hashes.SHA256())
 _DAY = datetime.timedelta(days=1)
 # Whoever pins this certificate does so for as long as the record that it is in lives.
@@ -109,11 +120,11 @@ def parse_certificate(der: bytes) -> x509.Certificate:
     """A certificate of an EC P-256 key, from untrusted bytes. Raises ValueError."""
     if len(der) > MAX_CERTIFICATE_BYTES:
         raise ValueError(f"a certificate has {len(der)} bytes, at most {MAX_CERTIFICATE_BYTES} are allowed")
-    certificate = x509.load_der_x509_certificate(der)
     try:
+        certificate = x509.load_der_x509_certificate(der)
         good = is_p256(certificate.public_key())
-    except UnsupportedAlgorithm:
-        good = False
+    except X509_ERRORS as error:
+        raise ValueError(f"a certificate does not parse ({error})") from None
     if not good:
         raise ValueError("a certificate is of another key than EC P-256")
     return certificate
@@ -131,7 +142,7 @@ def alternative_names(certificate: x509.Certificate) -> x509.SubjectAlternativeN
         return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return None
-    except (x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+    except X509_ERRORS as error:
         raise ValueError(f"a certificate's extensions are bad: {error}") from None
 
 

@@ -23,6 +23,12 @@ TOP_LOGPROBS = 64
 KEEPALIVE_S = 5.0
 PING_EVERY_S = 2.5
 
+# Of one call's headers.
+HEADER_BYTES = 16 << 10
+# Who opens a stream says what for within so long, and reads what is sent within so long.
+SILENT_S = 10.0
+UNREAD_S = 60.0
+
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", int(PING_EVERY_S * 1000)),
     ("grpc.keepalive_timeout_ms", int((KEEPALIVE_S - PING_EVERY_S) * 1000)),
@@ -54,6 +60,9 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_concurrent_streams", 4096),
+    ("grpc.max_metadata_size", HEADER_BYTES),
+    # Who connects and says nothing.
+    ("grpc.server_handshake_timeout_ms", int(SILENT_S * 1000)),
     # Two peers must never share a port by accident.
     ("grpc.so_reuseport", 0),
 ]

@@ -95,9 +95,16 @@ class Wire:
     async def __aenter__(self) -> Wire:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    def close_streams(self) -> None:
         for stream in self._streams:
             stream.close()
+
+    def forget(self, stream: RawStream) -> None:
+        """A stream that the test has closed itself."""
+        self._streams.remove(stream)
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close_streams()
         await self.channel.close()
 
     def opening(self, caller: PublicTrust = CALLER, **changed: Any) -> dict[str, Any]:

@@ -29,28 +29,28 @@ class AdminServer(AdminServicer):
         self.authority = authority
         self._host = host
         self._certificates: dict[bytes, bytes] = {}
-        self._membership: Membership = authority.membership
-        self.directory = GossipDirectory(self._membership, authority.members_at)
+        self.membership: Membership = authority.membership
+        self.directory = GossipDirectory(self.membership, authority.members_at)
 
     async def start(self) -> None:
         """Raises RuntimeError where a port is taken."""
         port = int(self.authority.address.rpartition(":")[2])
         self._server = grpc.aio.server(
-            interceptors=[Gate(self._membership, frozenset({REDEEM}))], options=SERVER_OPTIONS
+            interceptors=[Gate(self.membership, frozenset({REDEEM}))], options=SERVER_OPTIONS
         )
         add_AdminServicer_to_server(self, self._server)
-        name = self._membership.name
+        name = self.membership.name
         directory = DirectoryService(
             name,
             state=lambda: pb.ONLINE,
             records=self.directory.book.signed,
             heard=self.directory.hear,
-            revocations=lambda: self._membership.revocations,
+            revocations=lambda: self.membership.revocations,
         )
         add_DirectoryServicer_to_server(directory, self._server)
         shown = grpc.dynamic_ssl_server_credentials(self._shown(), self._shown)
         self._server.add_secure_port(f"{self._host}:{port}", shown)
-        self._server.add_secure_port(f"{self._host}:{port + 1}", self._membership.server_credentials())
+        self._server.add_secure_port(f"{self._host}:{port + 1}", self.membership.server_credentials())
         await self._server.start()
         await self.directory.join()
         self._renewing = asyncio.create_task(self._keep())
@@ -71,7 +71,7 @@ class AdminServer(AdminServicer):
     async def Renew(self, request: pb.CertificateRequest, context: grpc.aio.ServicerContext) -> pb.Issued:
         """A member's next certificate."""
         try:
-            member = self._membership.caller(context.auth_context(), pb.Hello(), b"")
+            member = self.membership.caller(context.auth_context(), pb.Hello(), b"")
             certificates = self.authority.renew(request, member.name, member.role, dict(member.labels))
             return self._issued(certificates)
         except (InviteError, TrustError) as error:
@@ -82,22 +82,28 @@ class AdminServer(AdminServicer):
         known = [record.addresses[0] for record in self.directory.book.list() if record.addresses]
         return pb.Issued(
             certificates=certificates,
-            root=self._membership.root_der,
+            root=self.membership.root_der,
             addresses=[self.authority.members_at, *known[:MAX_KNOWN]],
-            revocations=self._membership.revocations,
+            revocations=self.membership.revocations,
             admin=self.authority.members_at,
         )
+
+    @property
+    def certificate(self) -> bytes:
+        """What joiners are shown (DER)."""
+        key = self.authority.key
+        if key.public_key not in self._certificates:
+            self._certificates = {key.public_key: self_signed(key, name_of(key.public_key))}
+        return self._certificates[key.public_key]
 
     def _shown(self) -> grpc.ServerCertificateConfiguration:
         """To joiners it proves itself by the admin's very key, which their token names; a rotation makes a new one."""
         key = self.authority.key
-        if key.public_key not in self._certificates:
-            self._certificates = {key.public_key: self_signed(key, name_of(key.public_key))}
-        return grpc.ssl_server_certificate_configuration([(key.pem, pem_of([self._certificates[key.public_key]]))])
+        return grpc.ssl_server_certificate_configuration([(key.pem, pem_of([self.certificate]))])
 
     async def _keep(self) -> None:
         while True:
-            if self._membership.due:
+            if self.membership.due:
                 self.authority.join_own_swarm()
-            self._membership.reload()
+            self.membership.reload()
             await asyncio.sleep(LOOK_S)

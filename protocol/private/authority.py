@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from .. import petal_pb2 as pb
 from ..folders import data_dir
 from ..identity import verify
-from ..leaf import LeafKey, is_p256, name_of, pem_of, public_bytes
+from ..leaf import X509_ERRORS, LeafKey, is_p256, name_of, pem_of, public_bytes
 from ..private_file import write_private
 from ..trust import TrustError
 from .certificates import der_of, fingerprint, issue_admin, issue_member, make_root, verify_chain
@@ -168,7 +167,7 @@ def _applicant(request: pb.CertificateRequest) -> tuple[ec.EllipticCurvePublicKe
         key = csr.public_key()
         if not csr.is_signature_valid or not is_p256(key):
             raise ValueError
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except X509_ERRORS:
         raise TrustError("the certificate request is not one of an EC P-256 key that signs it") from None
     assert isinstance(key, ec.EllipticCurvePublicKey)
     if not request.identity:

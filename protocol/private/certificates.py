@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from ..leaf import LeafKey, alternative_names, parse_certificate
+from ..leaf import X509_ERRORS, LeafKey, alternative_names, parse_certificate
 from ..trust import TrustError, server_name
 
 ROLES = ("peer", "client", "admin")
@@ -97,7 +97,7 @@ def verify_chain(root: x509.Certificate, chain: Sequence[bytes], now: datetime.d
         if len(verified.chain) != 3:
             raise TrustError("a member's certificate is issued by an admin")
         return _member(leaf, admin)
-    except (ValueError, VerificationError) as error:
+    except (*X509_ERRORS, VerificationError) as error:
         raise TrustError(f"the certificate does not chain to this swarm's root ({error})") from None
 
 

@@ -13,7 +13,7 @@ from cryptography import x509
 from .. import petal_pb2 as pb
 from ..folders import data_dir
 from ..identity import Identity
-from ..leaf import LeafKey, name_of, parse_certificate, public_bytes
+from ..leaf import X509_ERRORS, LeafKey, name_of, parse_certificate, public_bytes
 from ..limits import DIRECTORY_OPTIONS
 from ..petal_pb2_grpc import AdminStub
 from ..trust import DIAL_S, TrustError, pinned, presented
@@ -56,7 +56,7 @@ async def redeem(token: str, invite: Invite, identity: Identity | None, place: P
         member = verify_chain(root, issued.certificates, datetime.datetime.now(datetime.timezone.utc))
         if member.name != name_of(identity.public_key if identity else key.public_key) or member.role != invite.role:
             raise TrustError("the admin issued a certificate for somebody else")
-    except (ValueError, TrustError) as error:
+    except (*X509_ERRORS, TrustError) as error:
         raise InviteError(f"the admin cannot be believed: {error}") from error
     return Membership.store(place, key, issued)
 

@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from google.protobuf.message import DecodeError
 
 from .. import petal_pb2 as pb
-from ..leaf import LeafKey, is_p256, name_of, parse_certificate, public_bytes
+from ..leaf import X509_ERRORS, LeafKey, is_p256, name_of, parse_certificate, public_bytes
 from ..private_file import write_private
 from ..trust import TrustError
 from .certificates import Member
@@ -109,6 +108,6 @@ def _verified(message: pb.RevocationList, root: x509.Certificate) -> tuple[str, 
             raise TrustError("a revocation list is not signed by its issuer")
         number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
         serials = frozenset(entry.serial_number for entry in crl)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound) as error:
+    except X509_ERRORS as error:
         raise TrustError(f"a revocation list is not to be believed ({error})") from None
     return name_of(public_bytes(key)), number, serials  # type: ignore[arg-type]

@@ -1,0 +1,175 @@
+"""Malformed messages to every RPC, and malformed bytes to every parser of what comes from others."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+import grpc
+import numpy as np
+from petal.protocol import petal_pb2 as pb
+from petal.protocol.checkpoint_layout import CheckpointError
+from petal.protocol.codec import CodecError, decode
+from petal.protocol.gguf import GgufFile
+from petal.protocol.identity import Identity
+from petal.protocol.leaf import LeafKey, name_of, parse_certificate, self_signed
+from petal.protocol.private.invites import InviteError, read_token
+from petal.protocol.records import RecordError, parse_signed, verify_record
+from petal.protocol.safetensors import SafetensorsFile
+from petal.protocol.trust import pinned, server_name
+
+from tests.private_swarms import PrivateSwarm
+from tests.protocol.records_for_tests import signed_record
+from tests.tiny import tiny_llama
+from tests.wire import Wire
+
+from .tally import Tally
+
+# What gRPC makes of an exception that nobody expected; other statuses say what is wrong.
+CRASHES = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})
+AT_ONCE = 24
+PATIENCE_S = 20.0
+Sender = Callable[[bytes], object]
+
+
+class Fuzz:
+    """Counts inputs and crashes until `inputs` are done or `seconds` are over."""
+
+    def __init__(self, tally: Tally, inputs: int, seconds: float) -> None:
+        self.tally = tally
+        self.inputs: Counter[str] = Counter()
+        self.crashes: list[str] = []
+        self._wanted = inputs
+        self._deadline = time.monotonic() + seconds
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self._deadline
+
+    def parsers(self, folder: Path, share: float) -> None:
+        """Bytes to what reads records, certificates, invitations, activations, checkpoints."""
+        for name, part, sample, parse, errors in _parsers(folder):
+            for _ in range(int(self._wanted * share * part)):
+                data = self.tally.damaged(sample)
+                self.inputs[name] += 1
+                try:
+                    parse(data)
+                except errors:
+                    continue
+                except Exception as error:  # the very thing that is looked for
+                    self.crashes.append(f"{name}: {type(error).__name__}: {error}")
+
+    async def calls(self, wire: Wire, swarm: PrivateSwarm, share: float) -> None:
+        """Bytes to unary calls: of a public peer, and of an admin, to whom anybody may talk."""
+        async with pinned(swarm.authority.address, swarm.admin.certificate, []) as admin:
+            token = swarm.invite("client")
+            redeem = pb.RedeemRequest(token=token, request=pb.CertificateRequest(csr=b"x" * 300))
+            listing = pb.ListRequest(model="tiny", records=[signed_record(Identity.ephemeral())])
+            methods = [
+                (wire.channel, "/petal.v1.Directory/List", listing.SerializeToString()),
+                (wire.channel, "/petal.v1.Directory/Ping", b"\x0a\x03abc"),
+                (admin, "/petal.v1.Admin/Redeem", redeem.SerializeToString()),
+                (admin, "/petal.v1.Admin/Renew", redeem.request.SerializeToString()),
+            ]
+            todo = iter(range(int(self._wanted * share)))
+            await asyncio.gather(*(self._call(methods, todo) for _ in range(AT_ONCE)))
+
+    async def _call(self, methods: list[tuple[grpc.aio.Channel, str, bytes]], todo: Iterator[int]) -> None:
+        for number in todo:
+            if self.over:
+                return
+            channel, method, sample = methods[number % len(methods)]
+            try:
+                await channel.unary_unary(method)(self.tally.damaged(sample), timeout=PATIENCE_S)
+            except grpc.aio.AioRpcError as error:
+                self._judge(method, error.code(), error.details())
+            self.inputs[method] += 1
+
+    async def streams(self, wire: Wire, share: float) -> None:
+        """Bytes in the place of frames, on streams that are new, opened or linked."""
+        todo = iter(range(int(self._wanted * share)))
+        await asyncio.gather(*(self._stream(wire, todo) for _ in range(AT_ONCE)))
+
+    async def _stream(self, wire: Wire, todo: Iterator[int]) -> None:
+        for number in todo:
+            if self.over:
+                return
+            method = "/petal.v1.Peer/Link" if number % 4 == 0 else "/petal.v1.Peer/Session"
+            call = wire.channel.stream_stream(method)()
+            opening = pb.ClientFrame(open=pb.Open(**wire.opening()))
+            step = pb.ClientFrame(step=pb.Step(step=1, route_epoch=1, ids=[1, 5, 9], prefill=True, sample=True))
+            hello = pb.LinkFrame(hello=wire.link_hello(b"s" * 16, b"t" * 16, 1))
+            try:
+                if method.endswith("Link"):
+                    await call.write(self.tally.damaged(hello.SerializeToString()))
+                elif number % 4 == 1:
+                    await call.write(self.tally.damaged(opening.SerializeToString()))
+                else:
+                    await call.write(opening.SerializeToString())
+                    await call.write(self.tally.damaged(step.SerializeToString()))
+                await call.done_writing()
+                async with asyncio.timeout(PATIENCE_S):
+                    while await call.read() is not grpc.aio.EOF:
+                        pass
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                pass
+            except TimeoutError:
+                self.crashes.append(f"{method}: no answer")
+                call.cancel()
+                continue
+            self.inputs[method] += 1
+            self._judge(method, await call.code(), await call.details())
+
+    def _judge(self, method: str, code: grpc.StatusCode, details: str | None) -> None:
+        if code in CRASHES:
+            self.crashes.append(f"{method}: {code.name}: {details}")
+
+
+def _parsers(folder: Path) -> Iterator[tuple[str, float, bytes, Sender, tuple[type[Exception], ...]]]:
+    """Name, part of the inputs, a good sample, what reads it, and how it may refuse."""
+    leaf = LeafKey.ephemeral()
+    certificate = self_signed(leaf, name_of(leaf.public_key))
+    record = signed_record(Identity.ephemeral()).SerializeToString()
+    yield "record", 0.4, record, lambda data: verify_record(parse_signed(data)), (RecordError,)
+    yield "certificate", 0.15, certificate, lambda data: server_name(parse_certificate(data)), (ValueError,)
+    token = b"eyJhbGciOiJFUzI1NiJ9.eyJqdGkiOiJhIn0.AAAA"
+    yield "invitation", 0.1, token, lambda data: read_token(data.decode("latin1")), (InviteError,)
+    activations = np.ones((3, 64), np.float32).tobytes()
+    yield "activations", 0.05, activations, lambda data: decode(pb.INT8, data, 64), (CodecError,)
+    place = folder / "fuzzed"
+
+    def on_disk(reader: Callable[[Path], object], rest: bytes) -> Sender:
+        def read(data: bytes) -> None:
+            place.write_bytes(data + rest)
+            reader(place)
+
+        return read
+
+    header = _gguf_header(folder)
+    yield "GGUF header", 0.15, header, on_disk(GgufFile, b"\0" * 4096), (CheckpointError,)
+    whole = (tiny_llama() / "model.safetensors").read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    yield (
+        "safetensors header",
+        0.15,
+        whole[:size],
+        on_disk(SafetensorsFile, whole[size : size + 4096]),
+        (CheckpointError,),
+    )
+
+
+def _gguf_header(folder: Path) -> bytes:
+    path = folder / "small.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()

@@ -1,0 +1,168 @@
+"""What mutual TLS costs, and how soon a revocation is felt: `python -m tests.bench.security --json`.
+
+Two peers of a private swarm and the same two over bare TCP take turns: a decode step, a step with a tree of K = 32, a
+prompt of 512 tokens; shares are of the step's time, compute included. `revoke_s`: from `revoke` on the admin's machine
+until a running stream is cut, told by heartbeats alone. `join_s`: from an invitation to a client that has its route.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import pytest
+from petal.client import demo
+from petal.client.demo import N_BLOCKS, ChildPeer, split
+from petal.client.session import Session
+from petal.client.stream import PeerError
+from petal.client.swarm import AsyncSwarmModel
+from petal.protocol.private.admin import AdminServer
+from petal.protocol.private.authority import Authority
+from petal.protocol.sampling import SamplingParams
+from petal.protocol.tree import DraftTree
+
+from tests.private_swarms import free_ports, home
+
+from .plain_peer import PlainTrust
+from .swarm import console, report, wait_ready
+
+PEERS = 2
+ROWS = 64
+PROMPT = [(7 * i) % 4000 + 100 for i in range(512)]
+TREE = DraftTree.of_chain([(11 * i) % 4000 + 100 for i in range(33)])
+BARS = {"mtls_share_decode": 0.05, "mtls_share_tree": 0.05, "mtls_share_prefill": 0.10, "revoke_s": 60.0, "join_s": 5.0}
+
+
+async def timed(work: Awaitable[object]) -> float:
+    started = time.perf_counter()
+    await work
+    return time.perf_counter() - started
+
+
+async def step(session: Session, tree: DraftTree) -> float:
+    """Seconds of a step, after which the session is as before."""
+    base = len(session.ids)
+    seconds = await timed(session.step(tree))
+    session.rewind(base)
+    return seconds
+
+
+async def prefill(session: Session) -> float:
+    base = len(session.ids)
+    seconds = await timed(session.prefill(PROMPT[: 512 - base]))
+    session.rewind(base)
+    return seconds
+
+
+async def measure(contenders: dict[str, Session], count: int) -> dict[str, dict[str, float]]:
+    """Medians. The contenders take turns at every step, and at going first: what else runs here hits them alike."""
+    kinds: dict[str, tuple[int, Callable[[Session], Awaitable[float]]]] = {
+        "decode": (count, lambda session: step(session, DraftTree.of_chain([300]))),
+        "tree": (count, lambda session: step(session, TREE)),
+        "prefill": (max(3, count // 10), prefill),
+    }
+    medians = {}
+    for kind, (times, run) in kinds.items():
+        taken: dict[str, list[float]] = {name: [] for name in contenders}
+        for turn in range(times + 1):
+            for name in sorted(contenders, reverse=turn % 2 == 0):
+                taken[name].append(await run(contenders[name]))
+        medians[kind] = {name: median(values[1:]) for name, values in taken.items()}
+        console.print(f"[dim]{kind} measured[/dim]")
+    return medians
+
+
+@asynccontextmanager
+async def children(folder: Path, *options: str) -> AsyncIterator[list[ChildPeer]]:
+    """Peer processes."""
+    started: list[ChildPeer] = []
+    try:
+        for blocks in split(N_BLOCKS, PEERS):
+            initial = [started[0].address] if started and "--join" not in options else []
+            started.append(ChildPeer.start(blocks, folder, initial, "--threads", "1", *options))
+            await asyncio.to_thread(wait_ready, started[-1])
+        yield started
+    finally:
+        for child in started:
+            child.stop()
+        for child in started:
+            await asyncio.to_thread(child.wait, 10)
+
+
+@asynccontextmanager
+async def plain(folder: Path) -> AsyncIterator[AsyncSwarmModel]:
+    """A client of peers over bare TCP."""
+    program = folder / "plain-peer"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.bench.plain_peer "$@"\n')
+    program.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "peer_program", lambda: str(program))
+        async with children(folder) as peers:
+            patch.setattr("petal.client.entrance.PublicTrust", PlainTrust)
+            client = await AsyncSwarmModel.connect("demo", [peers[0].address], wait_s=20)
+            yield client
+            await client.close()
+
+
+async def run(count: int) -> dict[str, dict[str, float] | float]:
+    with TemporaryDirectory(prefix="petal-bench-") as name:
+        folder = Path(name)
+        authority = Authority.init("bench", f"127.0.0.1:{free_ports()}", folder / "bench")
+        admin = AdminServer(authority, "127.0.0.1")
+        await admin.start()
+        (folder / "plain").mkdir()
+        token = authority.invite("peer", {}, PEERS, 3600)
+        async with children(folder, "--join", token), plain(folder / "plain") as bare:
+            invitation = authority.invite("client", {}, 1, 3600)
+            with home(folder / "client"):
+                started = time.perf_counter()
+                client = await AsyncSwarmModel.connect("demo", join=invitation, wait_s=20)
+            join_s = time.perf_counter() - started
+            sessions = {"mutual TLS": await client.open_session(1024), "bare TCP": await bare.open_session(1024)}
+            for session in sessions.values():
+                await session.prefill(PROMPT[:ROWS], SamplingParams())
+            medians: dict = await measure(sessions, count)
+            revoke_s = await cut(authority, client, sessions["mutual TLS"])
+            for session in sessions.values():
+                session.close()
+            await client.close()
+        await admin.stop()
+    return {**medians, "join_s": join_s, "revoke_s": revoke_s}
+
+
+async def cut(authority: Authority, client: AsyncSwarmModel, session: Session) -> float:
+    """Seconds from a revocation to the end of a stream that is in use."""
+    started = time.perf_counter()
+    authority.revoke(client.ends.trust.name)  # type: ignore[attr-defined]
+    while time.perf_counter() - started < 120:
+        try:
+            await session.step(DraftTree.of_chain([300]))
+        except PeerError:
+            break
+        await asyncio.sleep(0.05)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="kept for symmetry: the last line always is JSON")
+    parser.add_argument("--steps", type=int, default=60)
+    options = parser.parse_args()
+    found: dict = asyncio.run(run(options.steps))
+    kinds = ("decode", "tree", "prefill")
+    shares = {f"mtls_share_{kind}": 1 - found[kind]["bare TCP"] / found[kind]["mutual TLS"] for kind in kinds}
+    figures = {**shares, "revoke_s": found["revoke_s"], "join_s": found["join_s"]}
+    rows = [(k, f"{found[k]['mutual TLS'] * 1e3:.1f}", f"{found[k]['bare TCP'] * 1e3:.1f}") for k in kinds]
+    report("Two peers, SmolLM2-135M, float32", rows, ("step", "mutual TLS, ms", "bare TCP, ms"), figures)
+    sys.exit(0 if all(figures[name] <= bar for name, bar in BARS.items()) else 1)
+
+
+if __name__ == "__main__":
+    main()
