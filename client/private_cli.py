@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..protocol.host import outward_host
+from ..protocol.records import is_address
 
 # What only admins need is imported late: `petal --help` answers at once.
 if TYPE_CHECKING:
@@ -31,21 +32,22 @@ SHORT = 12
 _UNITS = {"m": 60, "h": 3600, "d": 86400}
 
 Swarm = Annotated[str | None, typer.Argument(help="The swarm; needed where this machine administers several.")]
+Address = Annotated[
+    str | None, typer.Option(help="host:port that joiners reach this machine at; members use the port above it.")
+]
 
 
 @commands.command()
 def init(
     name: Annotated[str, typer.Argument(help="Of the new swarm.")],
-    address: Annotated[
-        str | None, typer.Option(help="host:port that joiners reach this machine at; members use the port above it.")
-    ] = None,
+    address: Address = None,
 ) -> None:
     """Make a private swarm: its root key, and this machine as its first admin."""
 
     def run() -> None:
         from ..protocol.private.authority import Authority
 
-        authority = Authority.init(name, address or f"{outward_host()}:{PORT}")
+        authority = Authority.init(name, _reachable(address))
         root = authority.folder / "root.key"
         console.print(
             f"The swarm [b]{name}[/b] has the root key [cyan]{root}[/cyan]\n"
@@ -83,13 +85,17 @@ def invite(
 def admin(
     name: Swarm = None,
     host: Annotated[str, typer.Option(help="Interface to listen on.")] = "0.0.0.0",
+    join: Annotated[str | None, typer.Option(help="Become an admin first: an invitation of --role admin.")] = None,
+    address: Address = None,
 ) -> None:
     """Let invited machines join and members renew. While it is away nobody joins, and all else goes on."""
 
     async def serve() -> None:
         from ..protocol.private.admin import AdminServer
+        from ..protocol.private.joining import join_as_admin
 
-        server = AdminServer(_authority(name), host)
+        authority = await join_as_admin(join, _reachable(address)) if join else _authority(name)
+        server = AdminServer(authority, host)
         await server.start()
         console.print(f"Admin of {server.authority.swarm} at {server.authority.address}. Ctrl-C ends.", highlight=False)
         leaving = asyncio.Event()
@@ -154,6 +160,13 @@ async def _tell(authority: Authority) -> int:
     from ..protocol.private.gossip import tell_all
 
     return await tell_all(authority.membership)
+
+
+def _reachable(address: str | None) -> str:
+    address = address or f"{outward_host()}:{PORT}"
+    if not is_address(address) or int(address.rpartition(":")[2]) > 65534:
+        raise ValueError(f"{address!r} is no host:port with a port below 65535")
+    return address
 
 
 def _authority(name: str | None) -> Authority:

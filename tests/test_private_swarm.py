@@ -15,13 +15,16 @@ from petal.client.session import Session
 from petal.client.stream import PeerError
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol import petal_pb2 as pb
+from petal.protocol.leaf import LeafKey
 from petal.protocol.limits import DIRECTORY_OPTIONS
 from petal.protocol.petal_pb2_grpc import DirectoryStub
+from petal.protocol.private.admin import AdminServer
 from petal.protocol.private.invites import InviteError
-from petal.protocol.private.joining import join
+from petal.protocol.private.joining import join, join_as_admin
+from petal.protocol.private.membership import Membership, request_for
 from petal.protocol.trust import PublicTrust
 
-from .private_swarms import PrivateSwarm, private_swarm
+from .private_swarms import PrivateSwarm, free_ports, private_swarm
 from .swarms import local_swarm
 from .tiny import tiny_llama
 
@@ -122,3 +125,62 @@ async def test_a_revoked_peer_is_left_and_the_text_goes_on(swarm: PrivateSwarm) 
         assert await client.generate(PROMPT, **SETTINGS) == expected
         session.close()
     assert spare.identity.peer_id
+
+
+async def test_a_second_admin_lets_members_in_and_goes_with_whom_it_let_in(swarm: PrivateSwarm) -> None:
+    address = f"127.0.0.1:{free_ports()}"
+    root_key = swarm.authority.folder / "root.key"
+    offline = root_key.rename(swarm.folder / "offline")
+    with pytest.raises(InviteError, match="needs the root key"):
+        swarm.invite("admin")
+    offline.rename(root_key)
+    second = await join_as_admin(swarm.invite("admin"), address, swarm.folder / "second" / "lab")
+    server = AdminServer(second, "127.0.0.1")
+    await server.start()
+    try:
+        member = await join(second.invite("client", {}, 1, 60), folder=swarm.folder / "guest")
+        assert await listed(member, swarm.peers[1].address)
+        with pytest.raises(InviteError, match="no invitation of that"):
+            swarm.authority.redeem(second.invite("client", {}, 1, 60), request_for(LeafKey.ephemeral(), None))
+        swarm.authority.revoke(server.membership.name)
+        started = time.monotonic()
+        while await listed(member, swarm.peers[1].address):
+            assert time.monotonic() - started < CUT_S
+            await asyncio.sleep(0.2)
+    finally:
+        await server.stop()
+
+
+async def test_without_an_admin_nobody_joins_and_all_else_goes_on(swarm: PrivateSwarm) -> None:
+    token = swarm.invite("client")
+    async with swarm.connect("old friend") as client:
+        expected = await client.generate(PROMPT, **SETTINGS)
+        await swarm.admin.stop()
+        assert await client.generate(PROMPT, **SETTINGS) == expected
+        with pytest.raises(InviteError, match="does not answer"):
+            await join(token, folder=swarm.folder / "late")
+        swarm.authority.rotate()
+        swarm.admin = AdminServer(swarm.authority, "127.0.0.1")
+        await swarm.admin.start()
+        with pytest.raises(InviteError, match="admin"):  # signed with the former key
+            await join(token, folder=swarm.folder / "late")
+        newcomer = await join(swarm.invite("client"), folder=swarm.folder / "late")
+        assert await listed(newcomer, swarm.peers[1].address)
+        assert await client.generate(PROMPT, **SETTINGS) == expected
+        trust = client.ends.trust
+        before = trust.certificates[0]
+        await trust.renew(None)
+        assert trust.certificates[0] != before
+        assert await client.generate(PROMPT, **SETTINGS) == expected, "with a new certificate, of the new admin key"
+        peer = swarm.peers[1]
+        await peer.trust.renew(peer.identity)
+        assert await client.generate(PROMPT, **SETTINGS) == expected
+
+
+async def listed(member: Membership, address: str) -> bool:
+    try:
+        async with member.dial(address, DIRECTORY_OPTIONS) as channel:
+            await DirectoryStub(channel).List(pb.ListRequest(), timeout=5)
+    except grpc.aio.AioRpcError:
+        return False
+    return True

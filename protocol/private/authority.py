@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -43,15 +44,21 @@ class Authority:
         folder = folder or folder_of(swarm)
         if (folder / "root.pem").exists():
             raise ValueError(f"there is a swarm {swarm} already, in {folder}; choose another name")
-        root_key = LeafKey.ephemeral()
+        root_key, key = LeafKey.ephemeral(), LeafKey.ephemeral()
         root = make_root(root_key, swarm)
         root_key.save(folder / "root.key")
-        write_private(folder / "root.pem", pem_of([der_of(root)]))
-        write_private(folder / "admin.json", json.dumps({"address": address}).encode())
-        key = LeafKey.ephemeral()
-        key.save(folder / "admin.key")
         admin = issue_admin(root_key, root, key.key.public_key(), name_of(key.public_key))
+        return cls.store(folder, address, key, root, admin)
+
+    @classmethod
+    def store(
+        cls, folder: Path, address: str, key: LeafKey, root: x509.Certificate, admin: x509.Certificate
+    ) -> Authority:
+        """Keep what makes an admin, and make it a member."""
+        key.save(folder / "admin.key")
+        write_private(folder / "root.pem", pem_of([der_of(root)]))
         write_private(folder / "admin.pem", pem_of([der_of(admin)]))
+        write_private(folder / "admin.json", json.dumps({"address": address}).encode())
         self = cls(folder)
         self.join_own_swarm()
         return self
@@ -85,6 +92,8 @@ class Authority:
         issued = pb.Issued(
             certificates=[der_of(certificate), der_of(self.certificate)], root=der_of(self.root), admin=self.members_at
         )
+        with contextlib.suppress(FileNotFoundError):  # the first time
+            issued.addresses.extend(self.membership.addresses)
         Membership.store(self.folder / "member", leaf, issued)
 
     @property

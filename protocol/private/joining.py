@@ -17,6 +17,7 @@ from ..leaf import X509_ERRORS, LeafKey, name_of, parse_certificate, public_byte
 from ..limits import DIRECTORY_OPTIONS
 from ..petal_pb2_grpc import AdminStub
 from ..trust import DIAL_S, TrustError, pinned, presented
+from .authority import Authority, folder_of
 from .certificates import fingerprint, verify_chain
 from .invites import Invite, InviteError, read_token
 from .membership import Membership, request_for
@@ -59,6 +60,26 @@ async def redeem(token: str, invite: Invite, identity: Identity | None, place: P
     except (*X509_ERRORS, TrustError) as error:
         raise InviteError(f"the admin cannot be believed: {error}") from error
     return Membership.store(place, key, issued)
+
+
+async def join_as_admin(text: str, address: str, folder: Path | None = None) -> Authority:
+    """Become an admin of the swarm that an invitation is for, reached at `address`. Raises InviteError, ValueError."""
+    token, invite = read_token(text)
+    folder = folder or folder_of(invite.swarm)
+    if (folder / "root.pem").exists():
+        raise InviteError(f"this machine administers a swarm {invite.swarm} already, in {folder}")
+    key = LeafKey.ephemeral()
+    issued = await ask(invite, pb.RedeemRequest(token=token, request=request_for(key, None)))
+    try:
+        root, admin = x509.load_der_x509_certificate(issued.root), parse_certificate(issued.certificates[0])
+        admin.verify_directly_issued_by(root)
+        if fingerprint(root) != invite.root or public_bytes(admin.public_key()) != key.public_key:  # type: ignore[arg-type]
+            raise TrustError("its root or its certificate is not what the invitation says")
+    except (*X509_ERRORS, IndexError, TrustError) as error:
+        raise InviteError(f"the admin cannot be believed: {error}") from error
+    authority = Authority.store(folder, address, key, root, admin)
+    authority.membership.remember(issued.addresses)
+    return authority
 
 
 async def ask(invite: Invite, request: pb.RedeemRequest) -> pb.Issued:
