@@ -201,8 +201,7 @@ class PeerServer:
         await self._grpc.start()
         self._state = pb.ONLINE
         self._publisher = Publisher(self.directory, self.identity, self.record, period_s=self.options.publish_s)
-        await self._publisher.publish()
-        self._publisher.start()
+        await self._publisher.start()
         work = (self._refresh(), self.trust.keep(self.identity))
         self._background = [asyncio.create_task(part) for part in work]
 

@@ -14,6 +14,7 @@ from .identity import Identity
 from .records import sign_record
 
 logger = logging.getLogger(__name__)
+RETRY_S = 2.0
 
 
 class Registry(Protocol):
@@ -45,19 +46,24 @@ class Publisher:
         self._lifetime_s = lifetime_s
         self._last: pb.PeerRecord | None = None
         self._task: asyncio.Task[None] | None = None
+        # Of two publications at once the DHT would refuse the one that was stamped first.
+        self._turn = asyncio.Lock()
 
-    def start(self) -> None:
-        """Publish now and every period from now on."""
-        self._task = asyncio.create_task(self._run())
+    async def start(self) -> None:
+        """Publish now and every period from now on; returns once the directory took the first record."""
+        known = asyncio.Event()
+        self._task = asyncio.create_task(self._run(known))
+        await known.wait()
 
     async def publish(self) -> None:
         """Publish at once, as after a change of state."""
-        record = self._describe()
-        now = time.time()
-        record.version = max(int(now * 1000), self._last.version + 1 if self._last else 0)
-        record.expires_at = now + self._lifetime_s
-        self._last = record
-        await self._registry.publish(sign_record(self._identity, record))
+        async with self._turn:
+            record = self._describe()
+            now = time.time()
+            record.version = max(int(now * 1000), self._last.version + 1 if self._last else 0)
+            record.expires_at = now + self._lifetime_s
+            self._last = record
+            await self._registry.publish(sign_record(self._identity, record))
 
     async def stop(self) -> None:
         """Stop, and tell the DHT that the peer has left."""
@@ -70,10 +76,13 @@ class Publisher:
             except DirectoryError as error:
                 logger.warning("Left without notice: %s", error)
 
-    async def _run(self) -> None:
+    async def _run(self, known: asyncio.Event) -> None:
         while True:
+            pause_s = self._period_s
             try:
                 await self.publish()
+                known.set()
             except Exception as error:  # the peer serves on, whatever ails its publication
-                logger.warning("Publishing failed, next try in %.0f s: %s", self._period_s, error)
-            await asyncio.sleep(self._period_s)
+                pause_s = min(RETRY_S, pause_s)
+                logger.warning("Publishing failed, next try in %.0f s: %s", pause_s, error)
+            await asyncio.sleep(pause_s)
