@@ -14,6 +14,7 @@ from petal.client.known_peers import ConnectError
 from petal.client.session import Session
 from petal.client.stream import PeerError
 from petal.client.swarm import AsyncSwarmModel
+from petal.peer.quotas import Quota, Quotas, Rule
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.leaf import LeafKey
 from petal.protocol.limits import DIRECTORY_OPTIONS
@@ -22,6 +23,7 @@ from petal.protocol.private.admin import AdminServer
 from petal.protocol.private.invites import InviteError
 from petal.protocol.private.joining import join, join_as_admin
 from petal.protocol.private.membership import Membership, request_for
+from petal.protocol.tree import DraftTree
 from petal.protocol.trust import PublicTrust
 
 from .private_swarms import PrivateSwarm, free_ports, private_swarm
@@ -184,3 +186,25 @@ async def listed(member: Membership, address: str) -> bool:
     except grpc.aio.AioRpcError:
         return False
     return True
+
+
+async def test_quotas_by_label_hold_on_the_wire() -> None:
+    limits = Quota(sessions=1, tokens_per_minute=20, tree_nodes=3)
+    async with private_swarm(tiny_llama()) as swarm:
+        await swarm.serve(range(0, 4), quotas=Quotas((Rule(limits, label="lab=small"),)))
+        small = swarm.invite("client", lab="small")
+        async with swarm.connect("small", join=small) as client, swarm.connect("large") as other:
+            session = await client.open_session(64)
+            assert session.max_nodes == 3
+            with pytest.raises(PeerError, match=r"quota here is 1 sessions.*retry") as refused:
+                await client.open_session(64, wait_s=0)
+            assert refused.value.busy
+            with pytest.raises(PeerError, match="tree of 4 nodes; your quota here is 3"):
+                await session.step(DraftTree.of_chain([1, 2, 3, 4, 5]))
+            session = await client.open_session(64)
+            await session.prefill([1] * 20)
+            with pytest.raises(PeerError, match="20 tokens a minute; retry in"):
+                await session.prefill([2] * 5)
+            async with await other.open_session(64) as free:
+                await free.prefill([1] * 40)
+                await free.step(DraftTree.of_chain([1, 2, 3, 4, 5]))

@@ -27,7 +27,7 @@ from .fuzz import Fuzz
 from .tally import Tally
 
 FORGERIES, INPUTS, SESSIONS = 1000, 100_000, 10_000
-FUZZ_S = 400.0
+FUZZ_S = 600.0
 
 
 async def attack(tally: Tally, fuzz: Fuzz, sessions: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -115,18 +116,27 @@ class Fuzz:
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 pass  # it has ended already
             self.inputs[method] += 1
+            # A status comes once all answers are read; a read that begins as the call ends never returns in grpc.aio.
+            reading = asyncio.ensure_future(_read_all(call))
             try:
-                # Not by reading: a read that begins as the call ends never returns in this grpc.aio.
                 code = await asyncio.wait_for(call.code(), PATIENCE_S)
             except asyncio.TimeoutError:
                 self.crashes.append(f"{method}: no answer")
                 call.cancel()
             else:
                 self._judge(method, code, await call.details())
+            finally:
+                reading.cancel()
 
     def _judge(self, method: str, code: grpc.StatusCode, details: str | None) -> None:
         if code in CRASHES:
             self.crashes.append(f"{method}: {code.name}: {details}")
+
+
+async def _read_all(call: grpc.aio.StreamStreamCall) -> None:
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        while await call.read() is not grpc.aio.EOF:
+            pass
 
 
 def _parsers(folder: Path) -> Iterator[tuple[str, float, bytes, Sender, tuple[type[Exception], ...]]]:
