@@ -24,7 +24,7 @@ from .replay import ReplayBudget
 from .scheduler import Tenant
 from .session import PeerSession
 from .session_spec import SessionFailed, SessionSpec, invalid
-from .streams import Writer, abort, failure_of, first_of, frames_of
+from .streams import Writer, abort, failure_of, first_of, frames_of, start_answering
 
 FEATURES = frozenset({"tree", "fork", "rewind", "resume", "logits", "hidden", "top_logprobs", "embeddings"})
 Status = grpc.StatusCode
@@ -123,6 +123,7 @@ class PeerService(PeerServicer):
         except SessionFailed as failure:
             await abort(context, failure)
             return
+        await start_answering(context)
         work = (self._read(session, requests, writer), writer.run(), writer.watch(), self._expire(session))
         tasks = [asyncio.ensure_future(part) for part in work]
         try:
@@ -352,6 +353,7 @@ class PeerService(PeerServicer):
         def credit(size: int) -> None:
             writer.put(pb.LinkReply(credit=pb.Credit(bytes=size)))
 
+        await start_answering(context)
         session.on_uplink(credit)
         writing = asyncio.ensure_future(writer.run())
         token = session.link_token

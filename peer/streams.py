@@ -54,6 +54,11 @@ class Writer:
         raise SessionFailed(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing was read for {UNREAD_S:g} s")
 
 
+async def start_answering(context: grpc.aio.ServicerContext) -> None:
+    """Send the headers, which a first frame would take along: cut short in that, no stream can be ended any more."""
+    await context.send_initial_metadata(())
+
+
 async def first_of(requests: AsyncIterator[Frame]) -> Frame | None:
     """The frame that a stream starts with; None where it ends at once. Raises SessionFailed where none comes."""
     try:
