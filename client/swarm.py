@@ -35,10 +35,8 @@ WAIT_S = 30.0
 SWEEP_S = 2.0
 # Rows a draft tree may add behind prompt and answer.
 TREE_ROOM = 128
-
 # Shorter beginnings are not worth the wait until the trunk is there.
 SHARED_PREFIX = 32
-
 Prompt = str | Sequence[int]
 
 
@@ -119,8 +117,8 @@ class AsyncSwarmModel:
             if tokenizer is None:
                 raise ConnectError(f"no tokenizer for {model}: {error}") from error
         trust, directory = await enter(initial_peers, join)
-        wait = WAIT_S if wait_s is None else wait_s
         ends = TrustedEnds(trust, frozenset([trusted_ends] if isinstance(trusted_ends, str) else trusted_ends))
+        wait = WAIT_S if wait_s is None else wait_s
         self = cls(name, digest, directory, ends, tokenizer, codec, exact, allow_mixed, wait)
         try:
             await self._wait_for_route(wait_s or 0.0)

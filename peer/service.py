@@ -7,7 +7,7 @@ import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
@@ -28,7 +28,6 @@ from .streams import Writer, abort, failure_of, first_of, frames_of, start_answe
 
 FEATURES = frozenset({"tree", "fork", "rewind", "resume", "logits", "hidden", "top_logprobs", "embeddings"})
 Status = grpc.StatusCode
-Frame = TypeVar("Frame")
 # Finds a peer's record in this peer's own directory; None where it is not known. With `fresh` it asks the swarm anew.
 Resolve = Callable[[str, bool], Awaitable[pb.PeerRecord | None]]
 # Of a peer that leaves, a session in which nothing happened for so long ends at once: its client resumes elsewhere.

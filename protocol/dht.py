@@ -215,6 +215,7 @@ async def _start_daemon(
             announce_maddrs=list(announce),
             startup_timeout=DAEMON_START_S,
             persistent_conn_max_msg_size=MAX_REPLY_BYTES,
+            use_relay=False,  # nobody's traffic passes through others, and nobody's through this machine
             check_if_identity_free=False,  # it starts a second daemon, and takes a peer that just crashed for alive
             **role,
         )
