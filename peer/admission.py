@@ -60,7 +60,7 @@ class Admission:
                 f"{tokens} tokens never fit this peer's cache of {self.n_pages * PAGE}; ask for fewer", final=True
             )
         self._weights[share] = weight
-        self._forget()
+        self._forget(share)
         try:
             self._check(pages, tokens, share)
         except Refused:
@@ -89,10 +89,9 @@ class Admission:
         part = self._weights[share] / sum(self._weights.values())
         return not mine or (len(mine) < part * self.max_sessions and sum(mine) + pages <= part * self.n_pages)
 
-    def _forget(self) -> None:
+    def _forget(self, asking: str) -> None:
         """Who has not asked again for a while wants nothing any more."""
         limit = time.monotonic() - PATIENCE_S
         self._refused_at = {share: at for share, at in self._refused_at.items() if at > limit}
-        present = {held.share for held in self._held.values()} | self._refused_at.keys()
-        newest = next(reversed(self._weights))
-        self._weights = {share: w for share, w in self._weights.items() if share in present or share == newest}
+        present = {held.share for held in self._held.values()} | self._refused_at.keys() | {asking}
+        self._weights = {share: weight for share, weight in self._weights.items() if share in present}

@@ -74,3 +74,13 @@ def test_who_stopped_asking_holds_nobody_up(monkeypatch):
         admission.reserve(b"a", PAGE, "large")
     monkeypatch.setattr("petal.peer.admission.PATIENCE_S", 0.0)
     admission.reserve(b"a", PAGE, "large")
+
+
+def test_who_comes_again_is_known_however_many_came_meanwhile():
+    admission = Admission(n_pages=4, max_sessions=1)
+    for share in ("a", "b", "a", "b", "a"):
+        admission.reserve(b"s", PAGE, share)
+        with pytest.raises(Refused):
+            admission.reserve(b"t", PAGE, "a")
+        admission.release(b"s")
+    assert set(admission._weights) <= {"a", "b"}
