@@ -1,0 +1,95 @@
+"""AQLM: additive codebooks against what the layer sees, then the block's continuous parameters against its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.formats.aqlm import GROUP, Aqlm
+from ..span_plain import PlainBlock
+from .additive import Additive, fit_codebooks, fit_scales
+from .beam import search_codes
+from .covariance import relative_error
+from .tuning import tune
+
+_ROUNDS = 12
+# A round that gains less, relatively, is the last.
+_GAIN = 0.005
+_STEPS = 30
+_WIDTH = 8
+# Of the mean diagonal: directions without inputs must not cost nothing.
+_DAMPING = 0.01
+
+
+class AqlmMethod:
+    """2 codebooks of 8 bits for groups of 8: 2 bits a weight, and 8 KiB of codebooks a linear. See Method."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._format = Aqlm()
+        self.config: dict[str, Any] = {
+            "quant_method": "aqlm",
+            "nbits_per_codebook": self._format.bits,
+            "num_codebooks": self._format.codebooks,
+            "in_group_size": GROUP,
+            "out_group_size": 1,
+            "linear_weights_not_to_quantize": [],
+        }
+
+    def takes(self, shape: torch.Size) -> bool:
+        """See Method."""
+        return shape[1] % GROUP == 0
+
+    def quantize(self, weight: Tensor, covariance: Tensor) -> AqlmParts:
+        """See Method."""
+        mean = float(covariance.diagonal().mean())
+        damped = covariance + (_DAMPING * mean if mean > 0 else 1.0) * torch.eye(len(covariance), device=weight.device)
+        noise = torch.Generator(weight.device).manual_seed(self._seed)
+        parts = Additive.start(weight, self._format.codebooks, 1 << self._format.bits, GROUP, noise)
+        error = float("inf")
+        for _ in range(_ROUNDS):
+            fit_scales(parts, weight, damped)
+            fit_codebooks(parts, weight, damped, _STEPS)
+            search_codes(parts, weight, damped, _WIDTH)
+            before, error = error, relative_error(weight, parts.dense(), damped)
+            if error > (1 - _GAIN) * before:
+                break
+        fit_codebooks(parts, weight, damped, _STEPS)
+        parts.as_stored()
+        return AqlmParts(parts, self._format)
+
+    def tune(
+        self, block: PlainBlock, parts: Mapping[str, AqlmParts], inputs: Tensor, targets: Tensor
+    ) -> dict[str, Tensor]:
+        """See Method."""
+        tuned = tune(block, {path: part.additive for path, part in parts.items()}, inputs, targets)
+        for part in parts.values():
+            part.additive.as_stored()
+        return tuned
+
+
+@dataclass(frozen=True)
+class AqlmParts:
+    """See Parts."""
+
+    additive: Additive
+    format: Aqlm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Parts."""
+        parts = self.additive
+        wrap = 1 << self.format.bits
+        signed = torch.where(parts.codes >= wrap // 2, parts.codes - wrap, parts.codes)
+        return {
+            "codebooks": parts.codebooks[:, :, None].half(),
+            "codes": signed.to(self.format.code_dtype),
+            "scales": parts.scales[:, None, None, None].half(),
+        }
+
+    def dense(self) -> Tensor:
+        """See Parts."""
+        return self.additive.dense()
