@@ -1,4 +1,4 @@
-"""One block of a model in transformers' own modules, for work that a served span has no use for: other devices, gradients.
+"""One block of a model in transformers' own modules, for work that asks for gradients and other devices.
 
 It is the class, the config and the reading of tensors that a peer uses; only the kernels differ.
 """
@@ -59,7 +59,7 @@ def _plain(packed: PackedLinear) -> nn.Linear:
     linear = nn.Linear(packed.in_features, packed.out_features, device="meta")
     linear.weight = nn.Parameter(packed.dense().contiguous(), requires_grad=False)
     bias = packed.bias[: packed.out_features]
-    linear.bias = nn.Parameter(bias.clone(), requires_grad=False) if bias.any() else None
+    linear.register_parameter("bias", nn.Parameter(bias.clone(), requires_grad=False) if bias.any() else None)
     return linear
 
 

@@ -49,7 +49,7 @@ def train(model: LlamaForCausalLM, text: bytes, steps: int, device: str, length:
         optimizer.step()
         schedule.step()
     model.cpu().eval()
-    return float(loss)
+    return float(loss.detach())
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,16 @@ class AqlmMethod:
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._format = Aqlm()
-        self.config: dict[str, Any] = {
+
+    def config(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """See Method."""
+        return {
             "quant_method": "aqlm",
             "nbits_per_codebook": self._format.bits,
             "num_codebooks": self._format.codebooks,
             "in_group_size": GROUP,
             "out_group_size": 1,
-            "linear_weights_not_to_quantize": [],
+            "linear_weights_not_to_quantize": [name for name, shape in shapes.items() if len(shape) == 2],
         }
 
     def takes(self, shape: torch.Size) -> bool:

@@ -35,6 +35,10 @@ def quantize(
         _fail(console, f"quantizing needs torch and transformers: pip install 'petal-swarm[models]' ({error})", error)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
+        raise typer.BadParameter(f"this machine cannot compute on {device!r}: give cpu or cuda") from error
+    try:
         run(Options(model, format, calibration, out, device, tokens, length, seed), console)
     except (CheckpointError, OSError, torch.OutOfMemoryError) as error:
         _fail(console, str(error), error)
@@ -49,4 +53,4 @@ def _fail(console: Console, text: str, error: Exception) -> None:
 
 
 def main() -> None:
-    app()
+    app(prog_name="petal quantize")

@@ -1,7 +1,7 @@
 """The checkpoint in the making: one shard a block, and all that a run needs to go on after a kill.
 
-Files appear whole or not at all. Until the model is complete it lies in a folder "unfinished", beside the hidden states
-that enter the next block.
+Files appear whole or not at all. What only the run needs, above all the hidden states that enter the next block, lies
+in a folder "unfinished"; config.json comes last, and makes the folder a model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...protocol.checkpoint import Checkpoint, CheckpointError
+from ...protocol.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from ...protocol.safetensors import SafetensorsFile
 
 _DENSE = {"F32", "F16", "BF16"}
+Describe = Callable[[Mapping[str, Sequence[int]]], dict[str, Any]]
 
 
 class Folder:
@@ -65,36 +67,38 @@ class Folder:
                     found.update(json.loads(file.metadata()["errors"]))
         return found
 
-    def finish(self, checkpoint: Checkpoint, quantization: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-        """Write what is around the blocks, and `texts` by file name; then the model is complete."""
+    def finish(self, checkpoint: Checkpoint, describe: Describe, texts: Mapping[str, str]) -> None:
+        """Write what is around the blocks, and `texts` by file name; then the model is complete.
+
+        describe: shapes of all tensors -> the config's `quantization_config`.
+        """
         in_blocks = {name for names in checkpoint.layout.blocks for name in names}
         others = [name for name in checkpoint.tensors if name not in in_blocks]
         _save(self._shard(self._n_blocks), {name: stored(checkpoint, name) for name in others}, {})
-        self._write_index()
+        shapes = self._write_index()
         for name, text in texts.items():
-            _write(self._work / name, text)
-        for path in self._work.glob("hidden-*"):
-            path.unlink()
-        (self._work / "settings.json").unlink()
-        for path in self._work.iterdir():
-            os.replace(path, self.out / path.name)
-        shutil.rmtree(self._work)
-        config = {**checkpoint.config, "quantization_config": dict(quantization)}
+            _write(self.out / name, text)
+        config = {**checkpoint.config, "quantization_config": describe(shapes)}
         _write(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+        shutil.rmtree(self._work)
 
-    def _write_index(self) -> None:
+    def _write_index(self) -> dict[str, Sequence[int]]:
+        """Say which tensor is in which shard; shapes of all of them."""
         places: dict[str, str] = {}
-        size = 0
+        infos: dict[str, TensorInfo] = {}
         for number in range(self._n_blocks + 1):
             path = self._shard(number)
-            with safe_open(path, "pt") as file:
-                places.update(dict.fromkeys(file.keys(), path.name))
-            size += path.stat().st_size
+            file = SafetensorsFile(path)
+            places.update(dict.fromkeys(file.tensors, path.name))
+            infos.update(file.tensors)
+            file.close()
+        size = sum(info.nbytes for info in infos.values())
         index = {"metadata": {"total_size": size}, "weight_map": places}
-        _write(self._work / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        _write(self.out / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        return {name: info.shape for name, info in infos.items()}
 
     def _shard(self, number: int) -> Path:
-        return self._work / f"model-{number + 1:05}-of-{self._n_blocks + 1:05}.safetensors"
+        return self.out / f"model-{number + 1:05}-of-{self._n_blocks + 1:05}.safetensors"
 
     def _hidden(self, block: int) -> Path:
         return self._work / f"hidden-{block}.safetensors"

@@ -47,7 +47,7 @@ class Feedback:
         return (self.factor.diagonal() ** -2)[self.order.argsort()]
 
     def run(self, weight: Tensor, grid: Grid) -> Tensor:
-        """Round `weight` [out, in] on `grid` -> the rounded weights; later columns take over their part of the errors."""
+        """Round `weight` [out, in] on `grid` -> the rounded weights; later columns make good earlier errors."""
         left, columns = weight[:, self.order], self.order.tolist()
         errors = left.new_empty(len(left), self.size)
         for start in range(0, len(self.order), self.size):

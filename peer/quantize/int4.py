@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ GROUP = 64
 class Int4Method(Fixed):
     """See Method."""
 
-    config: dict[str, Any] = {"quant_method": "petal-int4", "group_size": GROUP}
+    def config(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """See Method."""
+        return {"quant_method": "petal-int4", "group_size": GROUP}
 
     def takes(self, shape: torch.Size) -> bool:
         """See Method."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -27,8 +27,8 @@ AnyParts = TypeVar("AnyParts", bound=Parts)
 class Method(Protocol[AnyParts]):
     """A way to quantize."""
 
-    config: dict[str, Any]
-    """The checkpoint's `quantization_config`."""
+    def config(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint with tensors of these shapes."""
 
     def takes(self, shape: torch.Size) -> bool:
         """Whether a weight of this shape, [out, in], has a place in the format."""

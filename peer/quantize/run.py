@@ -80,7 +80,7 @@ class _Run:
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it goes on with."""
         settings = {key: str(value) for key, value in asdict(self._options).items() if key not in ("out", "device")}
-        return {**settings, "digest": self._checkpoint.digest(), **self._method.config}
+        return {**settings, "digest": self._checkpoint.digest()}
 
     def _embedded(self) -> dict[str, Tensor]:
         """What enters block 0: the calibration rows, and the held-out rows twice, for both models."""

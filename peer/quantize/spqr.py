@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels.formats.spqr import join_outliers, join_words
+from ...kernels.formats.spqr import BITS, join_outliers, join_words
 from .gptq import Feedback
 from .method import Fixed
 from .spqr_grid import SIZE, SpqrGrid
 
 # Of the weights, those without which their groups would gain the most; about a third of them stay apart in the end.
 _SUSPECTS = 0.03
+_NAMES = (".dense_weights", ".row_offsets", ".col_vals", ".in_perm")
 
 
 class SpqrMethod(Fixed):
     """See Method."""
 
-    config: dict[str, Any] = {"quant_method": "spqr", "bits": 3, "beta1": SIZE, "beta2": SIZE}
+    def config(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """See Method."""
+        lengths = {f"{name}.shape": shape[0] for name, shape in shapes.items() if name.endswith(_NAMES)}
+        return {"quant_method": "spqr", "bits": BITS, "beta1": SIZE, "beta2": SIZE, "shapes": lengths}
 
     def takes(self, shape: torch.Size) -> bool:
         """See Method."""
