@@ -1,0 +1,59 @@
+/* Products with packed weights: y[rows][out] = x[rows][in] * w^T + bias. */
+#include "linear.h"
+
+enum {
+    AHEAD = 2 * PIECE, /* depth */
+    LINE = 64,
+    TOO_SMALL = 32 * 1024, /* multiply-adds below which waking a thread costs more than it saves */
+};
+
+static long least(long a, long b) { return a < b ? a : b; }
+
+/* Fetches what is AHEAD of a piece: in its row, or in the same row of the next panel. */
+static void fetch(const weights_t *w, long row, long k)
+{
+    long next = k + AHEAD, lines = w->row_bytes * PIECE / w->in / LINE + 1;
+    if (next >= w->in) {
+        next -= (w->in + PIECE - 1) / PIECE * PIECE;
+        row += PANEL;
+    }
+    if (row >= w->out || next < 0)
+        return;
+    const uint8_t *from = w->codes + row * w->row_bytes + next * w->row_bytes / w->in;
+    for (long i = 0; i < lines; i++)
+        __builtin_prefetch(from + i * LINE, 0, 3);
+}
+
+long decode_panel(const weights_t *w, long panel, long k, uint16_t *to)
+{
+    long first = panel * PANEL, rows = least(PANEL, w->out - first), count = least(PIECE, w->in - k);
+    for (long row = 0; row < rows; row++) {
+        fetch(w, first + row, k);
+        decode(w, first + row, k, count, to + row * RUN, PANEL * RUN);
+    }
+    return (count + RUN - 1) / RUN;
+}
+
+/* Nonzero, with y unfinished, where memory lacks. bias is padded to whole panels. */
+int petal_quantized(float *y, const float *x, const weights_t *w, const float *bias, long rows, long threads)
+{
+    linear_t c = {.y = y, .x = x, .packed = w, .bias = bias, .rows = rows, .in = w->in, .out = w->out, .half = true};
+    c.depth = (w->in + RUN - 1) / RUN * RUN;
+    if (!rows)
+        return 0;
+    threads = rows * w->in * w->out < TOO_SMALL ? 1 : threads;
+    return amx_ready() ? amx_run_packed(&c, threads) : run_tiles(&c, threads);
+}
+
+/* Rows `which` of w as float, for looking them up: y[count][in]. */
+void petal_decode_rows(float *y, const weights_t *w, const int64_t *which, long count)
+{
+    uint16_t room[PIECE];
+    for (long i = 0; i < count; i++)
+        for (long k = 0; k < w->in; k += PIECE) {
+            long depth = least(PIECE, w->in - k);
+            decode(w, which[i], k, depth, room, RUN);
+            for (long j = 0; j < depth; j++)
+                y[i * w->in + k + j] = half_to_float(room[j]);
+        }
+}

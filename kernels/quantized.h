@@ -1,0 +1,57 @@
+/* Weights in a packed format, and how products read them: a few rows at a time, as bfloat16. */
+#ifndef PETAL_QUANTIZED_H
+#define PETAL_QUANTIZED_H
+
+#include "tile.h"
+
+/* In the order of KINDS in quantized_native.py. */
+typedef enum { FP16, INT8, INT4, NF4, AQLM, SPQR, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K } kind_t;
+
+/* Rows of codes follow each other, row_bytes apart; what else a format has is said beside its decoder. */
+typedef struct {
+    int64_t kind, out, in, row_bytes, group, count;
+    const uint8_t *codes;
+    const void *scales, *zeros, *extra, *more;
+} weights_t;
+
+enum {
+    RUN = 32,   /* neighbours of a row that stay together */
+    PIECE = 256 /* depth that is decoded at once */
+};
+
+/* Decodes depths [k, k + count) of a row, rounded to nearest even: run i goes to to + i * stride, the last one padded
+ * with zeros. k is a multiple of PIECE, count at most PIECE. */
+void decode(const weights_t *w, long row, long k, long count, uint16_t *to, long stride);
+
+/* A piece of 32 rows by steps of RUN depths, [step][32][RUN]; the number of steps. What is past `out` is anything. */
+long decode_panel(const weights_t *w, long panel, long k, uint16_t *to);
+
+/* `decode` for formats that have a faster way on this processor; false, with nothing done, where there is none. */
+int decode_wide(const weights_t *w, long row, long k, long count, uint16_t *to, long stride);
+
+static inline float fp16_to_float(uint16_t h)
+{
+#ifdef __FLT16_MAX__
+    _Float16 f;
+    memcpy(&f, &h, sizeof f);
+    return (float)f;
+#else
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, bits = (uint32_t)(h & 0x7fff) << 13;
+    float scaled, magic = 0x1p112f; /* moves the exponent's bias, for subnormal numbers too */
+    memcpy(&scaled, &bits, sizeof scaled);
+    scaled *= magic;
+    memcpy(&bits, &scaled, sizeof bits);
+    bits |= sign;
+    memcpy(&scaled, &bits, sizeof scaled);
+    return scaled;
+#endif
+}
+
+static inline float fp16_at(const void *p)
+{
+    uint16_t h;
+    memcpy(&h, p, sizeof h);
+    return fp16_to_float(h);
+}
+
+#endif
