@@ -17,7 +17,7 @@
 
 enum {
     BLOCK = 2 * HEIGHT,            /* rows that share a visit to a panel */
-    STEP = DEPTH_UNIT * PANEL * 2, /* bytes of a panel that one instruction's depth takes */
+    WIDTH = DEPTH_UNIT * PANEL * 2, /* bytes of a panel that one instruction's depth takes */
     AHEAD = 4096,                  /* bytes; hides memory latency where a panel is read once */
     WIDE = 2,                      /* panels of a chunk */
     CACHED = 1024 * 1024,          /* bytes of x that stay in the second-level cache */
@@ -81,7 +81,7 @@ static void add_products(const linear_t *c, long panel, long row, long low, long
 {
     const char *w = c->panels + panel * c->depth * PANEL * 2, *end = w + c->depth * PANEL * 2;
     const char *x_low = (const char *)c->tiles + row * c->depth * 2, *x_high = x_low + low * c->depth * 2;
-    for (; w < end; w += STEP, x_low += low * LINE, x_high += high * LINE) {
+    for (; w < end; w += WIDTH, x_low += low * LINE, x_high += high * LINE) {
         for (long i = 0; i < ahead.lines; i++, ahead.next += LINE)
             __builtin_prefetch(ahead.next, 0, 3);
         _tile_loadd(X_LOW, x_low, LINE);
@@ -141,7 +141,7 @@ static void run_chunk(void *job, long chunk)
 {
     const linear_t *c = job;
     part_t part = part_of(c, chunk);
-    long blocks = (part.last - part.first + BLOCK - 1) / BLOCK, lines = (STEP / LINE + blocks - 1) / blocks;
+    long blocks = (part.last - part.first + BLOCK - 1) / BLOCK, lines = (WIDTH / LINE + blocks - 1) / blocks;
     long panel_bytes = c->depth * PANEL * 2;
     for (long panel = part.from; panel < part.to; panel++) {
         ahead_t ahead = {c->panels + panel * panel_bytes + (blocks > 1 ? panel_bytes : AHEAD), lines};

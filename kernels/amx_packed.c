@@ -12,7 +12,6 @@
 
 enum {
     BLOCK = 2 * HEIGHT,    /* rows of x that share a visit to decoded weights */
-    STEP = RUN * PANEL,    /* values of decoded weights that one instruction's depth takes */
     CACHED = 1024 * 1024,  /* bytes of decoded weights that stay in the second-level cache */
     WIDEST = 8,            /* panels decoded together where rows are many */
 };

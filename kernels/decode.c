@@ -91,25 +91,19 @@ static uint64_t word_at(const weights_t *w, long row, long tile)
     return word;
 }
 
-/* One of the four float16 numbers of a tile: its bytes are in rows 4n and 4n + 2 of it. */
-static float tile_number(const weights_t *w, long row, long tile, long n)
-{
-    long first = row / 16 * 16 + 4 * n;
-    uint64_t low = word_at(w, first, tile) >> 54 & 255, high = word_at(w, first + 2, tile) >> 54 & 255;
-    return fp16_to_float((uint16_t)(low | high << 8));
-}
-
-/* scales: int32 offsets of the rows' outliers; zeros: uint32 outliers, float16 high, column low. */
+/* scales: int32 offsets of the rows' outliers; zeros: uint32 outliers, float16 high, column low; extra: float16 numbers
+ * of the tiles, four each. */
 static void decode_spqr(const weights_t *w, long row, long k, long count, float *to)
 {
     float room[16];
     for (long i = 0; i < count; i += 16) {
         long tile = (k + i) / 16;
         uint64_t word = word_at(w, row, tile);
-        float scale = tile_number(w, row, tile, 0) * ((float)(word & 7) - tile_number(w, row, tile, 2));
-        float zero = tile_number(w, row, tile, 1) * ((float)(word >> 3 & 7) - tile_number(w, row, tile, 3));
+        const uint16_t *n = (const uint16_t *)w->extra + (row / 16 * (w->row_bytes / 8) + tile) * 4;
+        float scale = fp16_to_float(n[0]) * ((float)(word & 7) - fp16_to_float(n[2]));
+        float zero = fp16_to_float(n[1]) * ((float)(word >> 3 & 7) - fp16_to_float(n[3]));
         for (int j = 0; j < 16; j++)
-            room[j] = scale * ((float)(word >> (6 + 3 * j) & 7) - zero);
+            room[j] = scale * ((float)((uint32_t)(word >> (j < 8 ? 6 : 30)) >> 3 * (j % 8) & 7) - zero);
         memcpy(to + i, room, (size_t)least(16, count - i) * sizeof *to);
     }
     const int32_t *offsets = w->scales;
@@ -222,15 +216,21 @@ static void (*const decoders[])(const weights_t *, long, long, long, float *) = 
     [Q8_0] = decode_q8_0, [Q4_K] = decode_q4_k, [Q5_K] = decode_q5_k, [Q6_K] = decode_q6_k,
 };
 
-void decode(const weights_t *w, long row, long k, long count, uint16_t *to, long stride)
+/* float_to_half of sixteen, of which none is NaN. */
+static u16x16 to_half(u32x16 bits)
 {
-    if (decode_wide(w, row, k, count, to, stride))
-        return;
+    return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, u16x16);
+}
+
+void decode(const weights_t *w, long first, long rows, long k, long count, uint16_t *to)
+{
     float values[PIECE];
-    decoders[w->kind](w, row, k, count, values);
-    for (long i = count; i < (count + RUN - 1) / RUN * RUN; i++)
-        values[i] = 0;
-    for (long i = 0; i < count; i += RUN, to += stride)
-        for (int j = 0; j < RUN; j++)
-            to[j] = float_to_half(values[i + j]);
+    long padded = (count + RUN - 1) / RUN * RUN;
+    for (long row = first; row < first + rows; row++, to += RUN) {
+        decoders[w->kind](w, row, k, count, values);
+        for (long i = count; i < padded; i++)
+            values[i] = 0;
+        for (long i = 0; i < padded; i += LANES)
+            *(u16x16 *)(to + i / RUN * STEP + i % RUN) = to_half(*(const u32x16 *)(values + i));
+    }
 }

@@ -9,28 +9,21 @@ enum {
 
 static long least(long a, long b) { return a < b ? a : b; }
 
-/* Fetches what is AHEAD of a piece: in its row, or in the same row of the next panel. */
-static void fetch(const weights_t *w, long row, long k)
+/* How far the codes that are AHEAD of a piece lie: in the same row, or in the row of the next panel. */
+static long distance_ahead(const weights_t *w, long k)
 {
-    long next = k + AHEAD, lines = w->row_bytes * PIECE / w->in / LINE + 1;
-    if (next >= w->in) {
-        next -= (w->in + PIECE - 1) / PIECE * PIECE;
-        row += PANEL;
-    }
-    if (row >= w->out || next < 0)
-        return;
-    const uint8_t *from = w->codes + row * w->row_bytes + next * w->row_bytes / w->in;
-    for (long i = 0; i < lines; i++)
-        __builtin_prefetch(from + i * LINE, 0, 3);
+    long next = k + AHEAD, wraps = next >= w->in;
+    next -= wraps ? (w->in + PIECE - 1) / PIECE * PIECE : 0;
+    return (next < 0 ? 0 : next * w->row_bytes / w->in) + (wraps ? PANEL * w->row_bytes : 0);
 }
 
 long decode_panel(const weights_t *w, long panel, long k, uint16_t *to)
 {
     long first = panel * PANEL, rows = least(PANEL, w->out - first), count = least(PIECE, w->in - k);
-    for (long row = 0; row < rows; row++) {
-        fetch(w, first + row, k);
-        decode(w, first + row, k, count, to + row * RUN, PANEL * RUN);
-    }
+    const uint8_t *next = w->codes + first * w->row_bytes + distance_ahead(w, k);
+    long lines = w->row_bytes * PIECE / w->in / LINE + 1;
+    if (!decode_wide(w, first, rows, k, count, to, next, lines))
+        decode(w, first, rows, k, count, to);
     return (count + RUN - 1) / RUN;
 }
 
@@ -45,15 +38,15 @@ int petal_quantized(float *y, const float *x, const weights_t *w, const float *b
     return amx_ready() ? amx_run_packed(&c, threads) : run_tiles(&c, threads);
 }
 
-/* Rows `which` of w as float, for looking them up: y[count][in]. */
+/* Rows `which` of w as float, rounded like all weights: y[count][in]. */
 void petal_decode_rows(float *y, const weights_t *w, const int64_t *which, long count)
 {
-    uint16_t room[PIECE];
+    uint16_t room[PIECE / RUN * STEP];
     for (long i = 0; i < count; i++)
         for (long k = 0; k < w->in; k += PIECE) {
             long depth = least(PIECE, w->in - k);
-            decode(w, which[i], k, depth, room, RUN);
+            decode(w, which[i], 1, k, depth, room);
             for (long j = 0; j < depth; j++)
-                y[i * w->in + k + j] = half_to_float(room[j]);
+                y[i * w->in + k + j] = half_to_float(room[j / RUN * STEP + j % RUN]);
         }
 }

@@ -15,19 +15,23 @@ typedef struct {
 } weights_t;
 
 enum {
-    RUN = 32,   /* neighbours of a row that stay together */
-    PIECE = 256 /* depth that is decoded at once */
+    RUN = 32,           /* neighbours of a row that stay together */
+    STEP = RUN * PANEL, /* values of so much depth of a panel */
+    PIECE = 256         /* depth that is decoded at once */
 };
 
-/* Decodes depths [k, k + count) of a row, rounded to nearest even: run i goes to to + i * stride, the last one padded
- * with zeros. k is a multiple of PIECE, count at most PIECE. */
-void decode(const weights_t *w, long row, long k, long count, uint16_t *to, long stride);
+/* Decodes depths [k, k + count) of rows [first, first + rows), at most PANEL, rounded to nearest even, to
+ * [step][PANEL][RUN]; the last step is padded with zeros or with what meets zeros of x. k is a multiple of PIECE, count
+ * at most PIECE. */
+void decode(const weights_t *w, long first, long rows, long k, long count, uint16_t *to);
 
-/* A piece of 32 rows by steps of RUN depths, [step][32][RUN]; the number of steps. What is past `out` is anything. */
+/* A piece of a panel, what is next being fetched meanwhile; returns the number of steps. */
 long decode_panel(const weights_t *w, long panel, long k, uint16_t *to);
 
-/* `decode` for formats that have a faster way on this processor; false, with nothing done, where there is none. */
-int decode_wide(const weights_t *w, long row, long k, long count, uint16_t *to, long stride);
+/* `decode` for formats that have a faster way on this processor; 0, with nothing done, where there is none. Row by row
+ * `lines` cache lines from `next` on, which moves with the rows, are fetched. */
+int decode_wide(const weights_t *w, long first, long rows, long k, long count, uint16_t *to, const uint8_t *next,
+                long lines);
 
 static inline float fp16_to_float(uint16_t h)
 {

@@ -83,7 +83,7 @@ def _fields(format: Format, packed: Mapping[str, Tensor]) -> tuple[str, dict[str
             return "aqlm", named | {"group": format.bits, "count": format.codebooks}
         case Spqr():
             named = {"codes": packed["dense_weights"], "scales": packed["row_offsets"]}
-            return "spqr", named | {"zeros": packed["col_vals"]}
+            return "spqr", named | {"zeros": packed["col_vals"], "extra": packed["numbers"]}
         case Gguf():
             return format.name, {"codes": packed["blocks"]}
     raise AssertionError(f"no C code for {format.name}")
