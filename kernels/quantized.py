@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .formats.base import Format, FormatError, Shape
-from .select import select
+from . import native
+from .formats.base import Format, FormatError, Shape, padded
+from .linear import PANEL
+from .quantized_native import NativeWeights
+from .select import Device, select
 
 
 class QuantizedLinear(nn.Module):
@@ -34,8 +37,11 @@ class QuantizedLinear(nn.Module):
         for name, tensor in format.pack(tensors, shape).items():
             self.register_buffer(f"packed_{name}", tensor)
         self._names = tuple(name.removeprefix("packed_") for name in self._buffers)
-        self.register_buffer("bias", torch.zeros(shape[0]) if bias is None else bias.detach().float().contiguous())
+        self.register_buffer("bias", torch.zeros(padded(shape[0], PANEL), device=self.packed[self._names[0]].device))
+        if bias is not None:
+            self.bias[: shape[0]] = bias.detach()
         self.adapter = None
+        self._native: NativeWeights | None = None
 
     @property
     def shape(self) -> Shape:
@@ -56,8 +62,27 @@ class QuantizedLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"rows of {x.shape[-1]} values, expected {self.in_features}")
         rows = x.reshape(-1, self.in_features)
-        y = select(self.format, x.device, len(rows)).run(self, rows).to(x.dtype).view(*x.shape[:-1], -1)
+        device = Device(x.device.type, x.device.type == "cpu" and native.library() is not None)
+        y = select(self.format, device, len(rows)).run(self, rows).to(x.dtype)
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if self.adapter is None else y + self.adapter(x)
+
+    def native(self) -> NativeWeights:
+        """What the C kernels read, looked up once: decoding calls nothing as often."""
+        if self._native is None:
+            self._native = NativeWeights(self.format, self.packed, self.shape)
+        return self._native
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Whatever moves the module goes through here; what is packed is never converted."""
+        self._native = None
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = function(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights as [out, in]."""

@@ -58,14 +58,15 @@ class Spqr(Format):
             raise FormatError(f"in_perm of spqr weights must name each of the {width} columns once.")
 
     def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        """Tiles as rows, [padded out, tiles of columns]: the kernels walk along a row."""
+        """Words as rows, [padded out, tiles of columns], the way that kernels walk, and the tiles' numbers apart."""
         packed = super().pack(_with_permutation(tensors), shape)
-        tiles = self.tiles(tensors, shape).transpose(1, 2).flatten(0, 1)
-        return packed | {"dense_weights": tiles.contiguous()}
+        tiles = self.tiles(tensors, shape)
+        words = tiles.transpose(1, 2).flatten(0, 1).contiguous()
+        return packed | {"dense_weights": words, "numbers": _numbers(tiles).contiguous()}
 
     def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
         words = packed["dense_weights"].unflatten(0, (-1, TILE)).transpose(1, 2)
-        return dict(packed) | {"dense_weights": words.flatten()}
+        return {name: t for name, t in packed.items() if name != "numbers"} | {"dense_weights": words.flatten()}
 
     def tiles(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
         """The words of a checkpoint's tensors as [tiles of rows, tiles of columns, 16]."""
@@ -74,7 +75,7 @@ class Spqr(Format):
     def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
         out, width = shape
         words = packed["dense_weights"].unflatten(0, (-1, TILE)).transpose(1, 2)
-        s_s, z_s, s_z, z_z = _numbers(words).to(dtype)[..., None].unbind(-2)
+        s_s, z_s, s_z, z_z = packed["numbers"].to(dtype)[..., None].unbind(-2)
         scale = s_s * ((words & _MASK).to(dtype) - s_z)
         zero = z_s * ((words >> BITS & _MASK).to(dtype) - z_z)
         places = torch.arange(2, TILE + 2, device=words.device) * BITS
@@ -95,7 +96,8 @@ class Spqr(Format):
         raise FormatError("rows of spqr weights share tiles: an embedding cannot be stored so.")
 
     def bytes(self, shape: Shape) -> int:
-        return padded(shape[0], TILE) * padded(shape[1], TILE) // 2 + 4 * (shape[0] + 1)
+        tiles = padded(shape[0], TILE) * padded(shape[1], TILE) // TILE**2
+        return tiles * (8 * TILE + 8) + 4 * (shape[0] + 1)
 
 
 def _with_permutation(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -37,6 +37,8 @@ def _spqr(shape: tuple[int, int], noise: Generator) -> Tensors:
     codes = torch.randint(8, (rows, columns, 16, 16), generator=noise)
     numbers = torch.rand(rows, columns, 4, generator=noise) + 0.1
     numbers[..., 0] /= 4 * width**0.5
+    numbers[..., 1] = numbers[..., 1] / 10 + 0.1
+    numbers[..., 3] = -20  # zeros in the middle of the codes
     chosen = torch.rand(shape, generator=noise) < 0.01
     places = chosen.nonzero()
     values = torch.randn(len(places), generator=noise) / width**0.5
