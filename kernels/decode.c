@@ -51,15 +51,16 @@ static int nf4_code(const weights_t *w, long row, long k)
     return w->in % 64 ? w->codes[place / 2] >> (place % 2 ? 0 : 4) & 15 : nibble(w->codes + row * w->row_bytes, k);
 }
 
-/* scales: uint8 by block of 64; zeros: float by 256 blocks; extra: float[256], what the scales mean; more: their
- * offset and the 16 levels. */
+/* more: the offset of scales and the 16 levels. Without zeros scales are float by block of 64, else uint8; then zeros:
+ * float by 256 blocks; extra: float[256], what the scales mean. */
 static void decode_nf4(const weights_t *w, long row, long k, long count, float *to)
 {
     const uint8_t *scales = w->scales;
     const float *nested = w->zeros, *map = w->extra, *offset = w->more, *levels = offset + 1;
     for (long i = 0; i < count; i++) {
         long block = (row * w->in + k + i) / 64;
-        to[i] = levels[nf4_code(w, row, k + i)] * (map[scales[block]] * nested[block / 256] + *offset);
+        float scale = nested ? map[scales[block]] * nested[block / 256] + *offset : ((const float *)scales)[block];
+        to[i] = levels[nf4_code(w, row, k + i)] * scale;
     }
 }
 

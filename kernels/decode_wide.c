@@ -100,7 +100,7 @@ INLINE void wide_nf4(const weights_t *w, long row, long k, long count, uint16_t 
     const __m512 levels = _mm512_loadu_ps(offset + 1);
     uint64_t block = (uint64_t)(row * w->in + k) / 64;
     for (long i = 0; i < count; i += 2 * RUN, to += 2 * STEP, block++) {
-        float scale = map[shares[block]] * nested[block / 256] + *offset;
+        float scale = nested ? map[shares[block]] * nested[block / 256] + *offset : ((const float *)shares)[block];
         __m512i table = table_of(_mm512_mul_ps(levels, _mm512_set1_ps(scale))), words = words_at(codes, k + i);
         look_up(to, words, 0, table);
         look_up(to + STEP, words, 8, table);

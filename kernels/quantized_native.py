@@ -75,9 +75,11 @@ def _fields(format: Format, packed: Mapping[str, Tensor]) -> tuple[str, dict[str
             named = {"codes": codes, "scales": packed["scales"], "zeros": packed["zeros"]}
             return "int4", named | {"count": groups, "group": 2 * codes.shape[1] // groups}
         case Nf4():
-            more = torch.cat((packed["offset"], torch.tensor(LEVELS)))
-            named = {"codes": packed["weight"], "scales": packed["absmax"], "zeros": packed["nested_absmax"]}
-            return "nf4", named | {"extra": packed["nested_quant_map"], "more": more}
+            offset = packed["offset"] if format.nested else torch.zeros(1)
+            named = {"codes": packed["weight"], "scales": packed["absmax"]}
+            named["more"] = torch.cat((offset, torch.tensor(LEVELS)))
+            nested = {"zeros": packed["nested_absmax"], "extra": packed["nested_quant_map"]} if format.nested else {}
+            return "nf4", named | nested
         case Aqlm():
             named = {"codes": packed["codes"], "scales": packed["scales"], "extra": packed["codebooks"]}
             return "aqlm", named | {"group": format.bits, "count": format.codebooks}

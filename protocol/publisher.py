@@ -45,6 +45,8 @@ class Publisher:
         self._lifetime_s = lifetime_s
         self._last: pb.PeerRecord | None = None
         self._task: asyncio.Task[None] | None = None
+        # Of two publications at once the DHT would refuse the one that was stamped first.
+        self._turn = asyncio.Lock()
 
     def start(self) -> None:
         """Publish now and every period from now on."""
@@ -52,12 +54,13 @@ class Publisher:
 
     async def publish(self) -> None:
         """Publish at once, as after a change of state."""
-        record = self._describe()
-        now = time.time()
-        record.version = max(int(now * 1000), self._last.version + 1 if self._last else 0)
-        record.expires_at = now + self._lifetime_s
-        self._last = record
-        await self._registry.publish(sign_record(self._identity, record))
+        async with self._turn:
+            record = self._describe()
+            now = time.time()
+            record.version = max(int(now * 1000), self._last.version + 1 if self._last else 0)
+            record.expires_at = now + self._lifetime_s
+            self._last = record
+            await self._registry.publish(sign_record(self._identity, record))
 
     async def stop(self) -> None:
         """Stop, and tell the DHT that the peer has left."""

@@ -322,8 +322,10 @@ async def test_second_tree_must_wait_for_the_first(whole: Wire) -> None:
     gate = stall(whole.peer)
     await session.step(2, [token], sample=True, **AT)
     await session.step(3, [7], base=len(PROMPT) + 1, commit=[0], sample=True)
-    gate.set()
-    await session.refused(Code.INVALID_ARGUMENT, "one tree is in flight")
+    try:
+        await session.refused(Code.INVALID_ARGUMENT, "one tree is in flight")
+    finally:
+        gate.set()
 
 
 async def test_step_past_the_context_is_refused(whole: Wire) -> None:

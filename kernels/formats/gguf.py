@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Format, FormatError, Shape, Tensors, expect, matrix
+from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, matrix
 
 Decode = Callable[[Tensor, torch.dtype], Tensor]
 
@@ -24,6 +24,8 @@ class Gguf(Format):
     """uint8 [n, size] -> [n, block] in a dtype."""
     encode: Callable[[Tensor], Tensor] | None = None
     """float32 [n, block] -> uint8 [n, size], for types whose rounding is to nearest."""
+    halves: tuple[int, ...] = (0,)
+    """Where float16 numbers are in a block."""
 
     @property
     def name(self) -> str:
@@ -39,6 +41,9 @@ class Gguf(Format):
     def check(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
         self._check_width(shape[1])
         expect(tensors, {"blocks": ((shape[0], shape[1] // self.block * self.size), torch.uint8)}, self.name)
+        blocks = tensors["blocks"].reshape(-1, self.size)
+        scales = {"scales": torch.cat([_half(blocks, at, torch.float16) for at in self.halves])}
+        expect_finite(scales, ("scales",), self.name)
 
     def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
         return self.decode(packed["blocks"].reshape(-1, self.size), dtype).view(shape)
@@ -147,10 +152,10 @@ TYPES = {
     kind.name: kind
     for kind in (
         Gguf("q4_0", 32, 18, _q4_0, _encode_q4_0),
-        Gguf("q4_1", 32, 20, _q4_1, _encode_q4_1),
+        Gguf("q4_1", 32, 20, _q4_1, _encode_q4_1, (0, 2)),
         Gguf("q8_0", 32, 34, _q8_0, _encode_q8_0),
-        Gguf("q4_k", 256, 144, _q4_k),
-        Gguf("q5_k", 256, 176, _q5_k),
-        Gguf("q6_k", 256, 210, _q6_k),
+        Gguf("q4_k", 256, 144, _q4_k, halves=(0, 2)),
+        Gguf("q5_k", 256, 176, _q5_k, halves=(0, 2)),
+        Gguf("q6_k", 256, 210, _q6_k, halves=(208,)),
     )
 }

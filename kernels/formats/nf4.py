@@ -34,8 +34,11 @@ class Nf4(Format):
     """w = LEVELS[code] · (nested_quant_map[absmax] · nested_absmax + offset), the latter by block.
 
     weight uint8 [⌈out · in / 2⌉, 1], two codes a byte, even places high; absmax uint8 [blocks];
-    nested_absmax float32 [⌈blocks / 256⌉]; nested_quant_map float32 [256]; offset float32 [1].
+    nested_absmax float32 [⌈blocks / 256⌉]; nested_quant_map float32 [256]; offset float32 [1]. Without double
+    quantization absmax is float32 and the latter three are missing.
     """
+
+    nested: bool = True
 
     @property
     def name(self) -> str:
@@ -45,11 +48,14 @@ class Nf4(Format):
         flat = matrix(weight).flatten()
         absmax, scaled = _blocks(flat, BLOCK)
         codes = _nearest(scaled, torch.tensor(LEVELS, device=flat.device))
+        weight = pair_high(F.pad(codes, (0, len(codes) % 2), value=_ZERO))[:, None]
+        if not self.nested:
+            return {"weight": weight, "absmax": absmax}
         offset = absmax.mean()
         nested_map = dynamic_map().to(flat.device)
         nested, shares = _blocks(absmax - offset, NESTED)
         return {
-            "weight": pair_high(F.pad(codes, (0, len(codes) % 2), value=_ZERO))[:, None],
+            "weight": weight,
             "absmax": _nearest(shares, nested_map),
             "nested_absmax": nested,
             "nested_quant_map": nested_map,
@@ -61,13 +67,14 @@ class Nf4(Format):
         blocks = -(-values // BLOCK)
         wanted = {
             "weight": ((-(-values // 2), 1), torch.uint8),
-            "absmax": ((blocks,), torch.uint8),
-            "nested_absmax": ((-(-blocks // NESTED),), torch.float32),
-            "nested_quant_map": ((256,), torch.float32),
-            "offset": ((1,), torch.float32),
+            "absmax": ((blocks,), torch.uint8 if self.nested else torch.float32),
         }
+        if self.nested:
+            wanted["nested_absmax"] = ((-(-blocks // NESTED),), torch.float32)
+            wanted["nested_quant_map"] = ((256,), torch.float32)
+            wanted["offset"] = ((1,), torch.float32)
         expect(tensors, wanted, self.name)
-        expect_finite(tensors, ("nested_absmax", "nested_quant_map", "offset"), self.name)
+        expect_finite(tensors, tuple(name for name in wanted if tensors[name].is_floating_point()), self.name)
 
     def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
         packed = super().pack(tensors, shape)
@@ -97,11 +104,13 @@ class Nf4(Format):
     def bytes(self, shape: Shape) -> int:
         values = shape[0] * shape[1]
         blocks = -(-values // BLOCK)
-        return -(-values // 2) + blocks + 4 * -(-blocks // NESTED) + 4 * 257
+        return -(-values // 2) + (blocks + 4 * -(-blocks // NESTED) + 4 * 257 if self.nested else 4 * blocks)
 
 
 def block_scales(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """[blocks] in `dtype` of a checkpoint's tensors."""
+    if tensors["absmax"].is_floating_point():
+        return tensors["absmax"].to(dtype)
     shares = tensors["nested_quant_map"].to(dtype)[tensors["absmax"].flatten().long()]
     nested = tensors["nested_absmax"].to(dtype).repeat_interleave(NESTED)[: len(shares)]
     return shares * nested + tensors["offset"].to(dtype)

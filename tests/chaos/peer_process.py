@@ -60,6 +60,7 @@ class PeerProcess:
         self._model = model
         self._folder = folder
         self._name = f"peer-{number}"
+        self._log = folder / f"peer-{number}.log"
         self._process: Any = None
         self._pipe: Connection | None = None
         self._family: list[psutil.Process] = []
@@ -81,8 +82,8 @@ class PeerProcess:
         for peer in initial_peers:
             options += ["--initial-peers", peer]
         self._pipe, theirs = _context.Pipe()
-        log = self._folder / f"{self._name}.log"
-        self._process = _context.Process(target=_serve, args=([self._model, *options], theirs, str(log)), daemon=True)
+        served = ([self._model, *options], theirs, str(self._log))
+        self._process = _context.Process(target=_serve, args=served, daemon=True)
         self._process.start()
         theirs.close()
         self.peer_id, self.multiaddr = await self._receive(START_S)
@@ -115,7 +116,10 @@ class PeerProcess:
         assert self._pipe is not None
         if not await asyncio.to_thread(self._pipe.poll, timeout):
             raise TimeoutError(f"{self._name} of blocks {self.blocks} says nothing")
-        return self._pipe.recv()
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{self._name} ended: {self._log.read_text()[-1000:]}") from None
 
 
 def _running(process: psutil.Process) -> bool:
