@@ -27,7 +27,7 @@ class PlainBlock:
         """Read the block's tensors. Raises CheckpointError as `load_span` does."""
         skeleton = build(checkpoint)
         initialize_buffers(skeleton.model, set(skeleton.inside(index, index + 1)).__contains__)
-        fill(skeleton, checkpoint, index, index + 1, lambda nbytes: None, torch.float32)
+        fill(skeleton, checkpoint, index, index + 1, lambda nbytes: None)
         self.device = device
         self._run = range(index, index + 1)
         self._span = Span(skeleton.model, index, index + 1, checkpoint.n_blocks)

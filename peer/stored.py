@@ -137,7 +137,9 @@ def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     if info.dtype not in _DTYPES:
         raise CheckpointError(f"{checkpoint.name}: {name} has type {info.dtype}: {', '.join(_DTYPES)} can be read.")
     stored = checkpoint.raw(name)
-    tensor = torch.from_numpy(np.array(stored)).view(_DTYPES[info.dtype]).view(info.shape)
+    dtype = _DTYPES[info.dtype]  # torch sees bytes as another type only where there are any
+    tensor = torch.from_numpy(np.array(stored)).view(dtype) if info.nbytes else torch.empty(0, dtype=dtype)
+    tensor = tensor.view(info.shape)
     checkpoint.forget(stored)
     return tensor
 

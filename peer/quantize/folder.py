@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,21 +49,20 @@ class Folder:
 
     def save_state(self, block: int, hidden: Mapping[str, Tensor]) -> None:
         """Blocks before `block` are done; `hidden` enters it."""
-        _save(self._hidden(block), hidden, {})
+        _save(self._hidden(block), hidden)
         if block:
             self._hidden(block - 1).unlink(missing_ok=True)
 
     def save_block(self, block: int, tensors: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
-        """Write a block's shard."""
-        _save(self._shard(block), tensors, {"errors": json.dumps(dict(errors))})
+        """Write a block's shard, and keep its linears' relative errors, by path."""
+        _write(self._work / f"errors-{block}.json", json.dumps(dict(errors)))
+        _save(self._shard(block), tensors)
 
     def errors(self) -> dict[str, float]:
-        """Relative errors of all linears so far, by path."""
+        """Relative errors of all blocks' linears, by path."""
         found: dict[str, float] = {}
         for block in range(self._n_blocks):
-            if self._shard(block).exists():
-                with safe_open(self._shard(block), "pt") as file:
-                    found.update(json.loads(file.metadata()["errors"]))
+            found.update(json.loads((self._work / f"errors-{block}.json").read_text()))
         return found
 
     def finish(self, checkpoint: Checkpoint, describe: Describe, texts: Mapping[str, str]) -> None:
@@ -74,7 +72,7 @@ class Folder:
         """
         in_blocks = {name for names in checkpoint.layout.blocks for name in names}
         others = [name for name in checkpoint.tensors if name not in in_blocks]
-        _save(self._shard(self._n_blocks), {name: stored(checkpoint, name) for name in others}, {})
+        _save(self._shard(self._n_blocks), {name: stored(checkpoint, name) for name in others})
         shapes = self._write_index()
         for name, text in texts.items():
             _write(self.out / name, text)
@@ -119,9 +117,9 @@ def stored(checkpoint: Checkpoint, name: str) -> Tensor:
     return values if dtype in _DENSE else values.half()
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"format": "pt", **metadata})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
     os.replace(part, path)
 
 

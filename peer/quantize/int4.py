@@ -22,7 +22,7 @@ class Int4Method(Fixed):
 
     def config(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """See Method."""
-        return {"quant_method": "petal-int4", "group_size": GROUP}
+        return {"quant_method": "petal", "format": "int4", "group_size": GROUP}
 
     def takes(self, shape: torch.Size) -> bool:
         """See Method."""

@@ -25,6 +25,7 @@ from petal.kernels.formats.base import Format
 from petal.kernels.formats.int4 import Int4
 from petal.kernels.formats.registry import format_of
 from petal.peer.quantize.run import Options, quantize
+from petal.peer.stored import storage_of
 from petal.protocol.checkpoint import Checkpoint, open_checkpoint
 from rich.console import Console
 from torch import Tensor, nn
@@ -110,32 +111,19 @@ class Judge:
                 linear.weight.data, nbytes = dense.float(), nbytes + own
             return self.judge(name, nbytes, time.monotonic() - began)
 
-    def stored(self, name: str, made: Checkpoint, format: Format, seconds: float) -> Quality:
-        """The weights of a checkpoint that `petal quantize` made."""
-        nbytes, device = 0, self._rows.device
+    def stored(self, name: str, made: Checkpoint, seconds: float) -> Quality:
+        """The weights of a checkpoint that `petal quantize` made, as a peer reads them."""
+        nbytes, device, storage = 0, self._rows.device, storage_of(made)
         with self.as_it_was():
             for path, linear in self.linears.items():
-                tensors = tensors_of(made, path)
-                shape = (linear.out_features, linear.in_features)
-                packed = {key: tensor.to(device) for key, tensor in format.pack(tensors, shape).items()}
-                linear.weight.data = format.dequantize(packed, shape, torch.float32)
-                nbytes += sum(tensor.nbytes for tensor in tensors.values())
+                weight = f"{path}.weight"
+                packed = storage.read(made, weight, (linear.out_features, linear.in_features))
+                linear.weight.data = packed.dense().to(device)
+                nbytes += storage.nbytes(made, weight)
             for key, parameter in self.model.named_parameters():
                 if key.removesuffix(".weight") not in self.linears and key in made.tensors:
                     parameter.data = torch.from_numpy(made.read_f32(key).copy()).to(device)
             return self.judge(name, nbytes, seconds)
-
-
-def tensors_of(made: Checkpoint, path: str) -> dict[str, Tensor]:
-    """A quantized linear's tensors as stored, by the names that follow its path."""
-    types = {"U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F16": "<f2"}
-    found = {}
-    for name in made.tensors:
-        if name.startswith(f"{path}.") and not name.endswith(".bias"):
-            info = made.info(name)
-            values = made.raw(name).view(types[info.dtype]).reshape(info.shape)
-            found[name.removeprefix(f"{path}.")] = torch.from_numpy(values.copy())
-    return found
 
 
 def in_format(format: Format) -> Callable[[Tensor], tuple[Tensor, int]]:
@@ -201,7 +189,7 @@ def measure(
                 )
                 quantize(options, Console(stderr=True))
             with open_checkpoint(out) as made:
-                yield judge.stored(name, made, format_of(name), time.monotonic() - began)
+                yield judge.stored(name, made, time.monotonic() - began)
 
 
 def bars(rows: Mapping[str, Quality], unquantized: bool) -> list[dict[str, object]]:

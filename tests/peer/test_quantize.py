@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,10 +10,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from petal.kernels.formats import aqlm, int4, spqr
+from petal.peer.quantize import cli
 from petal.peer.quantize.additive import Additive, fit_codebooks, fit_scales
 from petal.peer.quantize.aqlm import AqlmMethod
 from petal.peer.quantize.beam import search_codes
@@ -25,11 +24,13 @@ from petal.peer.quantize.int4_grid import Int4Grid
 from petal.peer.quantize.run import Options, quantize
 from petal.peer.quantize.spqr import SpqrMethod
 from petal.peer.quantize.spqr_grid import leave_one_out
-from petal.peer.span import load_span
+from petal.peer.span import holding_of, load_span
 from petal.peer.span_plain import PlainBlock
 from petal.peer.span_run import choose_attention
+from petal.peer.stored import storage_of
 from petal.protocol.checkpoint import CheckpointError, open_checkpoint
 from rich.console import Console
+from typer.testing import CliRunner
 
 from ..byte_llama import new_llama, save, train
 from ..tiny import tiny_llama
@@ -201,35 +202,53 @@ def options(model: Path, format: str, out: Path, **others) -> Options:
     return Options(str(model), format, text, out, "cpu", tokens=2048, length=64, seed=0)
 
 
-@pytest.mark.parametrize("format", METHODS)
-def test_a_quantized_checkpoint_holds_every_tensor_of_the_model(model, format, tmp_path):
-    quantize(options(model, format, tmp_path), Console(quiet=True))
-    figures = json.loads((tmp_path / "figures.json").read_text())
+@pytest.fixture(scope="module", params=METHODS)
+def checkpoint_of(request, model) -> tuple[str, Path]:
+    """A format, and the folder of the model in it."""
+    folder = model.parent / request.param
+    quantize(options(model, request.param, folder), Console(quiet=True))
+    return request.param, folder
+
+
+def test_a_quantized_checkpoint_holds_every_tensor_of_the_model(model, checkpoint_of):
+    format, folder = checkpoint_of
+    figures = json.loads((folder / "figures.json").read_text())
     assert len(figures["relative_errors"]) == 21
     assert all(0 < error < 0.3 for error in figures["relative_errors"].values())
     assert figures["perplexity_after"] < 1.05 * figures["perplexity_before"]
-    assert not (tmp_path / "unfinished").exists()
-    layout = METHODS[format][1]
-    with open_checkpoint(tmp_path) as made, open_checkpoint(model) as checkpoint:
+    assert not (folder / "unfinished").exists()
+    with open_checkpoint(folder) as made, open_checkpoint(model) as checkpoint:
         assert made.tokenizer().encode("ab") == [97, 98]
         linears = set(figures["relative_errors"])
         dense = {name for name in checkpoint.tensors if name.removesuffix(".weight") not in linears}
         stored = {name for path in linears for name in made.tensors if name.startswith(f"{path}.")}
         assert set(made.tensors) == dense | stored
         assert made.config["quantization_config"]["quant_method"]
-        path = "model.layers.1.mlp.up_proj"
-        own = [name for name in stored if name.startswith(f"{path}.")]
-        types = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "I64": np.int64, "F16": np.float16}
-        tensors = {}
-        for name in own:
-            values = made.raw(name).view(types[made.info(name).dtype]).reshape(made.info(name).shape)
-            tensors[name.removeprefix(f"{path}.")] = torch.from_numpy(values.copy())
-        weight = torch.from_numpy(checkpoint.read_f32(f"{path}.weight").copy())
-        found = layout.dequantize(layout.pack(tensors, (192, 64)), (192, 64)).float()
-        assert (found - weight).norm() < 0.5 * weight.norm()
+        storage, name = storage_of(made), "model.layers.1.mlp.up_proj.weight"
+        assert storage.quant == format
+        weight = torch.from_numpy(checkpoint.read_f32(name).copy())
+        assert (storage.read(made, name, (192, 64)).dense() - weight).norm() < 0.5 * weight.norm()
+
+
+def test_a_peer_serves_the_checkpoint(model, checkpoint_of):
+    """A span with packed weights says what one says that decodes them first, up to bfloat16; another model differs."""
+    format, folder = checkpoint_of
+    ids = torch.tensor([list(b"The ferry to the outer island left at seven")])
+
+    def logits(folder: Path, quant: str) -> torch.Tensor:
+        with open_checkpoint(folder) as checkpoint:
+            span = load_span(checkpoint, 0, 3, holding=holding_of(checkpoint, quant, "float32"))
+        choose_attention(span.model, "eager")
+        return span.logits(span.forward_cached(ids, [])[0][0])
+
+    packed, decoded, original = logits(folder, format), logits(folder, "none"), logits(model, "none")
+    noise = (packed - decoded).norm()
+    assert noise < 0.02 * decoded.norm()
+    assert noise < 0.5 * (decoded - original).norm()
 
 
 def run_command(model: Path, out: Path) -> list[str]:
+    """`petal quantize` as people type it."""
     text = str(model.parent / "text.txt")
     command = [
         sys.executable,
@@ -281,7 +300,12 @@ def test_refusals(model, tmp_path):
 
 
 def test_the_command_refuses_in_one_line(model, tmp_path):
-    command = [*run_command(model, tmp_path), "--device", "tpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
-    assert done.returncode == 2
-    assert "give cpu or cuda" in done.stderr
+    command = run_command(model, tmp_path)
+    arguments = command[command.index(str(model)) :]
+    done = CliRunner().invoke(cli.app, [*arguments, "--device", "tpu"])
+    assert done.exit_code == 2
+    assert "give cpu or cuda" in done.output.replace("\n", " ")
+    done = CliRunner().invoke(cli.app, [*arguments, "--calibration", str(tmp_path / "none.txt")])
+    assert done.exit_code == 1
+    assert "none.txt cannot be read" in done.output
+    assert done.output.count("\n") == 1
