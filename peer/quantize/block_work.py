@@ -26,12 +26,14 @@ class Result:
     errors: dict[str, float]
 
 
-def quantize_block(block: PlainBlock, method: Method[Any], inputs: Tensor, told: Callable[[str], None]) -> Result:
+def quantize_block(
+    block: PlainBlock, method: Method[Any], inputs: Tensor, targets: Tensor, told: Callable[[str], None]
+) -> Result:
     """Quantize in place the linears that `method` takes, each against what it sees behind those before it.
 
-    inputs: [n, length, d], what enters the block. told: hears the path of each linear that is done.
+    inputs, targets: [n, length, d], what enters the block behind quantized ones, and what would leave it if no block
+    were. told: hears the path of each linear that is done.
     """
-    targets = through(block, inputs)
     exact: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     parts: dict[str, Parts] = {}

@@ -41,8 +41,8 @@ class Method(Protocol[AnyParts]):
     ) -> dict[str, Tensor]:
         """Adjust in place what is continuous in a block's `parts`, by the linears' paths, and in its norms.
 
-        inputs, targets: [n, length, d], what enters the block and what left it before it was quantized.
-        Returns the tensors of the norms that it changed.
+        inputs, targets: [n, length, d], what enters the block behind quantized ones, and what would leave it if no
+        block were: what went wrong before is made good as far as a block can. Returns the tensors of the norms that it changed.
         """
 
 

@@ -83,19 +83,19 @@ class _Run:
         return {**settings, "digest": self._checkpoint.digest()}
 
     def _embedded(self) -> dict[str, Tensor]:
-        """What enters block 0: the calibration rows, and the held-out rows twice, for both models."""
+        """What enters block 0: for the quantized and for the exact model, the fitted rows and the held-out ones."""
         fitted, held_out = (
             torch.stack([self._ends.embed(row, torch.arange(len(row))) for row in ids]).clone()
             for ids in (self._rows.fitted, self._rows.held_out)
         )
-        return {"fitted": fitted, "before": held_out, "after": held_out.clone()}
+        return {"fitted": fitted, "exact": fitted.clone(), "before": held_out, "after": held_out.clone()}
 
     def _block(self, index: int, hidden: dict[str, Tensor], task: Any) -> dict[str, Tensor]:
         """Quantize a block and write it; what leaves it."""
         block = PlainBlock(self._checkpoint, index, torch.device(self._options.device))
-        before = through(block, hidden["before"])
+        exact, before = (through(block, hidden[name]) for name in ("exact", "before"))
         result = quantize_block(
-            block, self._method, hidden["fitted"], lambda path: self._progress.update(task, news=path)
+            block, self._method, hidden["fitted"], exact, lambda path: self._progress.update(task, news=path)
         )
         kept = unquantized(self._checkpoint, index, result.errors)
         self._folder.save_block(index, {**kept, **result.tensors}, result.errors)
@@ -103,6 +103,7 @@ class _Run:
             self._progress.console.print(f"{path}  relative error {error:.4f}", highlight=False)
         return {
             "fitted": through(block, hidden["fitted"]),
+            "exact": exact,
             "before": before,
             "after": through(block, hidden["after"]),
         }

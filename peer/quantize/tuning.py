@@ -1,4 +1,4 @@
-"""A quantized block's continuous parameters fitted to what the block gave before: AQLM, section 3.4.
+"""A quantized block's continuous parameters fitted to what leaves it in the exact model: AQLM, section 3.4.
 
 Codes stay; codebooks, scales and the weights of norms move by Adam.
 """
