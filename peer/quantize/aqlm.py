@@ -1,20 +1,17 @@
-"""AQLM: additive codebooks against what the layer sees, then the block's continuous parameters against its outputs."""
+"""AQLM: additive codebooks fitted to what the layer sees."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kernels.formats.aqlm import GROUP, Aqlm
-from ..span_plain import PlainBlock
 from .additive import Additive, fit_codebooks, fit_scales
 from .beam import search_codes
 from .covariance import relative_error
-from .tuning import tune
 
 _ROUNDS = 12
 # A round that gains less, relatively, is the last.
@@ -62,37 +59,35 @@ class AqlmMethod:
             if error > (1 - _GAIN) * before:
                 break
         fit_codebooks(parts, weight, damped, _STEPS)
-        parts.as_stored()
         return AqlmParts(parts, self._format)
 
-    def tune(
-        self, block: PlainBlock, parts: Mapping[str, AqlmParts], inputs: Tensor, targets: Tensor
-    ) -> dict[str, Tensor]:
-        """See Method."""
-        tuned = tune(block, {path: part.additive for path, part in parts.items()}, inputs, targets)
-        for part in parts.values():
-            part.additive.as_stored()
-        return tuned
 
-
-@dataclass(frozen=True)
 class AqlmParts:
-    """See Parts."""
+    """See Parts. Codebooks and scales are continuous."""
 
-    additive: Additive
-    format: Aqlm
+    def __init__(self, additive: Additive, format: Aqlm) -> None:
+        self._additive, self._format = additive, format
+        self.settle()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def continuous(self) -> list[Tensor]:
         """See Parts."""
-        parts = self.additive
-        wrap = 1 << self.format.bits
-        signed = torch.where(parts.codes >= wrap // 2, parts.codes - wrap, parts.codes)
-        return {
-            "codebooks": parts.codebooks[:, :, None].half(),
-            "codes": signed.to(self.format.code_dtype),
-            "scales": parts.scales[:, None, None, None].half(),
-        }
+        return [self._additive.codebooks, self._additive.scales]
+
+    def settle(self) -> None:
+        """See Parts."""
+        self._additive.as_stored()
 
     def dense(self) -> Tensor:
         """See Parts."""
-        return self.additive.dense()
+        return self._additive.dense()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Parts."""
+        parts = self._additive
+        wrap = 1 << self._format.bits
+        signed = torch.where(parts.codes >= wrap // 2, parts.codes - wrap, parts.codes)
+        return {
+            "codebooks": parts.codebooks[:, :, None].half(),
+            "codes": signed.to(self._format.code_dtype),
+            "scales": parts.scales[:, None, None, None].half(),
+        }

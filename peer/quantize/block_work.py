@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ..span_plain import PlainBlock
 from .covariance import Covariance, relative_error
 from .method import Method, Parts
+from .tuning import tune
 
 # Values of hidden states that go through a block at a time.
 _BATCH_VALUES = 1 << 23
@@ -27,7 +27,7 @@ class Result:
 
 
 def quantize_block(
-    block: PlainBlock, method: Method[Any], inputs: Tensor, targets: Tensor, told: Callable[[str], None]
+    block: PlainBlock, method: Method, inputs: Tensor, targets: Tensor, told: Callable[[str], None]
 ) -> Result:
     """Quantize in place the linears that `method` takes, each against what it sees behind those before it.
 
@@ -46,7 +46,7 @@ def quantize_block(
             parts[path] = method.quantize(linear.weight.data, covariance)
             linear.weight.data = parts[path].dense()
             told(path)
-    result = Result(method.tune(block, parts, inputs, targets), {})
+    result = Result(tune(block, parts, inputs, targets), {})
     for path, found in parts.items():
         block.linears[path].weight.data = found.dense()
         result.errors[path] = relative_error(exact[path], found.dense(), seen[path])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor
 from ...kernels.formats.int4 import assemble
 from .gptq import Feedback
 from .int4_grid import Int4Grid
-from .method import Fixed
 
 GROUP = 64
 
 
-class Int4Method(Fixed):
+class Int4Method:
     """See Method."""
 
     def config(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -36,18 +34,25 @@ class Int4Method(Fixed):
         return Int4Parts(grid)
 
 
-@dataclass(frozen=True)
 class Int4Parts:
-    """See Parts."""
+    """See Parts. Scales are continuous."""
 
-    grid: Int4Grid
+    def __init__(self, grid: Int4Grid) -> None:
+        self._codes, self._zeros = grid.codes.unflatten(1, (-1, GROUP)), grid.zeros
+        self._scales = grid.scales.float()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def continuous(self) -> list[Tensor]:
         """See Parts."""
-        grid = self.grid
-        return assemble(grid.codes.unflatten(1, (-1, GROUP)), grid.scales, grid.zeros)
+        return [self._scales]
+
+    def settle(self) -> None:
+        """See Parts."""
+        self._scales = self._scales.half().float()
 
     def dense(self) -> Tensor:
         """See Parts."""
-        groups = self.grid.codes.unflatten(1, (-1, GROUP)).float() - self.grid.zeros[..., None].float()
-        return (groups * self.grid.scales[..., None].float()).flatten(1)
+        return ((self._codes.float() - self._zeros[..., None]) * self._scales[..., None]).flatten(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Parts."""
+        return assemble(self._codes, self._scales, self._zeros)

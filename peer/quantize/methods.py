@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...protocol.checkpoint import CheckpointError
 from .aqlm import AqlmMethod
 from .int4 import Int4Method
@@ -13,7 +11,7 @@ from .spqr import SpqrMethod
 FORMATS = ("aqlm", "spqr", "int4")
 
 
-def method_for(format: str, seed: int) -> Method[Any]:
+def method_for(format: str, seed: int) -> Method:
     """The method of a format. Raises CheckpointError for an unknown one."""
     if format == "aqlm":
         return AqlmMethod(seed)

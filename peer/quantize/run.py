@@ -56,7 +56,7 @@ def quantize(options: Options, console: Console) -> None:
 
 class _Run:
     def __init__(
-        self, options: Options, checkpoint: Checkpoint, method: Method[Any], rows: Rows, progress: Progress
+        self, options: Options, checkpoint: Checkpoint, method: Method, rows: Rows, progress: Progress
     ) -> None:
         self._options, self._checkpoint, self._method, self._rows = options, checkpoint, method, rows
         self._progress = progress

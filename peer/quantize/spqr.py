@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,15 +10,14 @@ from torch import Tensor
 
 from ...kernels.formats.spqr import BITS, join_outliers, join_words
 from .gptq import Feedback
-from .method import Fixed
-from .spqr_grid import SIZE, SpqrGrid
+from .spqr_grid import SIZE, SpqrGrid, Statistic
 
-# Of the weights, those without which their groups would gain the most; about a third of them stay apart in the end.
-_SUSPECTS = 0.03
+# Of the weights, those without which their groups would gain the most; about half of them stay apart in the end.
+_SUSPECTS = 0.018
 _NAMES = (".dense_weights", ".row_offsets", ".col_vals", ".in_perm")
 
 
-class SpqrMethod(Fixed):
+class SpqrMethod:
     """See Method."""
 
     def config(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -35,33 +33,65 @@ class SpqrMethod(Fixed):
         """See Method."""
         feedback = Feedback.against(covariance, SIZE)
         grid = SpqrGrid(weight, feedback.cost, _SUSPECTS)
-        return SpqrParts(grid, feedback.run(weight, grid))
+        feedback.run(weight, grid)
+        return SpqrParts(grid)
 
 
-@dataclass(frozen=True)
 class SpqrParts:
-    """See Parts."""
+    """See Parts. The scales and zeros of second order are continuous, and what outliers add."""
 
-    grid: SpqrGrid
-    rounded: Tensor
+    def __init__(self, grid: SpqrGrid) -> None:
+        self._codes = grid.codes.unflatten(1, (-1, SIZE))
+        self._scale, self._zero = _Levels(grid.scale), _Levels(grid.zero)
+        self.outliers = grid.outliers.nonzero(as_tuple=True)
+        self._residuals = grid.residuals[self.outliers].float()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def continuous(self) -> list[Tensor]:
         """See Parts."""
-        grid = self.grid
-        scales, zeros = (_tiled(statistic.codes[..., None])[..., 0] for statistic in (grid.scale, grid.zero))
-        numbers = torch.stack((grid.scale.scales, grid.zero.scales, grid.scale.zeros, grid.zero.zeros), -1)
-        rows, columns = grid.outliers.nonzero(as_tuple=True)
-        counts = torch.bincount(rows, minlength=len(grid.outliers))
-        return {
-            "dense_weights": join_words(scales, zeros, _tiled(grid.codes.unflatten(1, (-1, SIZE))), numbers),
-            "row_offsets": torch.cat((counts.new_zeros(1), counts.cumsum(0))).int(),
-            "col_vals": join_outliers(columns, grid.residuals[rows, columns]),
-            "in_perm": torch.empty(0, dtype=torch.int32),
-        }
+        return [self._residuals, *self._scale.numbers, *self._zero.numbers]
+
+    def settle(self) -> None:
+        """See Parts."""
+        self._residuals = self._residuals.half().float()
+        self._scale.settle()
+        self._zero.settle()
 
     def dense(self) -> Tensor:
         """See Parts."""
-        return self.rounded
+        scale, zero = self._scale.values()[..., None], self._zero.values()[..., None]
+        return ((self._codes - zero) * scale).flatten(1).index_put(self.outliers, self._residuals, accumulate=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Parts."""
+        codes, scales, zeros = (
+            _tiled(part) for part in (self._codes, self._scale.codes[..., None], self._zero.codes[..., None])
+        )
+        pairs = zip(self._scale.numbers, self._zero.numbers, strict=True)
+        numbers = torch.stack([number.half() for pair in pairs for number in pair], -1)
+        rows, columns = self.outliers
+        counts = torch.bincount(rows, minlength=len(self._codes))
+        return {
+            "dense_weights": join_words(scales[..., 0], zeros[..., 0], codes, numbers),
+            "row_offsets": torch.cat((counts.new_zeros(1), counts.cumsum(0))).int(),
+            "col_vals": join_outliers(columns, self._residuals),
+            "in_perm": torch.empty(0, dtype=torch.int32),
+        }
+
+
+class _Levels:
+    """A Statistic with scales and zeros that may move: codes [out, groups], numbers two of [out / 16, groups]."""
+
+    def __init__(self, statistic: Statistic) -> None:
+        self.codes = statistic.codes
+        self.numbers = [statistic.scales.float(), statistic.zeros.float()]
+
+    def settle(self) -> None:
+        self.numbers = [number.half().float() for number in self.numbers]
+
+    def values(self) -> Tensor:
+        """[out, groups]."""
+        scales, zeros = (number.repeat_interleave(SIZE, 0) for number in self.numbers)
+        return (self.codes - zeros) * scales
 
 
 def _tiled(rows: Tensor) -> Tensor:

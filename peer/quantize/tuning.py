@@ -1,6 +1,7 @@
 """A quantized block's continuous parameters fitted to what leaves it in the exact model: AQLM, section 3.4.
 
-Codes stay; codebooks, scales and the weights of norms move by Adam.
+Codes stay; codebooks, scales, what outliers add, and the weights of norms move by Adam. So a block makes good, as far
+as it can, what blocks before it did wrong.
 """
 
 from __future__ import annotations
@@ -14,23 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..span_plain import PlainBlock
-from .additive import Additive
+from .method import Parts
 
 _EPOCHS = 16
-_BATCH_TOKENS = 8192
-_RATE = 3e-4
+_BATCH_TOKENS = 4096
+# Of the root mean square of what moves.
+_RATE = 2e-3
 # An epoch that gains less, relatively, is the last.
-_GAIN = 0.005
+_GAIN = 0.001
 
 
-def tune(block: PlainBlock, parts: Mapping[str, Additive], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def tune(block: PlainBlock, parts: Mapping[str, Parts], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Fit `parts`, by the linears' paths, and the block's norms, in place; returns the norms' weights by name.
 
-    inputs, targets: [n, length, d].
+    inputs, targets: [n, length, d], what enters the block behind quantized ones, and what would leave it if no block
+    were.
     """
     with _trained(block, parts) as parameters:
         best, kept = _epoch(block, inputs, targets, None), _copies(parameters)
-        optimizer = torch.optim.Adam(parameters, _RATE, betas=(0.9, 0.95))
+        groups = [{"params": [p], "lr": _RATE * float(p.detach().square().mean().sqrt())} for p in parameters]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         for _ in range(_EPOCHS):
             _epoch(block, inputs, targets, optimizer)
             loss = _epoch(block, inputs, targets, None)
@@ -41,6 +45,8 @@ def tune(block: PlainBlock, parts: Mapping[str, Additive], inputs: Tensor, targe
             best = loss
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.data = value
+    for part in parts.values():
+        part.settle()
     return {name: vector.data.cpu() for name, vector in block.vectors.items()}
 
 
@@ -69,11 +75,11 @@ def _copies(parameters: list[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def _trained(block: PlainBlock, parts: Mapping[str, Additive]) -> Iterator[list[Tensor]]:
+def _trained(block: PlainBlock, parts: Mapping[str, Parts]) -> Iterator[list[Tensor]]:
     """The linears compute from `parts`, whose tensors, like the norms' weights, want gradients."""
     parameters: list[Tensor] = [*block.vectors.values()]
     for path, part in parts.items():
-        parameters += [part.codebooks, part.scales]
+        parameters += [tensor for tensor in part.continuous() if tensor.numel()]
         linear = block.linears[path]
         linear.forward = partial(_through, part, linear)  # type: ignore[method-assign]
     for parameter in parameters:
@@ -87,5 +93,5 @@ def _trained(block: PlainBlock, parts: Mapping[str, Additive]) -> Iterator[list[
             del block.linears[path].__dict__["forward"]
 
 
-def _through(part: Additive, linear: nn.Linear, x: Tensor) -> Tensor:
+def _through(part: Parts, linear: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, part.dense(), linear.bias)
