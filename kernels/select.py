@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats.base import Format
+from .linear import PackedLinear
 from .quantized_native import decodes, multiply
 
 if TYPE_CHECKING:
     from .quantized import QuantizedLinear
-
-TILE = 16  # rows of one product in torch
 
 
 class Multiply(Protocol):
@@ -46,16 +45,12 @@ class Kernel:
 
 
 def dequantize_then_multiply(layer: QuantizedLinear, rows: Tensor) -> Tensor:
-    """On a CPU every product has TILE rows, so that a row's bits do not depend on their number."""
-    weight = layer.dense().bfloat16()
-    if rows.device.type != "cpu":
-        return F.linear(rows.bfloat16(), weight).float() + layer.bias[: layer.out_features]
-    rows, weight, bias = rows.bfloat16().float(), weight.float().T, layer.bias[: layer.out_features]
-    y = rows.new_empty(len(rows), layer.out_features)
-    for out, part in zip(y.split(TILE), rows.split(TILE), strict=True):
-        tile = F.pad(part, (0, 0, 0, TILE - len(part)))
-        out.copy_((torch.matmul(tile, weight) + bias)[: len(part)])
-    return y
+    """On a CPU by the dense layer, so that a row's bits do not depend on the others."""
+    bias = layer.bias[: layer.out_features]
+    if rows.device.type == "cpu":
+        return PackedLinear(layer.dense(), bias, torch.bfloat16)(rows.float())
+    weight = layer.dense()
+    return F.linear(rows, weight.to(rows.dtype)).float() + bias
 
 
 KERNELS: tuple[Kernel, ...] = (
