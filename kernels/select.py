@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .formats.base import Format
 from .linear import PackedLinear
 from .quantized_native import decodes, multiply
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class Multiply(Protocol):
-    """rows [n, in] -> [n, out] float32."""
+    """x [..., in] -> [..., out] float32."""
 
-    def __call__(self, layer: QuantizedLinear, rows: Tensor, /) -> Tensor: ...
+    def __call__(self, layer: QuantizedLinear, x: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,12 @@ class Kernel:
     run: Multiply
 
 
-def dequantize_then_multiply(layer: QuantizedLinear, rows: Tensor) -> Tensor:
+def dequantize_then_multiply(layer: QuantizedLinear, x: Tensor) -> Tensor:
     """On a CPU by the dense layer, so that a row's bits do not depend on the others."""
     bias = layer.bias[: layer.out_features]
-    if rows.device.type == "cpu":
-        return PackedLinear(layer.dense(), bias, torch.bfloat16)(rows.float())
-    weight = layer.dense()
-    return F.linear(rows, weight.to(rows.dtype)).float() + bias
+    if x.device.type == "cpu":
+        return PackedLinear(layer.dense(), bias, torch.bfloat16)(x.float())
+    return F.linear(x, layer.dense().to(x.dtype)).float() + bias
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -59,6 +60,13 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 
+@functools.cache
+def device_of(type: str) -> Device:
+    """What this process can do on a device of the type."""
+    return Device(type, type == "cpu" and native.library() is not None)
+
+
+@functools.lru_cache(1024)
 def select(format: Format, device: Device, rows: int) -> Kernel:
     """The first row of the table that suits."""
     return next(kernel for kernel in KERNELS if kernel.suits(format, device, rows))
