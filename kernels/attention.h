@@ -15,6 +15,7 @@ typedef struct {
     char *out, *k_pages, *v_pages;
     const float *sinks;
     const int32_t *row_start, *row_count, *base, *positions, *parents, *page_table;
+    const int32_t *stored; /* null: none */
     int64_t segments, max_pages, page_size, pages;
     int64_t q_heads, kv_heads, key_width, value_width;
     int64_t q_row, q_head, k_row, k_head, v_row, v_head;
@@ -28,7 +29,8 @@ typedef struct {
 typedef struct {
     const call_t *call;
     const int32_t *pages, *parents, *positions;
-    long start, base, rows; /* start: its first row in the batch */
+    long start, base, rows; /* row u stands at start + u in q, k, v and out */
+    long stored;            /* its first rows, which are in the cache and ask nothing */
     bool chain; /* every row's parent is the row before: slot = position */
 } segment_t;
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import native
 from .plan import AttentionPlan
 
-_CALL = struct.Struct("32q2d")  # call_t of attention.h
+_CALL = struct.Struct("33q2d")  # call_t of attention.h
 _FAULTS = {1: "a visible slot has no page", 2: "parents and positions of the plan do not make a tree"}
 
 
@@ -86,7 +86,7 @@ def _call(
     fields = plan.fields
     pages, page_size, kv_heads, key_width = k_pages.shape
     value_width = v_pages.shape[3]
-    rows = len(plan.positions)
+    rows = plan.asking
     dtype = k_pages.dtype
     if dtype not in (torch.float32, torch.bfloat16) or v_pages.dtype != dtype:
         raise ValueError(f"pages are float32 or bfloat16, not {dtype} and {v_pages.dtype}")
@@ -155,11 +155,11 @@ def _attention() -> Callable[[bytes], int] | None:
 
 
 def _write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan) -> None:
-    for segment, rows in plan.segments():
-        base = int(plan.base[segment])
-        places = plan.places(segment, torch.arange(base, base + rows.stop - rows.start))
-        k_pages.flatten(0, 1)[places] = k[rows]
-        v_pages.flatten(0, 1)[places] = v[rows]
+    for segment, rows, asking in plan.segments():
+        end = int(plan.base[segment]) + rows.stop - rows.start
+        places = plan.places(segment, torch.arange(end - (asking.stop - asking.start), end))
+        k_pages.flatten(0, 1)[places] = k[asking]
+        v_pages.flatten(0, 1)[places] = v[asking]
 
 
 def _attend(
@@ -175,9 +175,10 @@ def _attend(
 ) -> None:
     """One product per row and kv head, of a shape that only the row decides."""
     group = q.shape[1] // k_pages.shape[2]
-    for segment, rows in plan.segments():
-        for row in range(rows.start, rows.stop):
-            places = plan.places(segment, _visible(plan, segment, rows, row, window))
+    for segment, rows, asking in plan.segments():
+        for row in range(asking.start, asking.stop):
+            seen = _visible(plan, segment, rows, row + rows.stop - asking.stop, window)
+            places = plan.places(segment, seen)
             keys = k_pages.flatten(0, 1)[places].float().transpose(0, 1)
             values = v_pages.flatten(0, 1)[places].float().transpose(0, 1)
             query = q[row].float().view(len(keys), group, -1)

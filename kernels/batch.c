@@ -9,11 +9,19 @@ enum {
     TOO_SMALL = 256 * 1024, /* multiply-adds below which waking a thread costs more than it saves */
 };
 
-static segment_t open_segment(const call_t *c, long index)
+/* `passed`: stored rows of this segment and those before it, which have no place in q. */
+static segment_t open_segment(const call_t *c, long index, long passed)
 {
     long start = c->row_start[index];
-    segment_t s = {c, c->page_table + index * c->max_pages, c->parents + start, c->positions + start, start,
-                   c->base[index], c->row_count[index], true};
+    segment_t s = {.call = c,
+                   .pages = c->page_table + index * c->max_pages,
+                   .parents = c->parents + start,
+                   .positions = c->positions + start,
+                   .start = start - passed,
+                   .base = c->base[index],
+                   .rows = c->row_count[index],
+                   .stored = c->stored ? c->stored[index] : 0,
+                   .chain = true};
     for (long u = 0; u < s.rows; u++)
         s.chain &= s.parents[u] == u - 1;
     return s;
@@ -34,7 +42,7 @@ static int write_rows(const segment_t *s)
 {
     const call_t *c = s->call;
     long size = c->half ? 2 : 4, k_bytes = c->key_width * size, v_bytes = c->value_width * size;
-    for (long u = 0; u < s->rows; u++) {
+    for (long u = s->stored; u < s->rows; u++) {
         long slot = s->base + u, index = slot / c->page_size, row = s->start + u;
         long page = index < c->max_pages ? s->pages[index] : -1;
         if (page < 0 || page >= c->pages)
@@ -61,7 +69,7 @@ typedef struct {
 static long tasks_of(const segment_t *s, const cut_t *cut)
 {
     long rows = rows_per_task(s, cut->heads, cut->wanted);
-    return (s->rows + rows - 1) / rows * cut->call->kv_heads * cut->parts;
+    return (s->rows - s->stored + rows - 1) / rows * cut->call->kv_heads * cut->parts;
 }
 
 static const segment_t *segment_of(const cut_t *cut, long *task)
@@ -83,7 +91,7 @@ static void run_task(void *job, long task)
     cut_t *cut = job;
     const segment_t *s = segment_of(cut, &task);
     long rows = rows_per_task(s, cut->heads, cut->wanted), columns = cut->call->kv_heads * cut->parts;
-    long row = task / columns * rows, kv_head = task % columns / cut->parts, head = task % cut->parts * cut->heads;
+    long row = s->stored + task / columns * rows, kv_head = task % columns / cut->parts, head = task % cut->parts * cut->heads;
     long left = cut->group - head;
     int status = attend_rows(s, row, rows < s->rows - row ? rows : s->rows - row, kv_head,
                              kv_head * cut->group + head, left < cut->heads ? left : cut->heads);
@@ -98,8 +106,9 @@ static int attend_all(const call_t *c, const segment_t *segments, long *first)
     cut.parts = (cut.group + cut.heads - 1) / cut.heads;
     long work = 0, rows = 0, tasks = 0;
     for (const segment_t *s = segments; s < segments + c->segments; s++) {
-        rows += s->rows;
-        work += s->rows * (s->base + s->rows) * c->q_heads * (c->key_width + c->value_width);
+        long asking = s->rows - s->stored;
+        rows += asking;
+        work += asking * (s->base + s->rows) * c->q_heads * (c->key_width + c->value_width);
     }
     cut.wanted = rows * c->kv_heads * cut.parts / (4 * c->threads) + 1;
     for (long i = 0; i < c->segments; i++) {
@@ -116,8 +125,9 @@ int petal_attention(const call_t *c)
     segment_t *segments = malloc((size_t)c->segments * (sizeof *segments + sizeof(long)));
     long *first = (long *)(segments + c->segments);
     int status = segments ? OK : NO_MEMORY;
-    for (long i = 0; i < c->segments && !status; i++) {
-        segments[i] = open_segment(c, i);
+    for (long i = 0, passed = 0; i < c->segments && !status; i++) {
+        passed += c->stored ? c->stored[i] : 0;
+        segments[i] = open_segment(c, i, passed);
         if (!is_tree(segments + i))
             status = BAD_TREE;
     }

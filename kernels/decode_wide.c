@@ -59,37 +59,40 @@ INLINE __m512i words_at(const uint8_t *codes, long k)
     return _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)(codes + k / 2)));
 }
 
-/* Groups of a piece at most: their numbers are computed side by side and then broadcast from memory. */
-enum { GROUPS = PIECE / 32 };
-
-INLINE void wide_int4(const weights_t *w, long row, long k, long count, uint16_t *to)
+INLINE __m512i int4_table(const weights_t *w, long group)
 {
-    const __m512 units = _mm512_loadu_ps(UNITS);
+    uint16_t half;
+    memcpy(&half, (const uint16_t *)w->scales + group, sizeof half);
+    __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16((short)half));
+    __m512 zero = _mm512_set1_ps((float)((const uint8_t *)w->zeros)[group]);
+    return table_of(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(UNITS), zero), scale));
+}
+
+/* Groups of a multiple of 64; `group` is a constant where that matters. */
+INLINE void int4_runs(const weights_t *w, long row, long k, long count, uint16_t *to, const uint32_t group)
+{
     const uint8_t *codes = w->codes + row * w->row_bytes;
-    const long group = w->group, first = (uint32_t)k / (uint32_t)group, at = row * w->count + first;
-    const __mmask8 there = (__mmask8)(w->count - first < GROUPS ? (1 << (w->count - first)) - 1 : 0xff);
-    float scales[GROUPS], shifts[GROUPS];
-    __m256 scale = _mm256_cvtph_ps(_mm_maskz_loadu_epi16(there, (const uint16_t *)w->scales + at));
-    __m256i zero = _mm256_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, (const uint8_t *)w->zeros + at));
-    _mm256_storeu_ps(scales, scale);
-    _mm256_storeu_ps(shifts, _mm256_mul_ps(scale, _mm256_sub_ps(_mm256_setzero_ps(), _mm256_cvtepi32_ps(zero))));
-    long i = 0, end = (first + 1) * group - k; /* of the group at hand, from k on */
-    for (long g = 0; i < count; g++, end += group) {
-        __m512i table = table_of(_mm512_fmadd_ps(units, _mm512_set1_ps(scales[g]), _mm512_set1_ps(shifts[g])));
-        if (group == RUN && g % 2) {
-            look_up(to + i / RUN * STEP, words_at(codes, k + i - RUN), 8, table);
-            i += RUN;
-        } else if (group == RUN) {
-            look_up(to + i / RUN * STEP, words_at(codes, k + i), 0, table);
-            i += RUN;
-        } else {
-            for (long stop = end < count ? end : count; i < stop; i += 2 * RUN) {
-                __m512i words = words_at(codes, k + i);
-                look_up(to + i / RUN * STEP, words, 0, table);
-                if (i + RUN < count)
-                    look_up(to + i / RUN * STEP + STEP, words, 8, table);
-            }
+    uint32_t first = (uint32_t)k / group, end = (first + 1) * group - (uint32_t)k;
+    for (long i = 0, at = row * w->count + first; i < count; at++, end += group) {
+        __m512i table = int4_table(w, at);
+        for (; i < count && i < end; i += 2 * RUN, to += 2 * STEP) {
+            __m512i words = words_at(codes, k + i);
+            look_up(to, words, 0, table);
+            if (i + RUN < count)
+                look_up(to + STEP, words, 8, table);
         }
+    }
+}
+
+/* Groups of 32. */
+INLINE void int4_pairs(const weights_t *w, long row, long k, long count, uint16_t *to)
+{
+    const uint8_t *codes = w->codes + row * w->row_bytes;
+    for (long i = 0, at = row * w->count + k / 32; i < count; i += 2 * RUN, at += 2, to += 2 * STEP) {
+        __m512i words = words_at(codes, k + i);
+        look_up(to, words, 0, int4_table(w, at));
+        if (i + RUN < count)
+            look_up(to + STEP, words, 8, int4_table(w, at + 1));
     }
 }
 
@@ -296,7 +299,11 @@ int decode_wide(const weights_t *w, long first, long rows, long k, long count, u
     case INT8:
         ROWS_OF(wide_int8(&c, row, k, count, to))
     case INT4:
-        ROWS_OF(wide_int4(&c, row, k, count, to))
+        if (c.group == 32)
+            ROWS_OF(int4_pairs(&c, row, k, count, to))
+        if (c.group == 64)
+            ROWS_OF(int4_runs(&c, row, k, count, to, 64))
+        ROWS_OF(int4_runs(&c, row, k, count, to, (uint32_t)c.group))
     case NF4:
         if (c.in % 64)
             return 0;

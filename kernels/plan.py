@@ -14,7 +14,8 @@ class AttentionPlan:
 
     Slot s of a segment lies at offset s % page_size of page page_table[segment, s // page_size]. Slots below `base`
     are committed: slot j holds position j. Row u of a segment is pending, in slot base + u, whatever its position.
-    A row sees the committed slots, its ancestors and itself.
+    A row sees the committed slots, its ancestors and itself. Rows that an earlier forward stored have no place in
+    that forward's queries, keys and values.
     """
 
     row_start: Tensor
@@ -30,11 +31,19 @@ class AttentionPlan:
     page_table: Tensor
     """[S, max_pages] page ids; -1 where no row will look (dropped by a sliding window, or not yet needed)."""
     page_size: int
+    stored: Tensor | None = None
+    """[S] how many of a segment's first rows an earlier forward stored; None: none of any."""
+
+    @property
+    def asking(self) -> int:
+        """Rows of the queries."""
+        return len(self.positions) - (0 if self.stored is None else int(self.stored.sum()))
 
     @functools.cached_property
     def fields(self) -> tuple[int, ...]:
         """Addresses and sizes as the native call wants them. Raises ValueError if shapes or dtypes do not fit."""
-        tensors = (self.row_start, self.row_count, self.base, self.positions, self.parents, self.page_table)
+        tensors = [self.row_start, self.row_count, self.base, self.positions, self.parents, self.page_table]
+        tensors += [] if self.stored is None else [self.stored]
         if any(t.dtype != torch.int32 or not t.is_cpu or not t.is_contiguous() for t in tensors):
             raise ValueError("plan tensors are contiguous int32 tensors on the CPU")
         segments, rows = len(self.row_start), len(self.positions)
@@ -48,12 +57,16 @@ class AttentionPlan:
         lowest = torch.stack((self.row_start, self.row_count, self.base))
         if segments and (lowest.min() < 0 or (self.row_start + self.row_count).max() > rows):
             raise ValueError("a segment of the plan reaches outside the batch")
-        return (*(t.data_ptr() for t in tensors), segments, self.page_table.shape[1], self.page_size)
+        addresses = [t.data_ptr() for t in tensors] + ([0] if self.stored is None else [])
+        return (*addresses, segments, self.page_table.shape[1], self.page_size)
 
-    def segments(self) -> Iterator[tuple[int, slice]]:
-        """Each segment's index and rows."""
+    def segments(self) -> Iterator[tuple[int, slice, slice]]:
+        """Each segment's index, its rows in the plan, and those that ask, as rows of the queries."""
+        passed = 0
         for index, (start, count) in enumerate(zip(self.row_start.tolist(), self.row_count.tolist(), strict=True)):
-            yield index, slice(start, start + count)
+            before = start - passed
+            passed += 0 if self.stored is None else int(self.stored[index])
+            yield index, slice(start, start + count), slice(before, start + count - passed)
 
     def places(self, segment: int, slots: Tensor) -> Tensor:
         """Where slots of a segment lie in the pages seen as one list of rows."""

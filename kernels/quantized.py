@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from . import native
 from .formats.base import Format, FormatError, Shape, padded
 from .linear import PANEL
 from .quantized_native import NativeWeights
-from .select import Device, select
+from .select import device_of, select
 
 
 class QuantizedLinear(nn.Module):
@@ -61,16 +60,15 @@ class QuantizedLinear(nn.Module):
         """x: [..., in], float32 or 16 bits -> [..., out] in x's dtype. Raises ValueError for another width."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"rows of {x.shape[-1]} values, expected {self.in_features}")
-        rows = x.reshape(-1, self.in_features)
-        device = Device(x.device.type, x.device.type == "cpu" and native.library() is not None)
-        y = select(self.format, device, len(rows)).run(self, rows).to(x.dtype)
-        y = y.view(*x.shape[:-1], self.out_features)
+        y = select(self.format, device_of(x.device.type), x.numel() // self.in_features).run(self, x)
+        if y.dtype != x.dtype:
+            y = y.to(x.dtype)
         return y if self.adapter is None else y + self.adapter(x)
 
     def native(self) -> NativeWeights:
         """What the C kernels read, looked up once: decoding calls nothing as often."""
         if self._native is None:
-            self._native = NativeWeights(self.format, self.packed, self.shape)
+            self._native = NativeWeights(self.format, self.packed, self.shape, self.bias)
         return self._native
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:

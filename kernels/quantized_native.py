@@ -39,18 +39,17 @@ class _Weights(ctypes.Structure):
 class NativeWeights:
     """What C reads of one layer. It keeps the tensors alive whose addresses it holds."""
 
-    def __init__(self, format: Format, packed: Mapping[str, Tensor], shape: Shape) -> None:
+    def __init__(self, format: Format, packed: Mapping[str, Tensor], shape: Shape, bias: Tensor) -> None:
         kind, fields = _fields(format, packed)
-        self._kept = [value for value in fields.values() if isinstance(value, Tensor)]
+        self._kept = [bias, *(value for value in fields.values() if isinstance(value, Tensor))]
         values = {name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in fields.items()}
         codes = fields["codes"]
         assert isinstance(codes, Tensor)
         row_bytes = codes.nbytes // codes.shape[0]
-        self.width = shape[1]
         self._struct = _Weights(
             **{"kind": KINDS.index(kind), "out": shape[0], "in": shape[1], "row_bytes": row_bytes, **values}
         )
-        self.address = ctypes.addressof(self._struct)
+        self.address, self.bias = ctypes.addressof(self._struct), bias.data_ptr()
         self.columns = permutation(packed, shape[1]) if isinstance(format, Spqr) and packed["in_perm"].numel() else None
 
 
@@ -91,16 +90,17 @@ def _fields(format: Format, packed: Mapping[str, Tensor]) -> tuple[str, dict[str
     raise AssertionError(f"no C code for {format.name}")
 
 
-def multiply(layer: QuantizedLinear, rows: Tensor) -> Tensor:
-    """rows [n, in] -> [n, out] float32. Raises MemoryError."""
+def multiply(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    """x [..., in] -> [..., out] float32. Raises MemoryError."""
     weights, function = layer.native(), _function()
     assert function is not None
-    x = rows.float().contiguous()
-    if weights.columns is not None:
-        x = x[:, weights.columns]
-    y = torch.empty(len(x), layer.out_features)
-    if function(y.data_ptr(), x.data_ptr(), weights.address, layer.bias.data_ptr(), len(x), native.threads()):
-        raise MemoryError(f"no memory to lay out {len(x)} rows of {layer.in_features} values")
+    if x.dtype != torch.float32:
+        x = x.float()
+    x = x.contiguous() if weights.columns is None else x[..., weights.columns].contiguous()
+    y = torch.empty(*x.shape[:-1], layer.out_features)
+    rows = x.numel() // layer.in_features
+    if function(y.data_ptr(), x.data_ptr(), weights.address, weights.bias, rows, native.threads()):
+        raise MemoryError(f"no memory to lay out {rows} rows of {layer.in_features} values")
     return y
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -13,19 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .formats.base import Format
+from .linear import PackedLinear
 from .quantized_native import decodes, multiply
 
 if TYPE_CHECKING:
     from .quantized import QuantizedLinear
 
-TILE = 16  # rows of one product in torch
-
 
 class Multiply(Protocol):
-    """rows [n, in] -> [n, out] float32."""
+    """x [..., in] -> [..., out] float32."""
 
-    def __call__(self, layer: QuantizedLinear, rows: Tensor, /) -> Tensor: ...
+    def __call__(self, layer: QuantizedLinear, x: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,12 @@ class Kernel:
     run: Multiply
 
 
-def dequantize_then_multiply(layer: QuantizedLinear, rows: Tensor) -> Tensor:
-    """On a CPU every product has TILE rows, so that a row's bits do not depend on their number."""
-    weight = layer.dense().bfloat16()
-    if rows.device.type != "cpu":
-        return F.linear(rows.bfloat16(), weight).float() + layer.bias[: layer.out_features]
-    rows, weight, bias = rows.bfloat16().float(), weight.float().T, layer.bias[: layer.out_features]
-    y = rows.new_empty(len(rows), layer.out_features)
-    for out, part in zip(y.split(TILE), rows.split(TILE), strict=True):
-        tile = F.pad(part, (0, 0, 0, TILE - len(part)))
-        out.copy_((torch.matmul(tile, weight) + bias)[: len(part)])
-    return y
+def dequantize_then_multiply(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    """On a CPU by the dense layer, so that a row's bits do not depend on the others."""
+    bias = layer.bias[: layer.out_features]
+    if x.device.type == "cpu":
+        return PackedLinear(layer.dense(), bias, torch.bfloat16)(x.float())
+    return F.linear(x, layer.dense().to(x.dtype)).float() + bias
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -64,6 +60,13 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 
+@functools.cache
+def device_of(type: str) -> Device:
+    """What this process can do on a device of the type."""
+    return Device(type, type == "cpu" and native.library() is not None)
+
+
+@functools.lru_cache(1024)
 def select(format: Format, device: Device, rows: int) -> Kernel:
     """The first row of the table that suits."""
     return next(kernel for kernel in KERNELS if kernel.suits(format, device, rows))

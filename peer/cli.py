@@ -179,7 +179,8 @@ class _Terminal:
         record = server.record()
         join = next(iter(record.multiaddrs), server.address)
         lines = [
-            f"[b]{record.model}[/b]  blocks [b]{record.start}:{record.end}[/b] of {record.n_blocks}, "
+            f"[b]{record.model}[/b]  blocks [b]{record.start}:{record.end}[/b] of {record.n_blocks} in "
+            f"{record.dtype if record.quantization == 'none' else record.quantization}, "
             f"{record.throughput:.0f} rows/s, cache of {record.cache_tokens} tokens",
             f"peer {record.peer_id}",
             "",
@@ -233,6 +234,8 @@ class _JsonLines:
             address=server.address,
             port=server.port,
             multiaddrs=list(record.multiaddrs),
+            dtype=record.dtype,
+            quantization=record.quantization,
             rows_per_s=record.throughput,
         )
 

@@ -206,8 +206,7 @@ class PeerServer:
         await self._grpc.start()
         self._state = pb.ONLINE
         self._publisher = Publisher(self.dht, self.identity, self.record, period_s=self.options.publish_s)
-        await self._publisher.publish()
-        self._publisher.start()
+        await self._publisher.start()
         self._refresher = asyncio.create_task(self._refresh())
 
     async def drain(self, grace_s: float) -> None:

@@ -87,11 +87,11 @@ class Storage:
             if matrix.padded and packed.shape[0] == wanted[0] and packed.shape[1] >= wanted[1]:
                 packed = replace(packed, shape=wanted)
             if packed.shape != wanted:
-                raise FormatError(f"has shape {list(packed.shape)}, the config asks for {list(wanted)}.")
+                raise FormatError(f"it has shape {list(packed.shape)}, the config asks for {list(wanted)}.")
             packed.format.check(packed.tensors, wanted)
             return packed
         except FormatError as error:
-            raise CheckpointError(f"{checkpoint.name}: {name} {error}") from error
+            raise CheckpointError(f"{checkpoint.name}: {name}: {error}") from error
 
 
 def storage_of(checkpoint: Checkpoint) -> Storage:
@@ -242,7 +242,7 @@ def _nf4_matrix(names: dict[str, str]) -> StoredMatrix:
         levels = tensors.pop("quant_map", torch.tensor(LEVELS))
         if not torch.equal(levels.float(), torch.tensor(LEVELS)):
             raise FormatError("its levels are not those of NF4.")
-        nested = "nested_absmax" in tensors
+        nested = any(part.startswith("nested") for part in tensors)
         if nested:
             tensors["offset"] = torch.tensor([settings["nested_offset"]], dtype=torch.float32)
         return Packed(Nf4(nested), tensors, tuple(settings["shape"]))

@@ -14,6 +14,7 @@ from .identity import Identity
 from .records import sign_record
 
 logger = logging.getLogger(__name__)
+RETRY_S = 2.0
 
 
 class Registry(Protocol):
@@ -48,9 +49,11 @@ class Publisher:
         # Of two publications at once the DHT would refuse the one that was stamped first.
         self._turn = asyncio.Lock()
 
-    def start(self) -> None:
-        """Publish now and every period from now on."""
-        self._task = asyncio.create_task(self._run())
+    async def start(self) -> None:
+        """Publish now and every period from now on; returns once the directory took the first record."""
+        known = asyncio.Event()
+        self._task = asyncio.create_task(self._run(known))
+        await known.wait()
 
     async def publish(self) -> None:
         """Publish at once, as after a change of state."""
@@ -73,10 +76,13 @@ class Publisher:
             except DirectoryError as error:
                 logger.warning("Left without notice: %s", error)
 
-    async def _run(self) -> None:
+    async def _run(self, known: asyncio.Event) -> None:
         while True:
+            pause_s = self._period_s
             try:
                 await self.publish()
+                known.set()
             except Exception as error:  # the peer serves on, whatever ails its publication
-                logger.warning("Publishing failed, next try in %.0f s: %s", self._period_s, error)
-            await asyncio.sleep(self._period_s)
+                pause_s = min(RETRY_S, pause_s)
+                logger.warning("Publishing failed, next try in %.0f s: %s", pause_s, error)
+            await asyncio.sleep(pause_s)

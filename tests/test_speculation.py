@@ -232,18 +232,36 @@ def test_a_drafter_encodes_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sum(rows) <= 8, "an accepted path was encoded again"
 
 
-def test_slots_are_given_back() -> None:
+def test_what_is_kept_of_a_tree_is_what_a_fresh_drafter_finds() -> None:
     drafter = tiny_drafter(7).fresh()
     drafter.start(PROMPT, SamplingParams())
-    ids = PROMPT[:]
+    ids, followed = PROMPT[:], 0
     for i in range(25):
         tree = drafter.propose(ids, 16)
-        drafter.ahead()
-        ids = [*ids, tree.ids[1 + i % 3], i]
-    used = len(drafter._slots) + int((drafter._node_slots[1:] >= 0).sum())
-    assert drafter._cache._size - len(drafter._cache._free) == used
-    drafter._forget(0)
-    assert len(set(drafter._cache._free)) == len(drafter._cache._free) == drafter._cache._size
+        while drafter.ahead():
+            pass
+        ids = [*ids, tree.ids[1 + i % 3], tree.ids[-1] if i % 2 else i]
+        drafter._follow(ids)
+        tree = drafter._tree
+        for node in np.flatnonzero(tree.expanded)[:8].tolist():
+            followed += node > 0
+            path = [*ids, *tree.tokens[drafter._path(node)].tolist()]
+            assert children(drafter, node) == pytest.approx(children(fresh_at(path), 0))
+    assert followed, "no tree outlived its round"
+
+
+def children(drafter: ModelDrafter, node: int) -> dict[int, float]:
+    """Scores of a node's children by token, seen from the node."""
+    tree = drafter._tree
+    found = np.flatnonzero(tree.parents == node)
+    return dict(zip(tree.tokens[found].tolist(), (tree.scores[found] - tree.scores[node]).tolist(), strict=True))
+
+
+def fresh_at(ids: list[int]) -> ModelDrafter:
+    drafter = tiny_drafter(7).fresh()
+    drafter.start(PROMPT, SamplingParams())
+    drafter._follow(ids)
+    return drafter
 
 
 # Peers that take no trees, or small ones.

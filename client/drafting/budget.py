@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LADDER = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-FIRST = 8
+# With row 0, multiples of the 16 rows that a matrix unit takes at a time; 33 rows cost as much as 48.
+LADDER = (0, 2, 4, 7, 11, 15, 23, 31, 47, 63, 95, 127)
+FIRST = 15
 # A round counts for so much of the one after it.
 KEEP_TIMES = 0.92
 KEEP_RARE = 0.6  # of plain steps, where most rounds draft

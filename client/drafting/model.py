@@ -19,16 +19,15 @@ from ...peer.span import Holding, Span, load_span
 from ...protocol.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from ...protocol.sampling import SamplingParams, TokenCounts
 from ...protocol.tokenizer import Tokenizer
-from .cache import SlotCache
+from .cache import TreeCache
 from .drafter import Drafter, DrafterError, ScoredTree
-from .fused import fused
 from .growth import GrowingTree, Ints
 from .noise import score_children
 
-# Nodes of one forward, children a node, and candidates among which the noise may choose.
+# Nodes of one forward, children a node, and candidates: greedy ones, and those among which noise may choose.
 BEAMS = 12
 BRANCH = 24
-CANDIDATES = 256
+CANDIDATES, NOISY_CANDIDATES = 64, 256
 # While a tree is in flight, the drafter grows its own to so many times the budget, as long as a forward over the nodes
 # that come next meets one of them with this chance.
 AHEAD = 3
@@ -44,8 +43,6 @@ class DraftModel:
         self.name = name
         self.span = span
         self.vocab_size = vocab_size
-        cache = SlotCache(span.layers)
-        self.forward = (fused(span, lambda: cache.attention([cache.take(4)], 4)) or span).forward
         # Of the columns of `logits`.
         self.ids = torch.arange(vocab_size) if trimmed is None else torch.from_numpy(trimmed[trimmed < vocab_size])
         if trimmed is not None:
@@ -90,16 +87,15 @@ class ModelDrafter(Drafter):
 
     def __init__(self, model: DraftModel) -> None:
         self._model = model
-        self._cache = SlotCache(model.span.layers)
+        self._cache = TreeCache(model.span.layers)
         self._params = SamplingParams()
         self._prompt_length = 0
         self._counts = TokenCounts()
-        # The text that the draft model has seen, its last token the tree's root, and the slots of its rows.
+        # The text that the draft model has seen, its last token the tree's root.
         self._ids: list[int] = []
-        self._slots: list[int] = []
         self._tree = GrowingTree(-1)
-        # Of the tree's nodes; -1 for those that the draft model has not seen.
-        self._node_slots: Ints = np.array([-1])
+        # Of the tree's nodes in the cache; -1 for the root and for those that the draft model has not seen.
+        self._rows: Ints = np.array([-1])
         self._budget = 0
 
     def fresh(self) -> ModelDrafter:
@@ -144,50 +140,48 @@ class ModelDrafter(Drafter):
 
     def _forget(self, length: int) -> None:
         """Keep the first `length` tokens and no tree."""
-        drafted = self._node_slots[1:]
-        self._cache.give([*drafted[drafted >= 0].tolist(), *self._slots[length:]])
-        del self._ids[length:], self._slots[length:]
-        self._tree, self._node_slots = GrowingTree(-1), np.array([-1])
+        self._cache.truncate(length)
+        del self._ids[length:]
+        self._tree, self._rows = GrowingTree(-1), np.array([-1])
 
     def _commit(self, node: int) -> None:
         """The text went on down to `node`, whose row is cached already."""
-        path = [*self._tree.ancestors(node)[1:], node]
+        path = self._path(node)
         self._ids += self._tree.tokens[path].tolist()
-        self._slots += self._node_slots[path].tolist()
-        kept = self._tree.reroot(node)
-        gone = np.setdiff1d(np.arange(1, len(self._node_slots)), [*kept, *path])
-        slots = self._node_slots[gone]
-        self._cache.give(slots[slots >= 0].tolist())
-        self._node_slots = self._node_slots[kept]
+        below = self._tree.reroot(node)[1:]
+        kept = np.sort(self._rows[below][self._rows[below] >= 0])
+        self._cache.commit(self._rows[path].tolist(), kept.tolist())
+        rows = np.where(self._rows[below] < 0, -1, np.searchsorted(kept, self._rows[below]))
+        self._rows = np.concatenate(([-1], rows))
 
     def _encode(self, ids: list[int]) -> None:
         """Read tokens that were not foreseen; the last is the root of a new tree."""
         self._forget(len(self._ids))
         for start in range(0, len(ids), PREFILL_ROWS):
             piece = ids[start : start + PREFILL_ROWS]
-            self._slots += self._cache.take(len(piece))
+            hidden = self._forward(piece, range(-1, len(piece) - 1))
+            self._cache.commit(range(len(piece)))
             self._ids += piece
-            hidden = self._forward(piece, [self._slots], len(piece))
-        self._tree, self._node_slots = GrowingTree(ids[-1]), np.array(self._slots[-1:])
+        self._tree, self._rows = GrowingTree(ids[-1]), np.array([-1])
         self._grow(np.zeros(1, dtype=np.int64), hidden[-1:])
 
     # Growing the tree.
 
     def _expand(self, nodes: Ints) -> None:
         started = time.perf_counter()
-        self._node_slots[nodes] = self._cache.take(len(nodes))
-        paths = [self._slots + self._node_slots[self._path(node)].tolist() for node in nodes.tolist()]
-        self._grow(nodes, self._forward(self._tree.tokens[nodes].tolist(), paths, 1))
+        parents = self._rows[self._tree.parents[nodes]]
+        self._rows[nodes] = np.arange(len(nodes)) + self._rows.max() + 1
+        self._grow(nodes, self._forward(self._tree.tokens[nodes].tolist(), parents.tolist()))
         seconds = time.perf_counter() - started
         self.level_s += 0.2 * (seconds - self.level_s) if self.level_s else seconds
 
     def _path(self, node: int) -> list[int]:
         """Nodes from below the root down to `node`."""
-        return [*self._tree.ancestors(node)[1:], node]
+        return [*self._tree.ancestors(node), node][1:]
 
-    def _forward(self, ids: list[int], paths: list[list[int]], rows: int) -> Tensor:
-        positions, attend = self._cache.attention(paths, rows)
-        return self._model.forward(torch.tensor(ids), positions, attend)
+    def _forward(self, ids: list[int], parents: Sequence[int]) -> Tensor:
+        positions, attend = self._cache.add(parents)
+        return self._model.span.forward(torch.tensor(ids), positions, attend)
 
     def _grow(self, nodes: Ints, hidden: Tensor) -> None:
         """Add the children of nodes, given their last hidden states [n, d]."""
@@ -195,16 +189,16 @@ class ModelDrafter(Drafter):
         if self._params.penalized:
             logits, ids = self._model.spread(logits), torch.arange(self._model.vocab_size)
             for row, node in zip(logits.numpy(), nodes.tolist(), strict=True):
-                path = self._tree.tokens[self._path(node)].tolist() if node else []
+                path = self._tree.tokens[self._path(node)].tolist()
                 self._counts.penalize(row, self._params, path)
-        values, columns = topk(logits, min(CANDIDATES, logits.shape[1]))
+        candidates = NOISY_CANDIDATES if self._params.temperature else CANDIDATES
+        values, columns = topk(logits, min(candidates, logits.shape[1]))
         positions = len(self._ids) + self._tree.depths[nodes]
         tokens, logprobs = score_children(
             ids[columns].numpy(), values.double().numpy(), positions, self._params, BRANCH
         )
         self._tree.expand(nodes, tokens, logprobs)
-        added = np.full(len(self._tree) - len(self._node_slots), -1)
-        self._node_slots = np.concatenate((self._node_slots, added))
+        self._rows = np.concatenate((self._rows, np.full(len(self._tree) - len(self._rows), -1)))
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -52,7 +52,7 @@ class Nf4(Format):
         if not self.nested:
             return {"weight": weight, "absmax": absmax}
         offset = absmax.mean()
-        nested_map = dynamic_map().to(flat.device)
+        nested_map = dynamic_map().to(flat.device, copy=True)
         nested, shares = _blocks(absmax - offset, NESTED)
         return {
             "weight": weight,

@@ -22,7 +22,7 @@ from petal.client.distill.loss import agreement as agree
 from petal.client.distill.target import LocalTarget
 from petal.client.distill.texts import Texts
 from petal.client.distill.turns import turns_of
-from petal.client.drafting.cache import SlotCache
+from petal.client.drafting.cache import TreeCache
 from petal.client.drafting.choice import shipped_drafter
 from petal.client.drafting.model import BEAMS, DraftModel, ModelDrafter
 from petal.protocol.checkpoint import Checkpoint, open_checkpoint
@@ -101,22 +101,21 @@ def agreement(target: PreTrainedModel, drafter: DraftModel, texts: Texts) -> dic
 
 def draft_logits(drafter: DraftModel, ids: Tensor) -> Tensor:
     """The draft model's logits behind every token, by the kernels that drafting uses: [length] -> [length, vocab]."""
-    cache = SlotCache(drafter.span.layers)
-    positions, attend = cache.attention([cache.take(len(ids))], len(ids))
-    return drafter.spread(drafter.logits(drafter.forward(ids, positions, attend)))
+    cache = TreeCache(drafter.span.layers)
+    return drafter.spread(drafter.logits(drafter.span.forward(ids, *cache.add(range(-1, len(ids) - 1)))))
 
 
 def level_ms(drafter: DraftModel) -> float:
     """Median milliseconds of one level of a tree."""
-    cache, ids = SlotCache(drafter.span.layers), torch.arange(BEAMS)
-    context = cache.take(CONTEXT)
-    paths = [[*context, slot] for slot in cache.take(BEAMS)]
+    cache, ids = TreeCache(drafter.span.layers), torch.arange(BEAMS)
+    drafter.span.forward(torch.arange(CONTEXT), *cache.add(range(-1, CONTEXT - 1)))
+    cache.commit(range(CONTEXT))
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        positions, attend = cache.attention(paths, 1)
-        drafter.logits(drafter.forward(ids, positions, attend))
+        drafter.logits(drafter.span.forward(ids, *cache.add([-1] * BEAMS)))
         times.append(time.perf_counter() - began)
+        cache.truncate(CONTEXT)
     return statistics.median(times) * 1e3
 
 

@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from petal.kernels import attention, linear, native, quantized_native
+from petal.kernels import attention, linear, native, quantized_native, select
 
 PETAL_NATIVE = {"native": "1", "portable": "portable", "torch": "0"}
 
@@ -21,7 +21,7 @@ def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     Where the processor has a matrix unit, "portable" is something else than "native".
     """
-    caches = (native.library, linear._product, attention._attention, quantized_native._function)
+    caches = (native.library, linear._product, attention._attention, quantized_native._function, select.device_of)
     monkeypatch.setenv("PETAL_NATIVE", PETAL_NATIVE[request.param])
     for cache in caches:
         cache.cache_clear()

@@ -93,7 +93,7 @@ def _part(batch: Batch, start: int, count: int):
 def test_row_does_not_depend_on_the_batch(name: str, dtype: torch.dtype):
     batch = batch_of(MIXED, dtype=dtype)
     whole = _run(batch, **OPTIONS[name])
-    for index, rows in batch.plan.segments():
+    for index, rows, _ in batch.plan.segments():
         plan = replace(
             batch.plan,
             row_start=torch.tensor([0], dtype=torch.int32),
@@ -105,6 +105,32 @@ def test_row_does_not_depend_on_the_batch(name: str, dtype: torch.dtype):
         )
         one = replace(batch, q=batch.q[rows], k=batch.k[rows], v=batch.v[rows], plan=plan)
         assert torch.equal(_run(one, **OPTIONS[name]), whole[rows])
+
+
+@pytest.mark.usefixtures("code")
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_trees_grow_in_several_forwards(name: str):
+    """Rows that ask later, behind those that are stored, get the bits of a forward of all."""
+    batch = batch_of(MIXED)
+    whole, b = _run(batch, **OPTIONS[name]), batch.with_pages()
+    counts, starts = batch.plan.row_count, batch.plan.row_start.tolist()
+    done = torch.zeros_like(counts)
+    for upto in (counts // 3, counts // 2, counts):
+        kept = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, upto.tolist(), strict=True)])
+        rows = torch.cat(
+            [torch.arange(s + d, s + n) for s, d, n in zip(starts, done.tolist(), upto.tolist(), strict=True)]
+        )
+        plan = replace(
+            batch.plan,
+            row_start=(upto.cumsum(0) - upto).int(),
+            row_count=upto,
+            positions=batch.plan.positions[kept],
+            parents=batch.plan.parents[kept],
+            stored=done,
+        )
+        part = attend(b.q[rows], b.k[rows], b.v[rows], b.k_pages, b.v_pages, plan, scale=0.2, **OPTIONS[name])
+        assert torch.equal(part, whole[rows])
+        done = upto
 
 
 @pytest.mark.usefixtures("code")

@@ -157,8 +157,7 @@ async def test_publisher(join):
     first, second = await join(), await join()
     state = pb.JOINING
     publisher = Publisher(first, ALICE, lambda: good_record(ALICE, state=state), period_s=0.2)
-    publisher.start()
-    await asyncio.sleep(0.1)
+    await publisher.start()
     (joining,) = await second.list("tiny")
     state = pb.ONLINE
     await publisher.publish()
@@ -172,6 +171,14 @@ async def test_publisher(join):
     assert await second.list("tiny") == []
 
 
+async def test_publications_at_once(join):
+    """The DHT takes no record that expires before the one it has: none may overtake another."""
+    directory = await join()
+    publisher = Publisher(directory, ALICE, lambda: good_record(ALICE))
+    await asyncio.gather(*(publisher.publish() for _ in range(8)))
+    assert ids(await directory.list()) == {ALICE.peer_id}
+
+
 async def test_publisher_survives_failures(join, caplog):
     directory, failures = await join(), 2
 
@@ -183,8 +190,7 @@ async def test_publisher_survives_failures(join, caplog):
         return good_record(ALICE)
 
     publisher = Publisher(directory, ALICE, describe, period_s=0.05)
-    publisher.start()
-    await asyncio.sleep(0.3)
+    await publisher.start()
     assert ids(await directory.list()) == {ALICE.peer_id}
     assert caplog.text.count("no luck") == 2
     await publisher.stop()
