@@ -34,7 +34,7 @@ def train(model: LlamaForCausalLM, text: bytes, steps: int, device: str, length:
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     noise = torch.Generator().manual_seed(0)
     loss = torch.zeros(())
     for _ in range(steps):

@@ -168,9 +168,7 @@ def roundings(unquantized: bool) -> dict[str, Callable[[Tensor], tuple[Tensor, i
     return found | {"int4 g32 nearest": in_format(Int4(32)), "int3 g64 nearest": int3}
 
 
-def measure(
-    checkpoint: Checkpoint, calibration: Path, ids: list[int], arguments: argparse.Namespace
-) -> Iterator[Quality]:
+def measure(checkpoint: Checkpoint, ids: list[int], arguments: argparse.Namespace) -> Iterator[Quality]:
     """A row for each format."""
     length = min(arguments.length, len(ids))
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
@@ -184,10 +182,8 @@ def measure(
             began, out = time.monotonic(), arguments.work / name
             if not (out / "config.json").exists():
                 model = arguments.model or "demo"
-                options = Options(
-                    model, name, calibration, out, arguments.device, arguments.tokens, arguments.length, seed=0
-                )
-                quantize(options, Console(stderr=True))
+                text, tokens, length = arguments.calibration, arguments.tokens, arguments.length
+                quantize(Options(model, name, text, out, arguments.device, tokens, length, 0), Console(stderr=True))
             with open_checkpoint(out) as made:
                 yield judge.stored(name, made, time.monotonic() - began)
 
@@ -228,6 +224,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--formats", nargs="*", help="only these rows")
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="what `petal quantize` fits to")
     parser.add_argument("--work", type=Path, help="keep what `petal quantize` makes here")
     parser.add_argument("--length", type=int, default=1020, help="tokens in a row")
     parser.add_argument("--tokens", type=int, default=131072, help="tokens to calibrate with")
@@ -243,7 +240,7 @@ def main() -> None:
         checkpoint = open_checkpoint(arguments.model) if arguments.model else demo_checkpoint()
         ids = checkpoint.tokenizer().encode(EVALUATION.read_text("utf-8"))
         rows = {}
-        for row in measure(checkpoint, CALIBRATION, ids, arguments):
+        for row in measure(checkpoint, ids, arguments):
             rows[row.format] = row
             print(row, file=sys.stderr)
     report = {"rows": [asdict(row) for row in rows.values()], "bars": bars(rows, arguments.unquantized)}

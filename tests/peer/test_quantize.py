@@ -200,7 +200,7 @@ def model(tmp_path_factory) -> Path:
 
 def options(model: Path, format: str, out: Path, **others) -> Options:
     text = others.pop("text", model.parent / "text.txt")
-    return Options(str(model), format, text, out, "cpu", tokens=2048, length=64, seed=0)
+    return Options(str(model), format, text, out, "cpu", tokens=1024, length=64, seed=0)
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -260,7 +260,7 @@ def run_command(model: Path, out: Path) -> list[str]:
         "--format",
         "int4",
     ]
-    return [*command, "--calibration", text, "--out", str(out), "--tokens", "2048", "--length", "64", "--device", "cpu"]
+    return [*command, "--calibration", text, "--out", str(out), "--tokens", "1024", "--length", "64", "--device", "cpu"]
 
 
 def test_a_killed_run_goes_on(model, tmp_path):
