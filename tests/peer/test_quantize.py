@@ -100,17 +100,20 @@ def test_feedback_is_exact_where_the_grid_is():
     torch.testing.assert_close(Feedback.against(covariance, 16).run(weight, Everything()), weight)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("dead", [False, True])
 @pytest.mark.parametrize("format", METHODS)
-def test_tensors_decode_to_what_was_fitted(format, dead):
-    weight, covariance = problem()
+def test_tensors_decode_to_what_was_fitted(format, dead, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    weight, covariance = (tensor.to(device) for tensor in problem())
     if dead:
         covariance = torch.zeros_like(covariance)
     method, layout = METHODS[format]
     parts = method.quantize(weight, covariance)
-    tensors = parts.tensors()
+    tensors = {name: tensor.cpu() for name, tensor in parts.tensors().items()}
     decoded = layout.dequantize(layout.pack(tensors, SHAPE), SHAPE)
-    torch.testing.assert_close(decoded.float(), parts.dense(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(decoded.float(), parts.dense().cpu(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
