@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,9 @@ from .quantized_native import decodes, multiply
 
 if TYPE_CHECKING:
     from .quantized import QuantizedLinear
+
+
+log = logging.getLogger(__name__)
 
 
 class Multiply(Protocol):
@@ -62,7 +66,9 @@ KERNELS: tuple[Kernel, ...] = (
 
 @functools.cache
 def device_of(type: str) -> Device:
-    """What this process can do on a device of the type."""
+    """What this process can do on a device of the type; what it cannot is said once."""
+    if type != "cpu":
+        log.warning("weights are dequantized before each product on %s: there are no kernels for it yet", type)
     return Device(type, type == "cpu" and native.library() is not None)
 
 

@@ -7,7 +7,7 @@ the one that kernels read, of the same size; `unpack` undoes it exactly.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 Shape = tuple[int, int]
+
+_PIECE = 1 << 20  # values
 
 
 class FormatError(ValueError):
@@ -97,6 +99,13 @@ def matrix(weight: Tensor) -> Tensor:
     if not bool(weight.isfinite().all()):
         raise FormatError("a matrix with values that are not finite cannot be quantized.")
     return weight.detach().float()
+
+
+def by_pieces(weight: Tensor, quantize: Callable[[Tensor], Tensors]) -> Tensors:
+    """What `quantize` makes of a few rows at a time, joined: its temporaries stay small beside the matrix."""
+    rows = max(1, _PIECE // weight.shape[1])
+    pieces = [quantize(part) for part in weight.split(rows)]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def padded(length: int, unit: int) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, matrix, padded
+from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
 from .nibbles import RUN, deinterleave, interleave, pair, split
 
 ROW = 0  # the group size that is the whole row
@@ -44,9 +44,14 @@ class Int4(Format):
 
     def quantize(self, weight: Tensor) -> Tensors:
         weight = matrix(weight)
-        groups = self.grouped(weight, choose_group(weight) if self.group is None else self.group)
-        scales, zeros = self.grid(groups)
-        return assemble(nearest(groups, scales, zeros), scales, zeros)
+        group = choose_group(weight) if self.group is None else self.group
+
+        def quantize(rows: Tensor) -> Tensors:
+            groups = self.grouped(rows, group)
+            scales, zeros = self.grid(groups)
+            return assemble(nearest(groups, scales, zeros), scales, zeros)
+
+        return by_pieces(weight, quantize)
 
     def grouped(self, weight: Tensor, group: int) -> Tensor:
         """[out, in] -> [out, groups, group], zeros past `in`."""

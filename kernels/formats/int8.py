@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, matrix
+from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Int8(Format):
 
     def find_outliers(self, weight: Tensor) -> Tensor:
         """Columns of weight [out, in] that stand out by their weights: int32 [n], rising."""
-        largest = matrix(weight).abs().amax(0)
+        weight = matrix(weight)
+        largest = torch.maximum(weight.amax(0), -weight.amin(0))
         most = max(1, int(self.most_outliers * len(largest)))
         top = largest.topk(min(most, len(largest))).indices
         chosen = top[largest[top] > self.threshold * largest.median()]
@@ -49,11 +50,14 @@ class Int8(Format):
         columns = outliers.long()
         if len(outliers) and not 0 <= int(outliers[0]) <= int(outliers[-1]) < weight.shape[1]:
             raise FormatError(f"outlier columns lie in 0 to {weight.shape[1] - 1}.")
-        values = weight[:, columns].bfloat16()
-        rest = weight.index_fill(1, columns, 0.0)
-        scales = rest.abs().amax(1) / 127
-        codes = (rest / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127)
-        return {"codes": codes.to(torch.int8), "scales": scales, "outliers": outliers, "values": values}
+
+        def quantize(rows: Tensor) -> Tensors:
+            rest = rows.index_fill(1, columns, 0.0)
+            scales = rest.abs().amax(1) / 127
+            codes = (rest / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127)
+            return {"codes": codes.to(torch.int8), "scales": scales, "values": rows[:, columns].bfloat16()}
+
+        return by_pieces(weight, quantize) | {"outliers": outliers}
 
     def check(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
         out, width = shape

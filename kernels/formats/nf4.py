@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, matrix
+from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix
 from .nibbles import RUN, deinterleave, interleave
 
 BLOCK, NESTED = 64, 256
@@ -46,8 +46,13 @@ class Nf4(Format):
 
     def quantize(self, weight: Tensor) -> Tensors:
         flat = matrix(weight).flatten()
-        absmax, scaled = _blocks(flat, BLOCK)
-        codes = _nearest(scaled, torch.tensor(LEVELS, device=flat.device))
+        levels = torch.tensor(LEVELS, device=flat.device)
+
+        def quantize(column: Tensor) -> Tensors:
+            absmax, scaled = _blocks(column[:, 0], BLOCK)
+            return {"absmax": absmax, "codes": _nearest(scaled, levels)}
+
+        absmax, codes = by_pieces(flat[:, None], quantize).values()
         weight = pair_high(F.pad(codes, (0, len(codes) % 2), value=_ZERO))[:, None]
         if not self.nested:
             return {"weight": weight, "absmax": absmax}

@@ -13,7 +13,7 @@ from petal.kernels.formats.nf4 import Nf4
 from petal.kernels.formats.registry import FORMATS
 from petal.kernels.linear import PackedLinear
 from petal.kernels.quantized import QuantizedLinear
-from petal.kernels.select import KERNELS, Device, select
+from petal.kernels.select import KERNELS, Device, device_of, select
 from torch import Tensor
 
 from .quantized_weights import random_tensors
@@ -155,6 +155,15 @@ def test_an_adapter_adds_its_product():
     assert torch.equal(torch.cat([layer(row) for row in x.split(1)]), layer(x))
     with pytest.raises(ValueError, match="low-rank"):
         LowRank(down, up.T)
+
+
+def test_a_device_without_kernels_says_so_once(caplog: pytest.LogCaptureFixture):
+    device_of.cache_clear()
+    for _ in range(3):
+        assert device_of("meta") == Device("meta")
+    assert len(caplog.records) == 1
+    assert "no kernels" in caplog.text
+    device_of.cache_clear()
 
 
 @every_format
