@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DTYPES = ("float32", "bf16")
+QUANTS = ("none", "int8", "int4", "nf4", "gguf", "aqlm", "spqr")
 
 
 def data_dir() -> Path:
@@ -17,7 +18,10 @@ def data_dir() -> Path:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """One peer. `blocks` and `num_blocks` override the span that the peer would choose."""
+    """One peer. `blocks` and `num_blocks` override the span that the peer would choose.
+
+    quant: one of QUANTS, or None for what checkpoint and memory suggest; dtype: one of DTYPES, of what stays dense.
+    """
 
     model: str
     blocks: range | None = None
@@ -29,7 +33,8 @@ class ServeOptions:
     initial_peers: tuple[str, ...] = ()
     identity: Path = field(default_factory=lambda: data_dir() / "identity")
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str | None = None
+    quant: str | None = "none"
     cache_tokens: int = 16384
     max_sessions: int = 64
     threads: int | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...kernels.linear import PackedLinear
 from ...kernels.topk import topk
-from ...peer.span import Span, load_span
+from ...peer.span import Holding, Span, load_span
 from ...protocol.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from ...protocol.sampling import SamplingParams, TokenCounts
 from ...protocol.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class DraftModel:
         try:
             with open_checkpoint(source) as checkpoint:
                 _check_vocabulary(checkpoint, tokenizer)
-                span = load_span(checkpoint, 0, checkpoint.n_blocks, dtype=torch.bfloat16)
+                span = load_span(checkpoint, 0, checkpoint.n_blocks, holding=Holding(torch.bfloat16))
                 vocab_size = min(tokenizer.vocab_size, span.vocab_size)
                 return cls(checkpoint.name, span, vocab_size, checkpoint.draft_vocabulary())
         except CheckpointError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from petal.peer.span import Span, load_span
+from petal.peer.span import Holding, Span, load_span
 from petal.protocol.checkpoint import CheckpointError, open_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -109,7 +109,9 @@ def test_every_storage_gives_transformers_logits(tmp_path: Path, tied: bool, dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tied_matrix_is_held_once(dtype: torch.dtype):
     with open_checkpoint(tiny_llama(tied=True)) as checkpoint:
-        whole, head, rest = (load_span(checkpoint, *blocks, dtype=dtype) for blocks in ((0, 4), (0, 1), (1, 4)))
+        whole, head, rest = (
+            load_span(checkpoint, *blocks, holding=Holding(dtype)) for blocks in ((0, 4), (0, 1), (1, 4))
+        )
     matrix = 256 * 64 * dtype.itemsize
     assert whole.nbytes == pytest.approx(head.nbytes + rest.nbytes - matrix, abs=4096)
     assert torch.equal(served_logits([whole]), served_logits([head, rest]))
