@@ -236,6 +236,15 @@ def serve(context: typer.Context) -> None:
     os.execv(program, [program, *context.args])
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def quantize(context: typer.Context) -> None:
+    """Make a quantized checkpoint: `petal quantize MODEL --format aqlm|spqr|int4 --calibration FILE --out DIR`."""
+    os.execv(sys.executable, [sys.executable, "-m", "petal.peer.quantize", *context.args])
+
+
 @app.command()
 def demo(
     prompt: Annotated[str, typer.Argument(help="What to ask.")] = "Explain how a bicycle stays upright.",

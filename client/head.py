@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..kernels.linear import arithmetic
-from ..peer.span import Ends, load_ends
+from ..peer.span import Ends, holding_of, load_ends
 from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from ..protocol.checkpoint_digest import part_digest
@@ -28,7 +27,7 @@ from ..protocol.verdict import Reshape, TokenHistory, Verdict, draw_after_prefil
 # transformers' convention: ids [1, n] and scores [1, vocab] in, scores out.
 LogitsProcessor = Callable[[Any, Any], Any]
 
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = ("float32", "bf16")
 
 
 class HeadError(ValueError):
@@ -43,20 +42,21 @@ class LocalHead:
 
     @classmethod
     def load(cls, source: str, tail: pb.PeerRecord, exact: bool) -> LocalHead:
-        """As the tail peer holds it: the same weights in the same dtype, in exact mode by the same arithmetic.
+        """As the tail peer holds it: the same weights in the same dtype and quantization, in exact mode bit by bit.
 
         source: folder, GGUF file or hub id. Raises HeadError.
         """
-        dtype = _DTYPES.get(tail.dtype)
-        if dtype is None:
+        if tail.dtype not in _DTYPES:
             raise HeadError(f"peers compute in {tail.dtype}; a head on this machine in {' or '.join(_DTYPES)}")
-        own = f"{tail.dtype}/{arithmetic(dtype)}"
-        if exact and own != tail.numerics:
-            raise HeadError(f"exact mode needs one arithmetic: here it is {own}, on peers {tail.numerics}")
         try:
             with open_checkpoint(source) as checkpoint:
+                holding = holding_of(checkpoint, tail.quantization or "none", tail.dtype)
+                if exact and holding.numerics != tail.numerics:
+                    raise HeadError(
+                        f"exact mode needs one arithmetic: here it is {holding.numerics}, on peers {tail.numerics}"
+                    )
                 _check_weights(checkpoint, tail)
-                return cls(load_ends(checkpoint, dtype))
+                return cls(load_ends(checkpoint, holding))
         except CheckpointError as error:
             raise HeadError(f"no head in {source}: {error}") from error
 

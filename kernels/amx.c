@@ -7,19 +7,17 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__) && !defined(PETAL_PORTABLE)
 
+#include "amx.h"
 #include "crew.h"
 
-#include <immintrin.h>
 #include <pthread.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 enum {
-    HEIGHT = 16,                   /* most rows of a register */
     BLOCK = 2 * HEIGHT,            /* rows that share a visit to a panel */
-    LINE = 64,                     /* bytes of a register's row */
-    STEP = DEPTH_UNIT * PANEL * 2, /* bytes of a panel that one instruction's depth takes */
+    WIDTH = DEPTH_UNIT * PANEL * 2, /* bytes of a panel that one instruction's depth takes */
     AHEAD = 4096,                  /* bytes; hides memory latency where a panel is read once */
     WIDE = 2,                      /* panels of a chunk */
     CACHED = 1024 * 1024,          /* bytes of x that stay in the second-level cache */
@@ -55,19 +53,10 @@ bool amx_ready(void)
 
 static long least(long a, long b) { return a < b ? a : b; }
 
-static void configure(long low, long high)
+static void configure_block(long low, long high)
 {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } c = {.palette = 1};
-    long rows[] = {low, low, high, high, low, high, HEIGHT, HEIGHT};
-    for (int i = 0; i <= W_1; i++) {
-        c.row_bytes[i] = rows[i] ? LINE : 0;
-        c.rows[i] = (uint8_t)rows[i];
-    }
-    _tile_loadconfig(&c);
+    configure((long[8]){low, low, high, high, low, high, HEIGHT, HEIGHT},
+              (long[8]){LINE, LINE, LINE, LINE, LINE, LINE, LINE, LINE});
 }
 
 /* Half a block of x as bfloat16, step by step of depth: x[depth / 32][rows][32]. */
@@ -92,7 +81,7 @@ static void add_products(const linear_t *c, long panel, long row, long low, long
 {
     const char *w = c->panels + panel * c->depth * PANEL * 2, *end = w + c->depth * PANEL * 2;
     const char *x_low = (const char *)c->tiles + row * c->depth * 2, *x_high = x_low + low * c->depth * 2;
-    for (; w < end; w += STEP, x_low += low * LINE, x_high += high * LINE) {
+    for (; w < end; w += WIDTH, x_low += low * LINE, x_high += high * LINE) {
         for (long i = 0; i < ahead.lines; i++, ahead.next += LINE)
             __builtin_prefetch(ahead.next, 0, 3);
         _tile_loadd(X_LOW, x_low, LINE);
@@ -130,7 +119,7 @@ static void run_block(const linear_t *c, long panel, long row, long rows, ahead_
     long low = least(HEIGHT, rows), high = rows - low;
     const float *bias = c->bias + panel * PANEL;
     float sums[BLOCK * PANEL] __attribute__((aligned(LINE)));
-    configure(low, high);
+    configure_block(low, high);
     _tile_loadd(LOW_0, bias, 0); /* the same line for every row */
     _tile_loadd(LOW_1, bias + LANES, 0);
     if (high) {
@@ -152,7 +141,7 @@ static void run_chunk(void *job, long chunk)
 {
     const linear_t *c = job;
     part_t part = part_of(c, chunk);
-    long blocks = (part.last - part.first + BLOCK - 1) / BLOCK, lines = (STEP / LINE + blocks - 1) / blocks;
+    long blocks = (part.last - part.first + BLOCK - 1) / BLOCK, lines = (WIDTH / LINE + blocks - 1) / blocks;
     long panel_bytes = c->depth * PANEL * 2;
     for (long panel = part.from; panel < part.to; panel++) {
         ahead_t ahead = {c->panels + panel * panel_bytes + (blocks > 1 ? panel_bytes : AHEAD), lines};

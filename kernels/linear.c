@@ -5,7 +5,7 @@
 #include <stdlib.h>
 
 enum {
-    DEPTH = 256,           /* depth of one visit to a panel: 24 KiB of it stay in the first-level cache */
+    DEPTH = PIECE,         /* depth of one visit to a panel: 24 KiB of it stay in the first-level cache */
     CACHED = 192 * 1024,   /* floats of x that stay in the second level */
     LOWEST = 96,           /* rows that share a visit even if x does not fit */
     MANY = 48,             /* rows from which packing x pays */
@@ -37,15 +37,28 @@ static void run_tile(const linear_t *c, long row, long rows, long k, long depth,
             memcpy(c->y + (row + m) * c->out + column, edge + m * PANEL, (size_t)width * sizeof *y);
 }
 
+/* A piece of a panel that is packed, as bfloat16 panels have it. */
+static const char *unpack(const linear_t *c, long panel, long k, uint32_t *to)
+{
+    uint16_t rows[PIECE * PANEL];
+    long steps = decode_panel(c->packed, panel, k, rows);
+    for (long step = 0; step < steps; step++, to += RUN / 2 * PANEL)
+        for (long row = 0; row < PANEL; row++)
+            for (long pair = 0; pair < RUN / 2; pair++)
+                memcpy(to + pair * PANEL + row, rows + (step * PANEL + row) * RUN + pair * 2, sizeof *to);
+    return (const char *)(to - steps * RUN / 2 * PANEL);
+}
+
 /* Rows [first, last) of one panel. While the tiles share one piece of the panel, the next piece is fetched. */
 static void run_panel(const linear_t *c, long panel, long first, long last)
 {
+    uint32_t room[PIECE / 2 * PANEL];
     long line = PANEL * (c->half ? 2 : 4);
     for (long k = 0; k < c->in; k += DEPTH) {
         long depth = c->in - k < DEPTH ? c->in - k : DEPTH;
-        const char *w = c->panels + (panel * c->depth + k) * line;
+        const char *w = c->packed ? unpack(c, panel, k, room) : c->panels + (panel * c->depth + k) * line;
         long tiles = (last - first + TILE - 1) / TILE;
-        long lines = (line / 8 + tiles - 1) / tiles;
+        long lines = c->packed ? 0 : (line / 8 + tiles - 1) / tiles;
         ahead_t ahead = {w + (tiles > 1 ? depth * line : STREAM_AHEAD), lines};
         for (long row = first, rows; row < last; row += rows) {
             rows = tile_rows(last - row);
@@ -78,16 +91,16 @@ static void round_row(void *job, long row)
         to[k] = half_to_float(float_to_half(from[k]));
 }
 
-void *scratch(long bytes)
+void *scratch(room_t room, long bytes)
 {
-    static __thread void *room;
-    static __thread long size;
-    if (bytes > size) {
-        free(room);
-        room = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
-        size = room ? bytes : 0;
+    static __thread void *rooms[2];
+    static __thread long sizes[2];
+    if (bytes > sizes[room]) {
+        free(rooms[room]);
+        rooms[room] = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
+        sizes[room] = rooms[room] ? bytes : 0;
     }
-    return room;
+    return rooms[room];
 }
 
 /* Whole panels [from, to) for the few rows of one tile; returns the first panel that is left. */
@@ -105,20 +118,20 @@ static void run_chunk(void *job, long chunk)
     const linear_t *c = job;
     part_t part = part_of(c, chunk);
     long panel = part.from;
-    if (stream_width(c->rows))
+    if (c->wide > 1)
         panel = run_streams(c, panel, part.to);
     for (; panel < part.to; panel++)
         run_panel(c, panel, part.first, part.last);
 }
 
-static int run_tiles(linear_t *c, long threads)
+int run_tiles(linear_t *c, long threads)
 {
     bool many = c->rows > MANY;
     long values = c->rows * c->in;
-    float *room = c->half || many ? scratch(values * (c->half + many) * (long)sizeof *room) : 0;
+    float *room = c->half || many ? scratch(ROWS, values * (c->half + many) * (long)sizeof *room) : 0;
     if ((c->half || many) && !room)
         return 1;
-    c->wide = stream_width(c->rows) ? stream_width(c->rows) : 1;
+    c->wide = stream_width(c->rows) && !c->packed ? stream_width(c->rows) : 1;
     c->height = CACHED / c->in > LOWEST ? CACHED / c->in / TILE * TILE : LOWEST;
     if (c->half) {
         c->tiles = room;
@@ -147,7 +160,7 @@ int petal_linear(float *y, const float *x, const void *panels, const float *bias
     threads = rows * in * out < TOO_SMALL ? 1 : threads;
     if (!half || !amx_ready())
         return run_tiles(&c, threads);
-    c.tiles = scratch(rows * c.depth * 2);
+    c.tiles = scratch(ROWS, rows * c.depth * 2);
     if (!c.tiles)
         return 1;
     amx_run(&c, threads);

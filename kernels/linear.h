@@ -2,6 +2,7 @@
 #ifndef PETAL_LINEAR_H
 #define PETAL_LINEAR_H
 
+#include "quantized.h"
 #include "tile.h"
 
 #include <stdbool.h>
@@ -14,10 +15,12 @@ typedef struct {
     float *y;
     const float *x;
     const char *panels;
+    const weights_t *packed; /* in place of panels: they are decoded when they are needed */
     const float *bias; /* padded to whole panels */
     long rows, in, out, depth;
     bool half;         /* bfloat16 panels; x is rounded to bfloat16 too, sums stay float32 */
     long wide, height; /* panels and rows of a chunk */
+    bool failed;       /* for want of memory */
     void *tiles;       /* x again, in the order in which tiles read it; null where they read x itself */
 } linear_t;
 
@@ -41,13 +44,21 @@ static inline part_t part_of(const linear_t *c, long chunk)
     return part;
 }
 
-/* Room for copies of x, kept by each calling thread: fresh memory would cost a fault a page. Null where there is none. */
-void *scratch(long bytes);
+typedef enum { ROWS, WEIGHTS } room_t;
+
+/* Room for copies of x or of w, kept by each thread: fresh memory would cost a fault a page. Null where there is none. */
+void *scratch(room_t room, long bytes);
+
+/* A product by tiles of tile.h. Nonzero, with y unfinished, where memory lacks. */
+int run_tiles(linear_t *c, long threads);
 
 /* Whether this process may use the matrix unit of the processor (Intel AMX). */
 bool amx_ready(void);
 /* A product with bfloat16 panels on it; c->tiles has room for rows * depth values. Every sum has the order of the
  * matrix unit, which is another than that of tile.h. */
 void amx_run(linear_t *c, long threads);
+/* The same with packed weights; c->tiles has room for rows * depth values too. Bits are those of amx_run. Nonzero, with
+ * y unfinished, where memory lacks. */
+int amx_run_packed(linear_t *c, long threads);
 
 #endif

@@ -1,6 +1,7 @@
 /* The largest values of each row and their columns, largest first, the lower column first among equals. */
 #include "crew.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -21,15 +22,41 @@ typedef struct {
     long width, count;
 } topk_t;
 
-static int descending(const void *left, const void *right)
+static inline bool before(entry_t a, entry_t b) { return a.value > b.value || (a.value == b.value && a.column < b.column); }
+
+static int order(const void *left, const void *right)
 {
     const entry_t *a = left, *b = right;
-    if (a->value != b->value)
-        return a->value < b->value ? 1 : -1;
-    return a->column < b->column ? -1 : 1;
+    return before(*b, *a) - before(*a, *b);
 }
 
-/* Collects what exceeds the smallest value that may still count; sorts and cuts whenever the room is used up. */
+/* Moves the first `count` of `size` entries to the front, in any order (Hoare's selection). */
+static void select_first(entry_t *e, long size, long count)
+{
+    for (long low = 0, high = size - 1; low < high;) {
+        entry_t pivot = e[(low + high) / 2];
+        long i = low, j = high;
+        while (i <= j) {
+            while (before(e[i], pivot))
+                i++;
+            while (before(pivot, e[j]))
+                j--;
+            if (i <= j) {
+                entry_t swap = e[i];
+                e[i++] = e[j];
+                e[j--] = swap;
+            }
+        }
+        if (count - 1 <= j)
+            high = j;
+        else if (count - 1 >= i)
+            low = i;
+        else
+            return;
+    }
+}
+
+/* Collects what exceeds the smallest value that may still count; cuts whenever the room is used up. */
 static void run_row(void *job, long row)
 {
     const topk_t *t = job;
@@ -48,12 +75,15 @@ static void run_row(void *job, long row)
             if (x[i] > floor || size < t->count)
                 found[size++] = (entry_t){x[i], (int32_t)i};
         if (size >= room) {
-            qsort(found, (size_t)size, sizeof *found, descending);
+            select_first(found, size, t->count);
             size = t->count;
-            floor = found[size - 1].value;
+            floor = found[0].value;
+            for (long i = 1; i < size; i++)
+                floor = found[i].value < floor ? found[i].value : floor;
         }
     }
-    qsort(found, (size_t)size, sizeof *found, descending);
+    select_first(found, size, t->count);
+    qsort(found, (size_t)t->count, sizeof *found, order);
     for (long i = 0; i < t->count; i++) {
         t->values[row * t->count + i] = found[i].value;
         t->columns[row * t->count + i] = found[i].column;

@@ -30,7 +30,7 @@ from ..protocol.checkpoint import CheckpointError
 from ..protocol.directory import DirectoryError
 from ..protocol.folders import data_dir
 from ..protocol.private import ENVIRONMENT
-from .options import DTYPES, ServeOptions
+from .options import DTYPES, QUANTS, ServeOptions
 from .quotas import NO_QUOTAS, Quotas
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -70,7 +70,13 @@ def serve(
     dht_port: Annotated[int, typer.Option(help="DHT port; 0 picks one.")] = 0,
     identity: Annotated[Path | None, typer.Option(help="Identity file, made if missing.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, or bf16 for half the memory.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of dense weights: float32 (default), or bf16 for half the memory.")
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(help=f"Of the blocks' weights: {', '.join(QUANTS)}; by default as stored, or as fits memory."),
+    ] = None,
     cache_tokens: Annotated[int, typer.Option(min=16, help="Size of the KV cache in tokens.")] = 16384,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads; all cores by default.")] = None,
@@ -89,8 +95,10 @@ def serve(
     json_logs: Annotated[bool, typer.Option("--json", help="Log events as JSON lines.")] = False,
 ) -> None:
     """Host a span of MODEL's blocks for a swarm. Without --initial-peers this starts a new swarm."""
-    if device != "cpu" or dtype not in DTYPES:
+    if device != "cpu" or dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"this version computes on cpu in {' or '.join(DTYPES)}, not on {device} in {dtype}")
+    if quant not in (None, *QUANTS):
+        raise typer.BadParameter(f"there is no weight format {quant!r}: choose one of {', '.join(QUANTS)}")
     options = ServeOptions(
         model=model,
         blocks=_parse_blocks(blocks),
@@ -104,6 +112,7 @@ def serve(
         identity=identity or data_dir() / "identity",
         device=device,
         dtype=dtype,
+        quant=quant,
         cache_tokens=cache_tokens,
         max_sessions=max_sessions,
         threads=threads,
@@ -200,7 +209,8 @@ class _Terminal:
         record = server.record()
         join = next(iter(record.multiaddrs), "")
         lines = [
-            f"[b]{record.model}[/b]  blocks [b]{record.start}:{record.end}[/b] of {record.n_blocks}, "
+            f"[b]{record.model}[/b]  blocks [b]{record.start}:{record.end}[/b] of {record.n_blocks} in "
+            f"{record.dtype if record.quantization == 'none' else record.quantization}, "
             f"{record.throughput:.0f} rows/s, cache of {record.cache_tokens} tokens",
             f"peer {record.peer_id}",
             "",
@@ -248,6 +258,8 @@ class _JsonLines:
             address=server.address,
             port=server.port,
             multiaddrs=list(record.multiaddrs),
+            dtype=record.dtype,
+            quantization=record.quantization,
             rows_per_s=record.throughput,
         )
 

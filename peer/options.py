@@ -10,11 +10,15 @@ from ..protocol.host import outward_host
 from .quotas import NO_QUOTAS, Quotas
 
 DTYPES = ("float32", "bf16")
+QUANTS = ("none", "int8", "int4", "nf4", "gguf", "aqlm", "spqr")
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """One peer. `blocks` and `num_blocks` override the span that the peer would choose."""
+    """One peer. `blocks` and `num_blocks` override the span that the peer would choose.
+
+    quant: one of QUANTS, or None for what checkpoint and memory suggest; dtype: one of DTYPES, of what stays dense.
+    """
 
     model: str
     blocks: range | None = None
@@ -27,7 +31,8 @@ class ServeOptions:
     join: str | None = None
     identity: Path = field(default_factory=lambda: data_dir() / "identity")
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str | None = None
+    quant: str | None = "none"
     cache_tokens: int = 16384
     max_sessions: int = 64
     threads: int | None = None

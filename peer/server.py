@@ -12,7 +12,6 @@ import grpc
 import torch
 
 from ..kernels import native
-from ..kernels.linear import arithmetic
 from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint import Checkpoint, open_checkpoint
 from ..protocol.dht import DhtDirectory
@@ -28,17 +27,17 @@ from ..protocol.publisher import Publisher
 from ..protocol.trust import PublicTrust, Trust
 from .admission import Admission
 from .engine import Engine
+from .holding import NONE, Holding, choose_holding, fitting_blocks, holding_of, span_bytes
 from .options import ServeOptions
 from .placement import choose_span
 from .pool import KVPool
 from .service import FEATURES, PeerService, ServiceInfo
 from .span import Span, load_span
-from .speed import decode_rows_per_s, fitting_blocks
+from .speed import MEMORY_SHARE, decode_rows_per_s, free_bytes
 
 log = logging.getLogger(__name__)
 
 REFRESH_S = 2.0
-_TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner", "ffn_dim")
 
 
@@ -62,13 +61,13 @@ class PeerServer:
         self._progress = progress or Progress()
         self._state: pb.PeerState = pb.JOINING
         self._throughput = 0.0
-        self._dtype = _TORCH_DTYPES[options.dtype]
         self._bootstrap: list[str] = []
 
     async def start(self) -> None:
         """Raises CheckpointError, DirectoryError or ServeError."""
         options = self.options
         self.checkpoint = open_checkpoint(options.model)
+        self._holding = self._choose_holding()
         self._set_up_threads()
         self.identity = Identity.load_or_create(options.identity)
         self.trust = await self._trust()
@@ -106,6 +105,14 @@ class PeerServer:
         folder = options.identity.with_name(f"{options.identity.name}.members")
         return await join(options.join, self.identity, folder)
 
+    def _choose_holding(self) -> Holding:
+        options = self.options
+        if options.quant is not None:
+            return holding_of(self.checkpoint, options.quant, options.dtype)
+        wanted = len(options.blocks) if options.blocks else options.num_blocks
+        native_code = native.library() is not None
+        return choose_holding(self.checkpoint, options.dtype, wanted, free_bytes(), native_code)
+
     def _bind(self, wanted: str) -> int:
         try:
             return self._grpc.add_secure_port(wanted, self.trust.server_credentials())
@@ -129,7 +136,8 @@ class PeerServer:
         """Choose a span, load it off the loop, and measure it."""
         checkpoint, options = self.checkpoint, self.options
         self.blocks = await self._choose_blocks()
-        self._progress.stage(f"loading blocks {self.blocks.start}:{self.blocks.stop} of {checkpoint.name}")
+        quant = "" if self._holding.quant == NONE else f" in {self._holding.quant}"
+        self._progress.stage(f"loading blocks {self.blocks.start}:{self.blocks.stop} of {checkpoint.name}{quant}")
         self.span = await asyncio.to_thread(self._load_span)
         if options.exact and (obstacle := self.span.exactness_obstacle()):
             raise ServeError(f"--exact cannot be promised here: {obstacle}")
@@ -143,13 +151,30 @@ class PeerServer:
     def _load_span(self) -> Span:
         total = loaded_bytes(self.checkpoint, self.blocks)
         done = 0
+        self._check_memory()
 
         def progress(nbytes: int) -> None:
             nonlocal done
             done += nbytes
             self._progress.loading(done, total)
 
-        return load_span(self.checkpoint, self.blocks.start, self.blocks.stop, progress, self._dtype)
+        try:
+            return load_span(self.checkpoint, self.blocks.start, self.blocks.stop, progress, self._holding)
+        except MemoryError as error:
+            raise ServeError(f"the memory ran out while loading: {self._what_fits()}") from error
+
+    def _check_memory(self) -> None:
+        """Refuse early what cannot fit: the system would end the process in the midst of it."""
+        if span_bytes(self.checkpoint, self._holding, self.blocks) > free_bytes() / MEMORY_SHARE:
+            raise ServeError(
+                f"blocks {self.blocks.start}:{self.blocks.stop} do not fit the memory: {self._what_fits()}"
+            )
+
+    def _what_fits(self) -> str:
+        ways = [self._holding, *(holding_of(self.checkpoint, quant) for quant in ("int8", "int4"))]
+        counts = {way.quant: fitting_blocks(self.checkpoint, way, free_bytes()) for way in ways}
+        fits = ", ".join(f"{count} with --quant {quant}" for quant, count in counts.items())
+        return f"of {self.checkpoint.n_blocks} blocks fit {fits}; ask for fewer with --num-blocks"
 
     async def _choose_blocks(self) -> range:
         n_blocks, options = self.checkpoint.n_blocks, self.options
@@ -160,9 +185,9 @@ class PeerServer:
                     f"which has blocks 0:{n_blocks}"
                 )
             return options.blocks
-        size = options.num_blocks or fitting_blocks(self.checkpoint, self._dtype.itemsize)
+        size = options.num_blocks or fitting_blocks(self.checkpoint, self._holding, free_bytes())
         if size < 1:
-            raise ServeError("not one block of this model fits the free memory; free some, or try a smaller model")
+            raise ServeError(f"not one block fits the free memory: {self._what_fits()}, or try a smaller model")
         records = await self.directory.list(self.checkpoint.name)
         digest = self._model_digest()
         return choose_span([r for r in records if r.model_digest == digest], n_blocks, size)
@@ -243,9 +268,9 @@ class PeerServer:
             end=self.blocks.stop,
             addresses=[self.address],
             multiaddrs=self._bootstrap[:8],
-            dtype=self.options.dtype,
-            quantization="none",
-            numerics=f"{self.options.dtype}/{arithmetic(self._dtype)}",
+            dtype=self._holding.dtype_name,
+            quantization=self._holding.quant,
+            numerics=self._holding.numerics,
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL,
             state=self._state,

@@ -5,20 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..kernels import norm
 from ..kernels.linear import PackedLinear
+from ..kernels.quantized import QuantizedLinear
 from ..protocol.checkpoint import Checkpoint, CheckpointError
+from .holding import DENSE, Holding, holding_of
 from .span_check import settle
 from .span_ends import Ends
 from .span_forward import LayerSpec, Span
 from .span_model import Skeleton, build, initialize_buffers
 from .span_run import Attend
-from .span_weights import fill
+from .span_weights import PackedEmbedding, fill
 
-__all__ = ["Attend", "Ends", "LayerSpec", "Span", "load_ends", "load_span"]
+__all__ = ["DENSE", "Attend", "Ends", "Holding", "LayerSpec", "Span", "holding_of", "load_ends", "load_span"]
 
 
 def load_span(
@@ -26,11 +27,9 @@ def load_span(
     start: int,
     end: int,
     progress: Callable[[int], None] = lambda nbytes: None,
-    dtype: torch.dtype = torch.float32,
+    holding: Holding = DENSE,
 ) -> Span:
     """Build blocks [start, end) and read only their tensors; `progress` hears the bytes of each tensor read.
-
-    dtype: float32 or bfloat16, of linears and embeddings.
 
     Raises CheckpointError where the checkpoint does not hold what the model class needs, or where the class cannot
     be served in spans.
@@ -40,48 +39,36 @@ def load_span(
         raise CheckpointError(f"blocks {start}:{end} are no part of {checkpoint.name}, which has blocks 0:{n_blocks}")
     skeleton = build(checkpoint)
     initialize_buffers(skeleton.model, set(skeleton.inside(start, end)).__contains__)
-    fill(skeleton, checkpoint, start, end, progress, dtype)
+    fill(skeleton, checkpoint, start, end, progress, holding)
     if checkpoint.layout.tied and (start, end) == (0, n_blocks):
         _share_tied(skeleton)
     _swap_norms(skeleton, start, end)
     span = Span(skeleton.model, start, end, n_blocks)
-    settle(span, [span.model.get_submodule(path) for path in sorted(skeleton.before)], dtype)
+    settle(span, [span.model.get_submodule(path) for path in sorted(skeleton.before)], holding.precision)
     return span
 
 
-def load_ends(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Ends:
+def load_ends(checkpoint: Checkpoint, holding: Holding = DENSE) -> Ends:
     """Build what is around the blocks, embedding, final norm and LM head, and read only that.
 
-    dtype: float32 or bfloat16, of linears and embeddings. Raises CheckpointError, as `load_span` does.
+    Raises CheckpointError, as `load_span` does.
     """
     skeleton = build(checkpoint)
-    fill(skeleton, checkpoint, 0, 0, lambda nbytes: None, dtype)
+    fill(skeleton, checkpoint, 0, 0, lambda nbytes: None, holding)
     if checkpoint.layout.tied:
         _share_tied(skeleton)
     _swap_norms(skeleton, 0, 0)
     return Ends(Span(skeleton.model, 0, checkpoint.n_blocks, checkpoint.n_blocks))
 
 
-class _SharedEmbedding(nn.Module):
-    """Token embeddings out of the LM head that they are tied to."""
-
-    def __init__(self, head: PackedLinear) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids of any shape -> [*ids, d] float32."""
-        return self.head.rows(ids.reshape(-1)).float().view(*ids.shape, -1)
-
-
 def _share_tied(skeleton: Skeleton) -> None:
     """Hold the one matrix of a tied model once, where its embedding is a plain lookup."""
     model = skeleton.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding) is nn.Embedding and isinstance(head, PackedLinear):
+    if type(embedding) in (nn.Embedding, PackedEmbedding) and isinstance(head, (PackedLinear, QuantizedLinear)):
         path = next(path for path, module in model.named_modules() if module is embedding)
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _SharedEmbedding(head))
+        setattr(model.get_submodule(parent), leaf, PackedEmbedding(head))
 
 
 def _swap_norms(skeleton: Skeleton, start: int, end: int) -> None:

@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..protocol.checkpoint import CheckpointError
 from .span_forward import LayerSpec, NoKeysValues, Span, attention_options
+from .span_fused import FAMILIES, FusedSpan
 from .span_run import EAGER, RAGGED, Attend, Run, choose_attention, current, ragged_attention
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class _NotRagged(Exception):
 
 
 def settle(span: Span, prologue: Sequence[nn.Module], dtype: torch.dtype) -> None:
-    """Fill in `span.layers` and `span.ragged`.
+    """Fill in `span.layers`, `span.ragged` and `span.fused`.
 
     prologue: modules that work before the first block. dtype: of the weights.
 
@@ -68,6 +69,12 @@ def settle(span: Span, prologue: Sequence[nn.Module], dtype: torch.dtype) -> Non
         log.debug("%s runs cached: %s: %s", family, type(error).__name__, error)
         choose_attention(span.model, EAGER)
         span.layers, span.ragged = sample.specs, False
+        return
+    try:
+        sample.try_fused()
+    except Exception as error:
+        log.debug("%s runs module by module: %s: %s", family, type(error).__name__, error)
+        span.fused = None
 
 
 class _Sample:
@@ -79,6 +86,7 @@ class _Sample:
         self.rows, self.others = self._rows(0), self._rows(1)
         self.entry = self._through(Run(range(0)), self.rows)
         self.whole, cached = span.forward_cached(self.rows[None], [])
+        self.plain = True  # attention has neither a softcap nor sinks
         self.specs = [LayerSpec(k.shape[1], k.shape[3], v.shape[3], None) for k, v in cached]
 
     def check_cuts(self) -> None:
@@ -101,12 +109,21 @@ class _Sample:
         span.layers = self._probe()
         span.ragged = True
         choose_attention(span.model, RAGGED)
-        # Rows in any order, and a stranger far away in the same forward.
+        self._check_rows()
+
+    def try_fused(self) -> None:
+        """Settle the span as one of few calls, or raise whatever tells that it is not."""
+        if self.plain and self.span.model.config.model_type in FAMILIES:
+            self.span.fused = FusedSpan(self.span)
+            self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Rows in any order, and a stranger far away in the same forward."""
         order = torch.tensor([0, 3, 1, 5, 2, 4, 0])
         session = torch.tensor([0] * _ROWS + [1])
         positions = self.positions[order]
-        positions[-1] = span.context_length - 1
-        hidden = span.forward(self.rows[order], positions, _attention(session, positions))
+        positions[-1] = self.span.context_length - 1
+        hidden = self.span.forward(self.rows[order], positions, _attention(session, positions))
         if self._differs(hidden[order[:-1].argsort()]):
             raise _NotRagged("rows of a ragged row differ from transformers' own attention")
 
@@ -144,6 +161,7 @@ class _Sample:
             seen = (distance >= 0) & (distance < (window or _ROWS))
             if not torch.equal(mask == 0, seen.expand_as(mask)):
                 raise _NotRagged("a block adds a bias to its scores")
+            self.plain &= options.get("softcap") is None and options.get("s_aux") is None
             found[block] = LayerSpec(key.shape[1], key.shape[2], value.shape[2], window)
             return attend(block, query, key, value, window=window, **attention_options(query, options))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .span_fused import FusedSpan
 from .span_run import Attend, Run, running
 
 KeysValues = tuple[Tensor, Tensor]
@@ -38,7 +39,8 @@ class LayerSpec:
 class Span:
     """Blocks [start, end) of a model, with the embedding where start is 0 and the head where end is n_blocks.
 
-    `layers` and `ragged` are found out by `span_check`; `ragged` tells which of the two forwards works.
+    `layers`, `ragged` and `fused` are found out by `span_check`: which of the two forwards works, and whether in few
+    calls.
     """
 
     def __init__(self, model: PreTrainedModel, start: int, end: int, n_blocks: int) -> None:
@@ -49,6 +51,7 @@ class Span:
         self.context_length: int = getattr(config, "max_position_embeddings", None) or 2048
         self.layers: list[LayerSpec] = []
         self.ragged = False
+        self.fused: FusedSpan | None = None
         self.model = model
         self._base = model.base_model
 
@@ -74,6 +77,8 @@ class Span:
 
         `blocks` is the part of the span to apply, all of it by default.
         """
+        if self.fused is not None:
+            return self.fused.forward(rows, positions, attend, blocks)
 
         def attend_block(
             block: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]

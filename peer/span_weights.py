@@ -15,8 +15,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.linear import PackedLinear
+from ..kernels.quantized import QuantizedLinear
 from ..protocol.checkpoint import Checkpoint, CheckpointError
+from .holding import DENSE, Holding
 from .span_model import Skeleton, fill_in
+from .stored import Packed, Storage, storage_of
 
 # Masks and frequencies that old exports stored beside the weights.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|attention\.(masked_)?bias|position_ids)$")
@@ -48,11 +51,9 @@ def fill(
     start: int,
     end: int,
     progress: Callable[[int], None],
-    dtype: torch.dtype,
+    holding: Holding = DENSE,
 ) -> None:
     """Read what a peer with blocks [start, end) holds; `progress` hears the bytes of each tensor read.
-
-    dtype: float32 or bfloat16, of linears and embeddings.
 
     Raises CheckpointError for a tensor that is missing, left over, of the wrong shape, or not finite.
     """
@@ -63,17 +64,18 @@ def fill(
         for path in skeleton.hosted(start, end)
         for name in _tensor_names(modules[path])
     }
-    plan = _plan(skeleton, checkpoint, _stored_names(checkpoint, start, end), wanted)
+    reader = _Reader(checkpoint, storage_of(checkpoint), skeleton, progress)
+    plan = _plan(skeleton, checkpoint, reader.storage.names(_stored_names(checkpoint, start, end)), wanted)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name in plan.extra:
         if not _COMPUTED.search(name) and not any(pattern.search(name) for pattern in ignored):
             raise CheckpointError(f"{checkpoint.name} holds the tensor {name}, for which its config has no use.")
-    filler = _Filler(model, wanted, dtype)
+    filler = _Filler(skeleton, wanted, holding)
     for target, source in plan.sources.items():
-        for name, value in _values(source, target, checkpoint, skeleton, progress):
+        for name, value in reader.values(source, target):
             filler.put(name, value)
     for name in filler.missing():
-        filler.put(name, _read(checkpoint, _tied(skeleton, checkpoint, plan, name), progress))
+        filler.put(name, reader.read(_tied(skeleton, checkpoint, plan, name), name))
 
 
 def _tensor_names(module: nn.Module) -> Iterator[str]:
@@ -121,26 +123,44 @@ def _ties(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "_tied_weights_keys", None) or {})
 
 
-def _values(
-    source: _Source, target: str, checkpoint: Checkpoint, skeleton: Skeleton, progress: Callable[[int], None]
-) -> Iterator[tuple[str, Tensor]]:
-    if source.converter is None:
-        yield target, _read(checkpoint, source.names[-1][0], progress)
-        return
-    for name, pattern in source.names:
-        assert pattern is not None
-        source.converter.add_tensor(target, name, pattern, _read(checkpoint, name, progress))
-    made = source.converter.convert(target, model=skeleton.model, config=skeleton.model.config)
-    for name, value in made.items():
-        yield name, value[0] if isinstance(value, list) else value
+class _Reader:
+    """Reads tensors of a checkpoint, those of a weight format as they are stored; `progress` hears their bytes."""
 
+    def __init__(
+        self, checkpoint: Checkpoint, storage: Storage, skeleton: Skeleton, progress: Callable[[int], None]
+    ) -> None:
+        self.storage = storage
+        self._checkpoint, self._skeleton, self._progress = checkpoint, skeleton, progress
 
-def _read(checkpoint: Checkpoint, name: str, progress: Callable[[int], None]) -> Tensor:
-    value = torch.from_numpy(checkpoint.read_f32(name))
-    if value.numel() and not all(map(torch.isfinite, value.aminmax())):
-        raise CheckpointError(f"{checkpoint.name}: {name} holds a value that is not finite: download it again.")
-    progress(checkpoint.tensors[name].nbytes)
-    return value
+    def values(self, source: _Source, target: str) -> Iterator[tuple[str, Tensor | Packed]]:
+        if source.converter is None:
+            yield target, self.read(source.names[-1][0], target)
+            return
+        for name, pattern in source.names:
+            assert pattern is not None
+            source.converter.add_tensor(target, name, pattern, self._dense(name))
+        made = source.converter.convert(target, model=self._skeleton.model, config=self._skeleton.model.config)
+        for name, value in made.items():
+            yield name, value[0] if isinstance(value, list) else value
+
+    def read(self, name: str, target: str) -> Tensor | Packed:
+        """A stored tensor that becomes the model's `target`."""
+        if name not in self.storage.matrices:
+            return self._dense(name)
+        shape = getattr(self._skeleton.model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]).shape
+        packed = self.storage.read(self._checkpoint, name, tuple(shape))
+        self._progress(self.storage.nbytes(self._checkpoint, name))
+        return packed
+
+    def _dense(self, name: str) -> Tensor:
+        checkpoint = self._checkpoint
+        if name in self.storage.matrices and self.storage.quant != "gguf":
+            raise CheckpointError(f"{checkpoint.name}: {name} is one of several that this family joins, not quantized.")
+        value = torch.from_numpy(checkpoint.read_f32(name))
+        if value.numel() and not all(map(torch.isfinite, value.aminmax())):
+            raise CheckpointError(f"{checkpoint.name}: {name} holds a value that is not finite: download it again.")
+        self._progress(checkpoint.tensors[name].nbytes)
+        return value
 
 
 def _tied(skeleton: Skeleton, checkpoint: Checkpoint, plan: _Plan, name: str) -> str:
@@ -160,16 +180,33 @@ def _tied(skeleton: Skeleton, checkpoint: Checkpoint, plan: _Plan, name: str) ->
 class _Filler:
     """Puts tensors into modules; a linear is packed as soon as it is whole, so that one at a time is held twice."""
 
-    def __init__(self, model: nn.Module, wanted: dict[str, nn.Module], dtype: torch.dtype) -> None:
-        self._model = model
-        self._dtype = dtype
+    def __init__(self, skeleton: Skeleton, wanted: dict[str, nn.Module], holding: Holding) -> None:
+        self._model, self._blocks = skeleton.model, f"{skeleton.layers_path}."
+        self._holding = holding
         self._wanted = dict(wanted)
+        self._packed: dict[str, Packed] = {}
 
-    def put(self, name: str, value: Tensor) -> None:
+    def put(self, name: str, value: Tensor | Packed) -> None:
         module = self._wanted.pop(name, None)
         if module is None:
             return  # the other half of a conversion that another peer holds
-        path, _, leaf = name.rpartition(".")
+        path = name.rpartition(".")[0]
+        if isinstance(value, Packed) and self._stays_packed(module):
+            self._packed[path] = value
+        else:
+            self._set(name, module, value.dense() if isinstance(value, Packed) else value)
+        if not any(f"{path}.{other}" in self._wanted for other in _tensor_names(module)):
+            self._finish(path, module)
+
+    def missing(self) -> list[str]:
+        """Parameters that nothing filled; buffers keep what initialization gave them."""
+        return [name for name, module in self._wanted.items() if name.rpartition(".")[2] in module._parameters]
+
+    def _stays_packed(self, module: nn.Module) -> bool:
+        return self._holding.keep and type(module) in (nn.Linear, nn.Embedding)
+
+    def _set(self, name: str, module: nn.Module, value: Tensor) -> None:
+        leaf = name.rpartition(".")[2]
         expected = getattr(module, leaf)
         if value.shape != expected.shape:
             raise CheckpointError(f"{name} has shape {list(value.shape)}, the config asks for {list(expected.shape)}.")
@@ -178,31 +215,49 @@ class _Filler:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
-        if not any(f"{path}.{other}" in self._wanted for other in _tensor_names(module)):
-            self._finish(path, module)
-
-    def missing(self) -> list[str]:
-        """Parameters that nothing filled; buffers keep what initialization gave them."""
-        return [name for name, module in self._wanted.items() if name.rpartition(".")[2] in module._parameters]
 
     def _finish(self, path: str, module: nn.Module) -> None:
         fill_in(module)
-        if packed := _packed(module, self._dtype):
+        if held := self._held(path, module):
             parent, _, leaf = path.rpartition(".")
-            setattr(self._model.get_submodule(parent), leaf, packed)
+            setattr(self._model.get_submodule(parent), leaf, held)
             module._parameters.clear()  # somebody may hold the module still
-        elif isinstance(module, nn.Embedding) and self._dtype != torch.float32:
-            module.to(self._dtype).register_forward_hook(lambda module, ids, rows: rows.float())
+        elif isinstance(module, nn.Embedding) and self._holding.dtype != torch.float32:
+            module.to(self._holding.dtype).register_forward_hook(lambda module, ids, rows: rows.float())
+
+    def _held(self, path: str, module: nn.Module) -> nn.Module | None:
+        """What takes a module's place: the same product by our kernels, or a table that stays packed."""
+        packed, format = self._packed.pop(path, None), self._holding.format
+        if packed is not None and isinstance(module, nn.Embedding):
+            return PackedEmbedding(QuantizedLinear(packed.format, packed.tensors, packed.shape))
+        bias = module._parameters.get("bias")
+        if packed is not None:
+            return QuantizedLinear(packed.format, packed.tensors, packed.shape, bias)
+        if (weight := _product_weight(module)) is None:
+            return None
+        if format is not None and path.startswith(self._blocks):
+            return QuantizedLinear(format, format.quantize(weight), (weight.shape[0], weight.shape[1]), bias)
+        return PackedLinear(weight, bias, self._holding.dtype)
 
 
-def _packed(module: nn.Module, dtype: torch.dtype) -> PackedLinear | None:
-    """The same product by our kernel, for modules that compute nothing else."""
-    if type(module) is nn.Linear:
-        return PackedLinear(module.weight, module.bias, dtype)
+class PackedEmbedding(nn.Module):
+    """Token embeddings out of packed rows, such as those of an LM head that they are tied to."""
+
+    def __init__(self, matrix: PackedLinear | QuantizedLinear) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids of any shape -> [*ids, d] float32."""
+        return self.matrix.rows(ids.reshape(-1)).float().view(*ids.shape, -1)
+
+
+def _product_weight(module: nn.Module) -> Tensor | None:
+    """[out, in] of modules that compute nothing but a product."""
+    if type(module) is nn.Linear or (isinstance(module, nn.Linear) and _is_product(module)):
+        return module.weight
     if isinstance(module, Conv1D):
-        return PackedLinear(module.weight.T.contiguous(), module.bias, dtype)
-    if isinstance(module, nn.Linear) and _is_product(module):
-        return PackedLinear(module.weight, module.bias, dtype)
+        return module.weight.T.contiguous()
     return None
 
 

@@ -1,14 +1,12 @@
-"""What this machine can do for a model: blocks that fit its memory, rows a second through a span."""
+"""What this machine can do for a model: memory for its weights, rows a second through a span."""
 
 from __future__ import annotations
 
-import math
 import os
 import time
 
 import torch
 
-from ..protocol.checkpoint import Checkpoint
 from ..protocol.tree import chain, depths
 from .executor import Executor, Segment
 from .pool import KVPool
@@ -18,16 +16,9 @@ from .span import Span
 MEMORY_SHARE = 0.6
 
 
-def fitting_blocks(checkpoint: Checkpoint, value_bytes: int) -> int:
-    """Blocks whose weights, of so many bytes a value, fit the free memory beside embedding and head."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE
-    shared = sum(_values(checkpoint, names) for names in checkpoint.shared_tensors().values())
-    block = max(_values(checkpoint, checkpoint.block_tensors(b)) for b in range(checkpoint.n_blocks))
-    return min(checkpoint.n_blocks, int((free / value_bytes - shared) // block))
-
-
-def _values(checkpoint: Checkpoint, names: list[str]) -> int:
-    return sum(math.prod(checkpoint.info(name).shape) for name in names)
+def free_bytes() -> int:
+    """Memory that weights may take."""
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE)
 
 
 def decode_rows_per_s(span: Span, rounds: int = 5) -> float:

@@ -67,7 +67,7 @@ def try_family(family: str) -> Verdict:
             with torch.inference_mode():
                 expected = expected_logits(reference(folder))
         except Exception as error:
-            return Verdict(UNTRIED, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
+            return Verdict(UNTRIED, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100].strip()}")
         try:
             with open_checkpoint(folder, Path(name) / "cache") as checkpoint:
                 spans = [load_span(checkpoint, *span) for span in SPANS]

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from petal.client.drafting.ngram import NgramDrafter
+from petal.client.generation import generate
 from petal.client.route import NoRoute
 from petal.client.stream import PeerError
 from petal.kernels import native
@@ -31,6 +33,7 @@ from .disturbed import (
     undisturbed,
 )
 from .swarms import LocalSwarm, local_swarm
+from .test_speculation import tiny_drafter
 from .tiny import tiny_llama
 from .wire import released
 
@@ -382,3 +385,21 @@ async def test_a_session_stays_with_a_peer_that_drains_where_the_others_are_full
             assert await run.finish() == expected
             assert not drained.done()
             assert not run.session.take_events()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["head", "middle", "tail"])
+async def test_a_peer_vanishes_between_drafted_rounds(swarm: LocalSwarm, expected: list[int], place: int) -> None:
+    """The drafters and their overlap go on as if nothing had happened."""
+    drafters = [NgramDrafter(), tiny_drafter(0).fresh()]
+    sampling = {name: value for name, value in vars(PARAMS).items() if name != "sequence"}
+    async with swarm.connect(exact=True) as client, await client.open_session(256) as session:
+        run = Disturbed(swarm, session, expected)
+        config = client.config(drafter=drafters, budget=8, max_new_tokens=TOKENS, eos_token_id=-1, **sampling)
+        pieces = []
+        async for piece in generate(session, PROMPT, config, speculation=await client.speculation(config, session)):
+            pieces.append(piece)
+            if len(pieces) == 3:
+                await run.crash([place])
+    assert [token for piece in pieces for token in piece.ids] == expected
+    assert len(pieces) < TOKENS, "nothing was drafted"
+    assert sum(len(piece.events) for piece in pieces) == 1

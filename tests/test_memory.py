@@ -11,7 +11,7 @@ from .bench.swarm import wait_ready
 
 def peak_mb(blocks: range, folder: Path) -> float:
     """Most resident memory of a real `petal-serve` process from its start until it serves."""
-    child = ChildPeer.start(blocks, folder, [], "--cache-tokens", "1024")
+    child = ChildPeer.start(blocks, folder, [], "--cache-tokens", "1024", "--quant", "none")
     try:
         wait_ready(child)
         status = Path(f"/proc/{child.process.pid}/status").read_text()

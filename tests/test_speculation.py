@@ -20,7 +20,7 @@ from petal.client.drafting.ngram import NgramDrafter
 from petal.client.stream import PeerStream
 from petal.client.swarm import AsyncSwarmModel
 from petal.kernels import native
-from petal.peer.span import load_span
+from petal.peer.span import Holding, load_span
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.checkpoint import open_checkpoint
 from petal.protocol.sampling import SamplingParams
@@ -54,7 +54,9 @@ def _threads() -> Iterator[None]:
 def tiny_drafter(seed: int) -> ModelDrafter:
     """Seed 0 has the target's own weights: it is nearly always right. Others are nearly always wrong."""
     with open_checkpoint(tiny_llama(seed)) as checkpoint:
-        span = load_span(checkpoint, 0, checkpoint.n_blocks, dtype=torch.float32 if seed == 0 else torch.bfloat16)
+        span = load_span(
+            checkpoint, 0, checkpoint.n_blocks, holding=Holding(torch.float32 if seed == 0 else torch.bfloat16)
+        )
     return ModelDrafter(DraftModel(f"tiny-{seed}", span, VOCAB))
 
 

@@ -140,10 +140,6 @@ class BudgetController:
         round_s = self._draft.seconds(budget) + share * verify_s + (1 - share) * plain_s
         return self._curve.tokens(budget) / round_s if round_s else 0.0
 
-    def node_worth(self) -> float:
-        """Accepted tokens that a node must promise to pay for its verification."""
-        return self._verify.slope * self.tokens_per_s(self._budget)
-
     def observe(self, done: Round) -> None:
         if done.nodes:
             self._verify.observe(done.nodes, done.verify_s)

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from ...kernels.linear import PackedLinear
 from ...kernels.topk import topk
-from ...peer.span import Span, load_span
+from ...peer.span import Holding, Span, load_span
 from ...protocol.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from ...protocol.sampling import SamplingParams, TokenCounts
 from ...protocol.tokenizer import Tokenizer
 from .cache import TreeCache
 from .drafter import Drafter, DrafterError, ScoredTree
-from .fused import fused
 from .growth import GrowingTree, Ints
 from .noise import score_children
 
@@ -44,7 +43,6 @@ class DraftModel:
         self.name = name
         self.span = span
         self.vocab_size = vocab_size
-        self.forward = (fused(span, lambda: TreeCache(span.layers).add(range(-1, 3))) or span).forward
         # Of the columns of `logits`.
         self.ids = torch.arange(vocab_size) if trimmed is None else torch.from_numpy(trimmed[trimmed < vocab_size])
         if trimmed is not None:
@@ -57,7 +55,7 @@ class DraftModel:
         try:
             with open_checkpoint(source) as checkpoint:
                 _check_vocabulary(checkpoint, tokenizer)
-                span = load_span(checkpoint, 0, checkpoint.n_blocks, dtype=torch.bfloat16)
+                span = load_span(checkpoint, 0, checkpoint.n_blocks, holding=Holding(torch.bfloat16))
                 vocab_size = min(tokenizer.vocab_size, span.vocab_size)
                 return cls(checkpoint.name, span, vocab_size, checkpoint.draft_vocabulary())
         except CheckpointError as error:
@@ -183,7 +181,7 @@ class ModelDrafter(Drafter):
 
     def _forward(self, ids: list[int], parents: Sequence[int]) -> Tensor:
         positions, attend = self._cache.add(parents)
-        return self._model.forward(torch.tensor(ids), positions, attend)
+        return self._model.span.forward(torch.tensor(ids), positions, attend)
 
     def _grow(self, nodes: Ints, hidden: Tensor) -> None:
         """Add the children of nodes, given their last hidden states [n, d]."""

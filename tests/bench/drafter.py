@@ -102,18 +102,18 @@ def agreement(target: PreTrainedModel, drafter: DraftModel, texts: Texts) -> dic
 def draft_logits(drafter: DraftModel, ids: Tensor) -> Tensor:
     """The draft model's logits behind every token, by the kernels that drafting uses: [length] -> [length, vocab]."""
     cache = TreeCache(drafter.span.layers)
-    return drafter.spread(drafter.logits(drafter.forward(ids, *cache.add(range(-1, len(ids) - 1)))))
+    return drafter.spread(drafter.logits(drafter.span.forward(ids, *cache.add(range(-1, len(ids) - 1)))))
 
 
 def level_ms(drafter: DraftModel) -> float:
     """Median milliseconds of one level of a tree."""
     cache, ids = TreeCache(drafter.span.layers), torch.arange(BEAMS)
-    drafter.forward(torch.arange(CONTEXT), *cache.add(range(-1, CONTEXT - 1)))
+    drafter.span.forward(torch.arange(CONTEXT), *cache.add(range(-1, CONTEXT - 1)))
     cache.commit(range(CONTEXT))
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        drafter.logits(drafter.forward(ids, *cache.add([-1] * BEAMS)))
+        drafter.logits(drafter.span.forward(ids, *cache.add([-1] * BEAMS)))
         times.append(time.perf_counter() - began)
         cache.truncate(CONTEXT)
     return statistics.median(times) * 1e3

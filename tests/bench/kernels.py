@@ -1,7 +1,10 @@
-"""Packed linear layers and paged attention beside torch's own: `python -m tests.bench.kernels [--json] [--threads N]`.
+"""Linear layers by weight format, and paged attention beside torch's own: `python -m tests.bench.kernels [--json]`.
 
 All contenders of a row are timed in turn in the same process; the times are medians. Weights and caches rotate
-through copies larger than a cache, as in a model. `floor_ms` is the time in which the weights' bytes can be read.
+through copies larger than a cache, as in a model. `floor_ms` is the longer of two times: that in which the packed bytes
+can be read, and that in which a large product of torch's in bfloat16 does as many operations. `bf16_ms` is our own
+dense bfloat16 layer, `torch_bf16_ms` torch's. `cpu` says the same in the processor time of this process, which other
+programs on the machine disturb less. `bytes` are resident, `packed` what the format asks for.
 """
 
 import argparse
@@ -13,20 +16,22 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from petal.kernels.attention import attend
+from petal.kernels.formats.registry import FORMATS
 from petal.kernels.linear import PackedLinear, arithmetic
+from petal.kernels.quantized import QuantizedLinear
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from tests.kernels.batches import batch_of, chain, tree
+from tests.kernels.quantized_weights import random_tensors
 
-FORMATS = {"float32": torch.float32, "bf16": torch.bfloat16}
+DENSE = {"float32": torch.float32, "bf16": torch.bfloat16}
 LINEAR = {
     "SmolLM2-135M": [(576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152)],
-    "a drafter's head": [(256, 49152)],
     "Llama-8B": [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)],
 }
-ROWS = [1, 4, 8, 16, 32, 64, 256, 1024]
+ROWS = [1, 8, 32, 64, 256]
 ATTENTION = {
     "decode": (256, chain(1)),
     "decode, long": (4096, chain(1)),
@@ -37,18 +42,18 @@ ATTENTION = {
 HEADS, WIDTH = (9, 3), 64
 ROTATE = 256 * 2**20  # bytes of float32 weights in all
 BUDGET = 1.0  # seconds a row
-Call = Callable[[int], object]  # given a running index
+Call = Callable[..., object]  # given a running index, or rows
 
 
-def compare(calls: Sequence[Call]) -> list[float]:
+def compare(calls: Sequence[Call], clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Median milliseconds of each, timed in turn."""
     times: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     for index in range(300):
         for call, taken in zip(calls, times, strict=True):
-            before = time.perf_counter()
+            before = clock()
             call(index)
-            taken.append(time.perf_counter() - before)
+            taken.append(clock() - before)
         if index >= 4 and time.perf_counter() - start > BUDGET:
             break
     return [statistics.median(taken[1:]) * 1e3 for taken in times]
@@ -60,45 +65,69 @@ def bytes_per_ms() -> float:
     return ROTATE / min(compare([lambda _: weights.sum()])[0] for _ in range(3))
 
 
-def linear_rows(speed: float) -> Iterator[dict]:
+def products_per_ms() -> float:
+    """Multiply-adds that torch's bfloat16 does at best."""
+    a, b = torch.randn(1024, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
+    return 1024 * 4096 * 4096 / min(compare([lambda _: F.linear(a, b)])[0] for _ in range(3))
+
+
+def linear_rows(formats: Sequence[str], rows_of_x: Sequence[int], speeds: tuple[float, float]) -> Iterator[dict]:
     for model, shapes in LINEAR.items():
         for width, out in shapes:
-            calls = linear_calls(width, out)
-            for rows in ROWS:
-                times = dict(
-                    zip(calls, compare([call(torch.randn(rows, width)) for call in calls.values()]), strict=True)
-                )
-                for name, dtype in FORMATS.items():
-                    size = dtype.itemsize * width * out
+            layers = layers_of(formats, width, out)
+            for rows in rows_of_x:
+                calls = {name: running(held, torch.randn(rows, width)) for name, held in layers.items()}
+                wall = dict(zip(calls, compare(list(calls.values())), strict=True))
+                cpu = dict(zip(calls, compare(list(calls.values()), time.process_time), strict=True))
+                for name in calls:
+                    if name.startswith("torch"):
+                        continue
+                    resident, packed = sizes_of(name, layers[name][0], (out, width))
                     yield {
                         "model": model,
                         "format": name,
                         "shape": f"{width}x{out}",
                         "M": rows,
-                        "ms": times[name],
-                        "floor_ms": size / speed,
-                        "bf16_ms": times["torch bf16"],
-                        "float32_ms": times["torch float32"],
-                        "bytes": size,
+                        "ms": wall[name],
+                        "floor_ms": max(packed / speeds[0], rows * width * out / speeds[1]),
+                        "bf16_ms": wall["bf16"],
+                        "torch_bf16_ms": wall["torch bf16"],
+                        "ratio": wall[name] / wall["bf16"],
+                        "cpu_ratio": cpu[name] / max(cpu["bf16"], 1e-9),
+                        "bytes": resident,
+                        "packed": packed,
                     }
 
 
-def linear_calls(width: int, out: int) -> dict[str, Callable[[Tensor], Call]]:
-    """Each contender, given x."""
+def layers_of(formats: Sequence[str], width: int, out: int) -> dict[str, list[Call]]:
+    """Copies of a layer by contender, so many that no cache holds them."""
     copies = max(1, ROTATE // (4 * width * out))
-    weights = [torch.randn(out, width) / width**0.5 for _ in range(copies)]
-    halves = [weight.bfloat16() for weight in weights]
-    packed = {name: [PackedLinear(weight, dtype=dtype) for weight in weights] for name, dtype in FORMATS.items()}
+    weight = torch.randn(out, width) / width**0.5
+    held: dict[str, list[Call]] = {}
+    for name, dtype in DENSE.items():
+        held[name] = [PackedLinear(weight, dtype=dtype) for _ in range(copies)]
+    halves = [weight.bfloat16() for _ in range(copies)]
+    held["torch bf16"] = [lambda x, half=half: F.linear(x.bfloat16(), half) for half in halves]
+    for name in formats:
+        if width % getattr(FORMATS[name], "block", 1) == 0:
+            tensors = random_tensors(FORMATS[name], (out, width))
+            held[name] = [
+                QuantizedLinear(FORMATS[name], {key: t.clone() for key, t in tensors.items()}, (out, width))
+                for _ in range(copies)
+            ]
+    return held
 
-    def ours(layers: list[PackedLinear]) -> Callable[[Tensor], Call]:
-        return lambda x: lambda i: layers[i % copies](x)
 
-    def torchs(weights: list[Tensor]) -> Callable[[Tensor], Call]:
-        dtype = weights[0].dtype
-        return lambda x: (lambda y: lambda i: F.linear(y, weights[i % copies]))(x.to(dtype))
+def running(layers: list[Call], x: Tensor) -> Call:
+    return lambda index: layers[index % len(layers)](x)
 
-    calls = {name: ours(layers) for name, layers in packed.items()}
-    return calls | {"torch float32": torchs(weights), "torch bf16": torchs(halves)}
+
+def sizes_of(name: str, layer: Call, shape: tuple[int, int]) -> tuple[int, int]:
+    """Resident and packed bytes of a layer's weights."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.nbytes, layer.format.bytes(shape)
+    assert isinstance(layer, PackedLinear)
+    return layer.panels.nbytes, DENSE[name].itemsize * shape[0] * shape[1]
 
 
 def attention_rows() -> Iterator[dict]:
@@ -137,18 +166,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--formats", default=",".join(name for name in FORMATS if name not in ("bf16", "fp32")))
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    formats, rows_of_x = arguments.formats.split(","), [int(rows) for rows in arguments.rows.split(",")]
     with torch.inference_mode():
-        speed = bytes_per_ms()
-        linear, attention = list(linear_rows(speed)), list(attention_rows())
-    show("Linear layers; bf16 ms and float32 ms are torch's", linear)
+        speeds = bytes_per_ms(), products_per_ms()
+        linear, attention = list(linear_rows(formats, rows_of_x, speeds)), list(attention_rows())
+    show("Linear layers", linear)
     show("Attention; float32 ms is torch's", attention)
     if arguments.json:
-        facts = {"device": "cpu", "threads": arguments.threads, "gb_per_s": speed / 1e6}
-        print(
-            json.dumps(facts | {"bf16_arithmetic": arithmetic(torch.bfloat16), "rows": linear, "attention": attention})
-        )
+        facts = {"device": "cpu", "threads": arguments.threads, "gb_per_s": speeds[0] / 1e6}
+        facts |= {"gmac_per_s": speeds[1] / 1e6, "bf16_arithmetic": arithmetic(torch.bfloat16)}
+        print(json.dumps(facts | {"rows": linear, "attention": attention}))
 
 
 if __name__ == "__main__":

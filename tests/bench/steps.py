@@ -18,7 +18,7 @@ import torch
 from petal.kernels.linear import arithmetic
 from petal.peer.executor import Executor, Segment
 from petal.peer.pool import KVPool
-from petal.peer.span import load_span
+from petal.peer.span import Holding, load_span
 from petal.protocol.tree import chain, depths
 from transformers import DynamicCache
 
@@ -40,7 +40,7 @@ def tree(rows: int) -> list[int]:
 def peer_step(dtype: torch.dtype) -> Step:
     """A step of a peer that hosts everything."""
     checkpoint = demo_checkpoint()
-    span = load_span(checkpoint, 0, checkpoint.n_blocks, dtype=dtype)
+    span = load_span(checkpoint, 0, checkpoint.n_blocks, holding=Holding(dtype))
     pool = KVPool(span.layers, 2 * PROMPT)
     executor, cache, blocks = Executor(span, pool), pool.open(), range(checkpoint.n_blocks)
     prompt = chain(PROMPT)

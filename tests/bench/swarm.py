@@ -49,7 +49,7 @@ def peer_processes(
     with tempfile.TemporaryDirectory(prefix="petal-bench-") as folder, contextlib.ExitStack() as stack:
         try:
             for blocks in split(N_BLOCKS, peers):
-                extra = list(options)
+                extra = ["--quant", "none", *options]  # compared with float32 unless a bench says otherwise
                 if link_delay_ms is not None:
                     port = free_port()
                     links.append(stack.enter_context(emulated_link(port, link_delay_ms)))

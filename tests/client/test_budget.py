@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from dataclasses import dataclass
 
 import pytest
 from petal.client.drafting.budget import LADDER, AcceptanceCurve, BudgetController, Line, Round
+
+from ..reference import DATA
 
 
 @dataclass
@@ -58,6 +61,31 @@ def _seconds(route: Route, budget: int) -> float:
     return (route.fixed + route.slope * budget if budget else route.plain) + route.draft(budget)
 
 
+class RecordedRoute:
+    """Rounds of SmolLM2 with its drafter over three peers, by their budget; each is played again in turn."""
+
+    def __init__(self, rounds: dict[str, list[list]]) -> None:
+        """rounds: nodes, rows accepted, seconds drafting, seconds verifying."""
+        self._rounds = {
+            int(budget): [Round(int(budget), *values) for values in each] for budget, each in rounds.items()
+        }
+        self._next = {budget: itertools.cycle(each) for budget, each in self._rounds.items()}
+
+    def round(self, budget: int) -> Round:
+        """The next one recorded, of the budget that comes closest; plain steps and drafts are not mixed."""
+        return next(self._next[min(self._next, key=lambda k: (bool(k) != bool(budget), abs(k - budget)))])
+
+    @property
+    def best(self) -> float:
+        return max(map(rate_of, self._rounds.values()))
+
+
+def rate_of(rounds: list[Round]) -> float:
+    """Tokens a second; an accepted list holds no row 0, in whose place comes the bonus token."""
+    return sum(1 + len(r.accepted) for r in rounds) / sum(r.draft_s + r.verify_s for r in rounds)
+
+
+RECORDED = json.loads((DATA / "rounds.json").read_text())
 WAN = Route(plain=0.10, fixed=0.11, slope=0.001, level=0.004, quality=0.6)
 FAR = Route(plain=0.29, fixed=0.30, slope=0.001, level=0.004, quality=0.6)
 NEAR = Route(plain=0.037, fixed=0.062, slope=0.0012, level=0.004, quality=0.6)
@@ -142,3 +170,16 @@ def test_the_acceptance_curve_learns_each_rank() -> None:
     assert curve.tokens(16) == pytest.approx(expected, rel=0.15)
     assert curve.tokens(64) > curve.tokens(16), "ranks that were never tried still promise something"
     assert curve.nodes(16)[0] == pytest.approx(16, rel=0.01)
+
+
+@pytest.mark.parametrize("route", RECORDED)
+def test_recorded_rounds_of_real_routes(route: str) -> None:
+    """It finds what was best there, and stays."""
+    recorded, controller = RecordedRoute(RECORDED[route]), BudgetController()
+    played, budgets = [], []
+    for _ in range(300):
+        budgets.append(controller._budget)
+        played.append(recorded.round(controller.budget))
+        controller.observe(played[-1])
+    assert rate_of(played[100:]) > 0.93 * recorded.best
+    assert sum(a != b for a, b in itertools.pairwise(budgets[100:])) <= 12

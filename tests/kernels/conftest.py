@@ -1,9 +1,18 @@
 from collections.abc import Iterator
 
 import pytest
-from petal.kernels import attention, linear, native
+import torch
+from petal.kernels import attention, linear, native, quantized_native, select
 
 PETAL_NATIVE = {"native": "1", "portable": "portable", "torch": "0"}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test computes; `pytest -m cuda` runs those of a GPU alone."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return request.param
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -12,7 +21,7 @@ def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     Where the processor has a matrix unit, "portable" is something else than "native".
     """
-    caches = (native.library, linear._product, attention._attention)
+    caches = (native.library, linear._product, attention._attention, quantized_native._function, select.device_of)
     monkeypatch.setenv("PETAL_NATIVE", PETAL_NATIVE[request.param])
     for cache in caches:
         cache.cache_clear()

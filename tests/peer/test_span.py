@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from petal.peer.span import Span, load_span
+import transformers
+from petal.peer.span import Holding, Span, load_span
 from petal.protocol.checkpoint import CheckpointError, open_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -108,10 +109,38 @@ def test_every_storage_gives_transformers_logits(tmp_path: Path, tied: bool, dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tied_matrix_is_held_once(dtype: torch.dtype):
     with open_checkpoint(tiny_llama(tied=True)) as checkpoint:
-        whole, head, rest = (load_span(checkpoint, *blocks, dtype=dtype) for blocks in ((0, 4), (0, 1), (1, 4)))
+        whole, head, rest = (
+            load_span(checkpoint, *blocks, holding=Holding(dtype)) for blocks in ((0, 4), (0, 1), (1, 4))
+        )
     matrix = 256 * 64 * dtype.itemsize
     assert whole.nbytes == pytest.approx(head.nbytes + rest.nbytes - matrix, abs=4096)
     assert torch.equal(served_logits([whole]), served_logits([head, rest]))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_few_calls_give_what_the_modules_give(tmp_path: Path, family: str):
+    save_tiny(family, tmp_path / family)
+    with open_checkpoint(tmp_path / family, tmp_path / "digests") as checkpoint:
+        span = load_span(checkpoint, 0, 4)
+    assert span.fused
+    fused = served_logits([span])
+    span.fused = None
+    torch.testing.assert_close(fused, served_logits([span]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["olmo", "gemma2", "cohere", "granite", "phi3"])
+def test_other_families_stay_with_their_modules(tmp_path: Path, family: str):
+    save_tiny(family, tmp_path / family)
+    with open_checkpoint(tmp_path / family, tmp_path / "digests") as checkpoint:
+        assert load_span(checkpoint, 0, 4).fused is None
+
+
+def test_a_llama_that_computes_otherwise_is_not_fused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The trial, where a family's name promises what its code does not keep."""
+    monkeypatch.setattr(
+        transformers.models.llama.modeling_llama.LlamaMLP, "forward", lambda mlp, x: mlp.down_proj(mlp.up_proj(x))
+    )
+    assert load(folder).fused is None
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "bloom"])

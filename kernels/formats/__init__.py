@@ -1,0 +1,1 @@
+"""Weight formats: `registry` names them all, `base` says what one is."""

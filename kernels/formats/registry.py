@@ -1,0 +1,37 @@
+"""All weight formats by name."""
+
+from __future__ import annotations
+
+import torch
+
+from . import gguf
+from .aqlm import Aqlm
+from .base import Format, FormatError
+from .dense import Dense
+from .int4 import Int4
+from .int8 import Int8
+from .nf4 import Nf4
+from .spqr import Spqr
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        Dense("bf16", torch.bfloat16),
+        Dense("fp16", torch.float16),
+        Dense("fp32", torch.float32),
+        Int8(),
+        Int4(),
+        Nf4(),
+        Aqlm(2, 8),
+        Aqlm(1, 16),
+        Spqr(),
+        *gguf.TYPES.values(),
+    )
+}
+
+
+def format_of(name: str) -> Format:
+    """The format called `name`. Raises FormatError."""
+    if name not in FORMATS:
+        raise FormatError(f"there is no weight format {name!r}: choose one of {', '.join(FORMATS)}.")
+    return FORMATS[name]

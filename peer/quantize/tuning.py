@@ -1,0 +1,97 @@
+"""A quantized block's continuous parameters fitted to what leaves it in the exact model: AQLM, section 3.4.
+
+Codes stay; codebooks, scales, what outliers add, and the weights of norms move by Adam. So a block makes good, as far
+as it can, what blocks before it did wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..span_plain import PlainBlock
+from .method import Parts
+
+_EPOCHS = 16
+_BATCH_TOKENS = 4096
+# Of the root mean square of what moves.
+_RATE = 2e-3
+# An epoch that gains less, relatively, is the last.
+_GAIN = 0.001
+
+
+def tune(block: PlainBlock, parts: Mapping[str, Parts], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Fit `parts`, by the linears' paths, and the block's norms, in place; returns the norms' weights by name.
+
+    inputs, targets: [n, length, d], what enters the block behind quantized ones, and what would leave it if no block
+    were.
+    """
+    with _trained(block, parts) as parameters:
+        best, kept = _epoch(block, inputs, targets, None), _copies(parameters)
+        groups = [{"params": [p], "lr": _RATE * float(p.detach().square().mean().sqrt())} for p in parameters]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        for _ in range(_EPOCHS):
+            _epoch(block, inputs, targets, optimizer)
+            loss = _epoch(block, inputs, targets, None)
+            if loss < best:
+                kept = _copies(parameters)
+            if not loss < (1 - _GAIN) * best:
+                break
+            best = loss
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.data = value
+    for part in parts.values():
+        part.settle()
+    return {name: vector.data.cpu() for name, vector in block.vectors.items()}
+
+
+def _epoch(block: PlainBlock, inputs: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer | None) -> float:
+    """The mean error over all rows; with an optimizer, after a step for each batch."""
+    size = max(1, _BATCH_TOKENS // inputs.shape[1])
+    total = 0.0
+    with torch.set_grad_enabled(optimizer is not None):
+        for rows, wanted in zip(inputs.split(size), targets.split(size), strict=True):
+            loss = _error(block(rows.to(block.device)), wanted.to(block.device))
+            total += float(loss.detach()) * len(rows)
+            if optimizer:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return total / len(inputs)
+
+
+def _error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over tokens of the relative squared error: the next block norms each token by itself."""
+    return ((found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)).mean()
+
+
+def _copies(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@contextmanager
+def _trained(block: PlainBlock, parts: Mapping[str, Parts]) -> Iterator[list[Tensor]]:
+    """The linears compute from `parts`, whose tensors, like the norms' weights, want gradients."""
+    parameters: list[Tensor] = [*block.vectors.values()]
+    for path, part in parts.items():
+        parameters += [tensor for tensor in part.continuous() if tensor.numel()]
+        linear = block.linears[path]
+        linear.forward = partial(_through, part, linear)  # type: ignore[method-assign]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    try:
+        yield parameters
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for path in parts:
+            del block.linears[path].__dict__["forward"]
+
+
+def _through(part: Parts, linear: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, part.dense(), linear.bias)

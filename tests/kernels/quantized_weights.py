@@ -1,0 +1,58 @@
+"""Tensors of any format for tests, as a checkpoint would hold them."""
+
+from __future__ import annotations
+
+import torch
+from petal.kernels.formats.aqlm import Aqlm
+from petal.kernels.formats.base import Format, Tensors
+from petal.kernels.formats.gguf import Gguf
+from petal.kernels.formats.spqr import Spqr, join_outliers, join_words
+from torch import Generator, Tensor
+
+
+def random_tensors(format: Format, shape: tuple[int, int], seed: int = 0) -> Tensors:
+    """A random matrix of about unit columns: quantized, or drawn as codes where that needs calibration."""
+    noise = torch.Generator().manual_seed(seed)
+    if isinstance(format, Aqlm):
+        return _aqlm(format, shape, noise)
+    if isinstance(format, Spqr):
+        return _spqr(shape, noise)
+    if isinstance(format, Gguf) and format.encode is None:
+        return {"blocks": _k_blocks(format, shape, noise)}
+    return format.quantize(torch.randn(shape, generator=noise) / shape[1] ** 0.5)
+
+
+def _aqlm(format: Aqlm, shape: tuple[int, int], noise: Generator) -> Tensors:
+    out, width = shape
+    books = torch.randn(format.codebooks, 1 << format.bits, 1, 8, generator=noise) / width**0.5
+    codes = torch.randint(1 << format.bits, (out, width // 8, format.codebooks), generator=noise)
+    scales = 1 + torch.rand(out, 1, 1, 1, generator=noise)
+    return {"codebooks": books.half(), "codes": codes.to(format.code_dtype), "scales": scales.half()}
+
+
+def _spqr(shape: tuple[int, int], noise: Generator) -> Tensors:
+    out, width = shape
+    rows, columns = -(-out // 16), -(-width // 16)
+    scales, zeros = torch.randint(8, (2, rows, columns, 16), generator=noise)
+    codes = torch.randint(8, (rows, columns, 16, 16), generator=noise)
+    numbers = torch.rand(rows, columns, 4, generator=noise) + 0.1
+    numbers[..., 0] /= 4 * width**0.5
+    numbers[..., 1] = numbers[..., 1] / 10 + 0.1
+    numbers[..., 3] = -20  # zeros in the middle of the codes
+    chosen = torch.rand(shape, generator=noise) < 0.01
+    places = chosen.nonzero()
+    values = torch.randn(len(places), generator=noise) / width**0.5
+    return {
+        "dense_weights": join_words(scales, zeros, codes, numbers.half()),
+        "row_offsets": torch.cat((torch.zeros(1), chosen.sum(1).cumsum(0))).int(),
+        "col_vals": join_outliers(places[:, 1], values),
+    }
+
+
+def _k_blocks(format: Gguf, shape: tuple[int, int], noise: Generator) -> Tensor:
+    blocks = torch.randint(256, (shape[0] * shape[1] // 256, format.size), generator=noise, dtype=torch.uint8)
+    halves = {"q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208]}[format.name]
+    for at in halves:
+        scale = (0.5 + torch.rand(len(blocks), 1, generator=noise)) / (800 * shape[1] ** 0.5)
+        blocks[:, at : at + 2] = scale.half().view(torch.uint8)
+    return blocks.view(shape[0], -1)

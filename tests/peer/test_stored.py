@@ -1,0 +1,224 @@
+"""Quantized checkpoints as other programs write them, quantizing at load, and what a peer chooses by itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from petal.kernels.formats.base import Format, Tensors
+from petal.kernels.formats.int4 import ROW, Int4
+from petal.kernels.formats.nf4 import LEVELS, Nf4
+from petal.kernels.formats.registry import FORMATS
+from petal.kernels.quantized import QuantizedLinear
+from petal.peer.holding import choose_holding, fitting_blocks, holding_of, span_bytes
+from petal.peer.options import QUANTS
+from petal.peer.span import Span, load_span
+from petal.protocol.checkpoint import CheckpointError, open_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from ..families import expected_logits, served_logits
+from ..kernels.quantized_weights import random_tensors
+from ..protocol.gguf_maker import write_gguf
+from ..tiny import tiny_llama
+
+TOLERANCE = 0.04  # relative, Frobenius: products of bfloat16 through four blocks with large weights
+UP = "model.layers.2.mlp.up_proj"
+Keys = Callable[[str, Tensors, tuple[int, int]], dict[str, Tensor]]
+
+
+def plain(path: str, tensors: Tensors, shape: tuple[int, int]) -> dict[str, Tensor]:
+    return {f"{path}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def bitsandbytes_4(path: str, tensors: Tensors, shape: tuple[int, int]) -> dict[str, Tensor]:
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": shape}
+    offset = tensors.pop("offset", None)
+    if offset is not None:
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(offset)}
+    blob = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    named = {f"{path}.weight.{name}": tensor for name, tensor in tensors.items() if name != "weight"}
+    named[f"{path}.weight.quant_map"] = torch.tensor(LEVELS)
+    return named | {f"{path}.weight": tensors["weight"], f"{path}.weight.quant_state.bitsandbytes__nf4": blob}
+
+
+def bitsandbytes_8(path: str, tensors: Tensors, shape: tuple[int, int]) -> dict[str, Tensor]:
+    return {f"{path}.weight": tensors["codes"], f"{path}.SCB": tensors["scales"] * 127}
+
+
+AQLM = {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1}
+STORED: dict[str, tuple[str, Format, dict, Keys]] = {
+    "nf4": ("nf4", Nf4(), {"quant_method": "bitsandbytes", "load_in_4bit": True}, bitsandbytes_4),
+    "nf4, one level": ("nf4", Nf4(nested=False), {"quant_method": "bitsandbytes"}, bitsandbytes_4),
+    "int8": ("int8", FORMATS["int8"], {"quant_method": "bitsandbytes", "load_in_8bit": True}, bitsandbytes_8),
+    "aqlm": ("aqlm", FORMATS["aqlm"], AQLM | {"num_codebooks": 2, "nbits_per_codebook": 8}, plain),
+    "aqlm 1x16": ("aqlm", FORMATS["aqlm-1x16"], AQLM | {"num_codebooks": 1, "nbits_per_codebook": 16}, plain),
+    "spqr": ("spqr", FORMATS["spqr"], {"quant_method": "spqr", "bits": 3, "beta1": 16, "beta2": 16}, plain),
+    "int4": ("int4", Int4(), {"quant_method": "petal", "format": "int4"}, plain),
+    "int4 by row": ("int4", Int4(ROW), {"quant_method": "petal", "format": "int4"}, plain),
+}
+every_storage = pytest.mark.parametrize("kind", STORED)
+
+
+def tensors_of(format: Format, weight: Tensor, seed: int) -> Tensors:
+    """Of the weight where that needs no calibration, else random ones of its size."""
+    if format.name in ("int8", "int4", "nf4"):
+        return format.quantize(weight)
+    tensors, size = random_tensors(format, tuple(weight.shape), seed), weight.norm() * weight.shape[1] ** -0.5
+    if "scales" in tensors:
+        tensors["scales"] = tensors["scales"] * float(size / 2)
+    return tensors
+
+
+def write(kind: str, folder: Path) -> LlamaForCausalLM:
+    """A checkpoint of the kind in `folder`, and transformers' model with the same weights, dense."""
+    _, format, config, keys = STORED[kind]
+    model = LlamaForCausalLM.from_pretrained(tiny_llama())
+    model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    for seed, (path, module) in enumerate(model.model.layers.named_modules(prefix="model.layers")):
+        if isinstance(module, nn.Linear):
+            shape = tuple(module.weight.shape)
+            tensors = tensors_of(format, state.pop(f"{path}.weight"), seed)
+            dense = format.dequantize(format.pack(tensors, shape), shape, torch.float32)
+            module.weight = nn.Parameter(dense)
+            state |= keys(path, tensors, shape)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
+    return model.eval()
+
+
+def spans(folder: Path, quant: str, dtype: str | None = None) -> list[Span]:
+    with open_checkpoint(folder, folder.parent / "digests") as checkpoint:
+        holding = holding_of(checkpoint, quant, dtype)
+        return [load_span(checkpoint, start, start + 2, holding=holding) for start in (0, 2)]
+
+
+def distance(found: list[Span], model: LlamaForCausalLM) -> float:
+    with torch.inference_mode():
+        expected = expected_logits(model)
+        return float((served_logits(found) - expected).norm() / expected.norm())
+
+
+@every_storage
+def test_stored_weights_stay_packed_and_give_the_logits_of_their_values(kind: str, tmp_path: Path):
+    quant, format, _, _ = STORED[kind]
+    model = write(kind, tmp_path / "tiny")
+    kept = spans(tmp_path / "tiny", quant)
+    assert distance(kept, model) <= TOLERANCE
+    linears = [m for m in kept[0].model.modules() if isinstance(m, QuantizedLinear)]
+    assert len(linears) == 14
+    assert {m.format.name for m in linears} == {format.name}
+    assert not kept[0].exactness_obstacle()
+    assert distance(spans(tmp_path / "tiny", "none", "float32"), model) <= 1e-4
+
+
+def test_a_gguf_file_stays_packed_with_embedding_and_head(tmp_path: Path):
+    model = LlamaForCausalLM.from_pretrained(tiny_llama(tied=True)).eval()
+    write_gguf(tmp_path / "tiny.gguf", model, gguf.GGMLQuantizationType.Q8_0)
+    dense = [load_span(open_checkpoint(tmp_path / "tiny.gguf"), 0, 4)]
+    with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
+        whole = load_span(checkpoint, 0, 4, holding=holding_of(checkpoint, "gguf"))
+        first, last = (load_span(checkpoint, *b, holding=holding_of(checkpoint, "gguf")) for b in ((0, 1), (1, 4)))
+        stored = sum(info.nbytes for info in checkpoint.tensors.values())
+    assert whole.nbytes < 1.2 * stored < 0.4 * dense[0].nbytes  # the tied matrix is held once
+    expected = served_logits(dense)
+    for kept in ([whole], [first, last]):
+        assert (served_logits(kept) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert torch.equal(served_logits([whole]), served_logits([first, last]))
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4", "nf4"])
+def test_quantizing_while_reading(quant: str):
+    format, model = FORMATS[quant], LlamaForCausalLM.from_pretrained(tiny_llama()).eval()
+    original = distance(spans(tiny_llama(), quant), model)
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            shape = tuple(module.weight.shape)
+            packed = format.pack(format.quantize(module.weight), shape)
+            module.weight = nn.Parameter(format.dequantize(packed, shape, torch.float32))
+    found = spans(tiny_llama(), quant)
+    assert distance(found, model) <= TOLERANCE
+    assert quant == "int8" or original > 2 * TOLERANCE  # negative control: the reference is quantized too
+    with open_checkpoint(tiny_llama()) as checkpoint:
+        for span in found:
+            estimate = span_bytes(checkpoint, holding_of(checkpoint, quant), range(span.start, span.end))
+            assert estimate * 0.85 < span.nbytes < estimate * 1.15
+
+
+def _drop(suffix: str):
+    return lambda state: [state.pop(name) for name in list(state) if name == f"{UP}.{suffix}"]
+
+
+def _change(suffix: str, change: Callable[[Tensor], Tensor]):
+    return lambda state: state.update({f"{UP}.{suffix}": change(state[f"{UP}.{suffix}"]).contiguous()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "sentence"),
+    [
+        ("aqlm", _drop("scales"), "lack scales"),
+        ("aqlm", _drop("codes"), "holds the tensor .*up_proj"),
+        ("aqlm", _change("codes", lambda t: t[1:]), r"has shape \[127, 64\], the config asks for \[128, 64\]"),
+        ("aqlm", _change("codebooks", lambda t: t.float()), "codebooks of aqlm weights is torch.float32"),
+        ("spqr", _change("col_vals", lambda t: t | 0xFFFF), "column 65535 of 64"),
+        ("spqr", _change("dense_weights", lambda t: t[:64]), "dense_weights|config asks"),
+        ("int4", _drop("zeros"), "lack zeros"),
+        ("int4", _change("zeros", lambda t: t + 16), "0 to 15"),
+        ("nf4", _drop("weight.nested_absmax"), "lack nested_absmax"),
+        ("nf4", _change("weight.quant_map", lambda t: -t), "levels are not those of NF4"),
+        ("nf4", _change("weight.quant_state.bitsandbytes__nf4", lambda t: t[3:]), "quantization state"),
+        ("int8", _change("SCB", lambda t: t * torch.inf), "not finite"),
+    ],
+)
+def test_broken_quantized_tensors_are_refused(kind: str, spoil, sentence: str, tmp_path: Path):
+    write(kind, tmp_path / "tiny")
+    state = load_file(tmp_path / "tiny" / "model.safetensors")
+    spoil(state)
+    save_file(state, tmp_path / "tiny" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        spans(tmp_path / "tiny", STORED[kind][0])
+    assert re.fullmatch(r"[^\n]+\.", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"quant_method": "gptq"}, "'gptq': bitsandbytes, aqlm, spqr, int4 can be read"),
+        ({"quant_method": "aqlm", "in_group_size": 16}, "groups of 8"),
+        (AQLM | {"num_codebooks": 9, "nbits_per_codebook": 8}, "1 to 4 codebooks"),
+        ({"quant_method": "spqr", "bits": 4}, "3 bits"),
+        ({"quant_method": "bitsandbytes"}, "NF4 or int8"),
+    ],
+)
+def test_quantizations_that_cannot_be_read_are_named(config: dict, sentence: str, tmp_path: Path):
+    LlamaForCausalLM.from_pretrained(tiny_llama()).save_pretrained(tmp_path / "tiny")
+    path = tmp_path / "tiny" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    with pytest.raises(CheckpointError, match=sentence):
+        spans(tmp_path / "tiny", "none")
+
+
+def test_a_peer_keeps_what_is_stored_and_else_quantizes_as_far_as_it_must(tmp_path: Path):
+    write("nf4", tmp_path / "tiny")
+    with open_checkpoint(tmp_path / "tiny") as checkpoint:
+        assert choose_holding(checkpoint, None, None, 1 << 30, native=True).quant == "nf4"
+        assert choose_holding(checkpoint, None, None, 1 << 30, native=False).quant == "none"
+        with pytest.raises(CheckpointError, match="does not store aqlm weights: choose --quant none, int8, int4, nf4"):
+            holding_of(checkpoint, "aqlm")
+    with open_checkpoint(tiny_llama()) as checkpoint:
+        sizes = {quant: span_bytes(checkpoint, holding_of(checkpoint, quant), range(4)) for quant in QUANTS[:3]}
+        assert sizes["none"] > 2 * sizes["int8"] > 2 * sizes["int4"]
+        for quant, size in sizes.items():
+            assert choose_holding(checkpoint, None, None, size + 1000, native=True).quant == quant
+            assert fitting_blocks(checkpoint, holding_of(checkpoint, quant), size + 1000) == 4
+        assert choose_holding(checkpoint, None, None, 0, native=True).quant == "int4"
+        assert fitting_blocks(checkpoint, holding_of(checkpoint, "int4"), 0) == 0
+        assert choose_holding(checkpoint, None, 1, sizes["none"] // 2, native=True).quant == "none"
