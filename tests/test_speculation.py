@@ -95,6 +95,23 @@ async def test_every_drafter_budget_and_sampler_gives_the_plain_tokens(exact: As
     assert trips["merged"] <= 1.05 * trips["right"]
 
 
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [0, 1])
+async def test_the_real_pair_gives_the_plain_tokens(seed: int) -> None:
+    """SmolLM2 in exact mode with the drafter that comes with Petal."""
+    prompt = prompt_ids()["code-1"]
+    async with local_swarm("demo", spans(30, 2), exact=True) as swarm, swarm.connect(exact=True) as client:
+        for i, sampling in enumerate(SAMPLING):
+            common = {"max_new_tokens": 24, "eos_token_id": -1, "seed": seed, **sampling}
+            plain, _ = await said(client, prompt, drafter="none", **common)
+            trips = {}
+            for name, budget in itertools.product(("ngram", "model", "ngram,model"), BUDGETS if i < 3 else (8, 32)):
+                drafted, trips[name, budget] = await said(client, prompt, drafter=name, budget=budget, **common)
+                assert drafted == plain, (name, budget, sampling, seed)
+            assert trips["model", 32] < 0.7 * len(plain), "the drafter must save trips"
+
+
 async def test_a_tail_that_favours_drafted_tokens_is_caught(
     exact: AsyncSwarmModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
