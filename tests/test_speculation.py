@@ -257,7 +257,7 @@ def test_what_is_kept_of_a_tree_is_what_a_fresh_drafter_finds() -> None:
         tree = drafter.propose(ids, 16)
         while drafter.ahead():
             pass
-        ids = [*ids, tree.ids[1 + i % 3], tree.ids[-1] if i % 2 else i]
+        ids = [*ids, tree.ids[1 + i % 3], *([] if i % 3 else [i])]
         drafter._follow(ids)
         tree = drafter._tree
         for node in np.flatnonzero(tree.expanded)[:8].tolist():
