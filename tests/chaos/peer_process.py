@@ -78,7 +78,7 @@ class PeerProcess:
         options = ["--blocks", f"{self.blocks.start}:{self.blocks.stop}", "--host", "127.0.0.1", "--exact", "--json"]
         options += ["--port", str(self.port), "--dht-port", str(self.dht_port), "--announce", self.announced]
         options += ["--identity", str(self._folder / self._name), "--cache-tokens", "8192", "--threads", "1"]
-        options += ["--grace", "20"]
+        options += ["--grace", "20", "--quant", "none"]  # as the peer that gave the undisturbed answers
         for peer in initial_peers:
             options += ["--initial-peers", peer]
         self._pipe, theirs = _context.Pipe()
