@@ -37,16 +37,3 @@ int petal_quantized(float *y, const float *x, const weights_t *w, const float *b
     threads = rows * w->in * w->out < TOO_SMALL ? 1 : threads;
     return amx_ready() ? amx_run_packed(&c, threads) : run_tiles(&c, threads);
 }
-
-/* Rows `which` of w as float, rounded like all weights: y[count][in]. */
-void petal_decode_rows(float *y, const weights_t *w, const int64_t *which, long count)
-{
-    uint16_t room[PIECE / RUN * STEP];
-    for (long i = 0; i < count; i++)
-        for (long k = 0; k < w->in; k += PIECE) {
-            long depth = least(PIECE, w->in - k);
-            decode(w, which[i], 1, k, depth, room);
-            for (long j = 0; j < depth; j++)
-                y[i * w->in + k + j] = half_to_float(room[j / RUN * STEP + j % RUN]);
-        }
-}
