@@ -11,56 +11,16 @@ static void decode_fp16(const weights_t *w, long row, long k, long count, float 
         to[i] = fp16_at(from + 2 * i);
 }
 
-/* scales: float a row. zeros: int32 outlier columns, `count` of them; extra: their bfloat16 weights by row. */
-static void decode_int8(const weights_t *w, long row, long k, long count, float *to)
-{
-    const int8_t *from = (const int8_t *)w->codes + row * w->row_bytes + k;
-    float scale = ((const float *)w->scales)[row];
-    for (long i = 0; i < count; i++)
-        to[i] = (float)from[i] * scale;
-    const int32_t *columns = w->zeros;
-    const uint16_t *values = (const uint16_t *)w->extra + row * w->count;
-    for (long i = 0; i < w->count; i++)
-        if (columns[i] >= k && columns[i] < k + count)
-            to[columns[i] - k] = half_to_float(values[i]);
-}
-
-/* The code at a depth, in the order of nibbles.py. */
-static int nibble(const uint8_t *row, long k)
-{
-    const uint8_t *run = row + k / 64 * 32;
-    long place = k % 64;
-    return run[place % 16 * 2 + place / 32] >> (place / 16 % 2 * 4) & 15;
-}
-
-/* scales: float16, zeros: uint8, both by row and group. */
-static void decode_int4(const weights_t *w, long row, long k, long count, float *to)
-{
-    const uint8_t *codes = w->codes + row * w->row_bytes, *zeros = (const uint8_t *)w->zeros + row * w->count;
-    const uint16_t *scales = (const uint16_t *)w->scales + row * w->count;
-    for (long i = 0; i < count; i++) {
-        long group = (k + i) / w->group;
-        to[i] = (float)(nibble(codes, k + i) - zeros[group]) * fp16_to_float(scales[group]);
-    }
-}
-
-/* Where blocks go on from row to row codes are in the checkpoint's order, even places high. */
-static int nf4_code(const weights_t *w, long row, long k)
-{
-    long place = row * w->in + k;
-    return w->in % 64 ? w->codes[place / 2] >> (place % 2 ? 0 : 4) & 15 : nibble(w->codes + row * w->row_bytes, k);
-}
-
-/* more: the offset of scales and the 16 levels. Without zeros scales are float by block of 64, else uint8; then zeros:
+/* Where blocks go on from row to row: codes in the checkpoint's order, even places high. more: the offset of scales and the 16 levels. Without zeros scales are float by block of 64, else uint8; then zeros:
  * float by 256 blocks; extra: float[256], what the scales mean. */
 static void decode_nf4(const weights_t *w, long row, long k, long count, float *to)
 {
     const uint8_t *scales = w->scales;
     const float *nested = w->zeros, *map = w->extra, *offset = w->more, *levels = offset + 1;
     for (long i = 0; i < count; i++) {
-        long block = (row * w->in + k + i) / 64;
+        long place = row * w->in + k + i, block = place / 64;
         float scale = nested ? map[scales[block]] * nested[block / 256] + *offset : ((const float *)scales)[block];
-        to[i] = levels[nf4_code(w, row, k + i)] * scale;
+        to[i] = levels[w->codes[place / 2] >> (place % 2 ? 0 : 4) & 15] * scale;
     }
 }
 
@@ -113,42 +73,6 @@ static void decode_spqr(const weights_t *w, long row, long k, long count, float 
         long column = outliers[i] & 0xffff;
         if (column >= k && column < k + count)
             to[column - k] += fp16_to_float((uint16_t)(outliers[i] >> 16));
-    }
-}
-
-/* Blocks of 32: scale (and minimum) float16, then the codes, low halves first. */
-
-static void decode_q4_0(const weights_t *w, long row, long k, long count, float *to)
-{
-    const uint8_t *block = w->codes + row * w->row_bytes + k / 32 * 18;
-    for (long i = 0; i < count; i += 32, block += 18) {
-        float scale = fp16_at(block);
-        for (int j = 0; j < 16; j++) {
-            to[i + j] = (float)((block[2 + j] & 15) - 8) * scale;
-            to[i + 16 + j] = (float)((block[2 + j] >> 4) - 8) * scale;
-        }
-    }
-}
-
-static void decode_q4_1(const weights_t *w, long row, long k, long count, float *to)
-{
-    const uint8_t *block = w->codes + row * w->row_bytes + k / 32 * 20;
-    for (long i = 0; i < count; i += 32, block += 20) {
-        float scale = fp16_at(block), low = fp16_at(block + 2);
-        for (int j = 0; j < 16; j++) {
-            to[i + j] = (float)(block[4 + j] & 15) * scale + low;
-            to[i + 16 + j] = (float)(block[4 + j] >> 4) * scale + low;
-        }
-    }
-}
-
-static void decode_q8_0(const weights_t *w, long row, long k, long count, float *to)
-{
-    const uint8_t *block = w->codes + row * w->row_bytes + k / 32 * 34;
-    for (long i = 0; i < count; i += 32, block += 34) {
-        float scale = fp16_at(block);
-        for (int j = 0; j < 32; j++)
-            to[i + j] = (float)(int8_t)block[2 + j] * scale;
     }
 }
 
@@ -212,9 +136,8 @@ static void decode_q6_k(const weights_t *w, long row, long k, long count, float 
 }
 
 static void (*const decoders[])(const weights_t *, long, long, long, float *) = {
-    [FP16] = decode_fp16, [INT8] = decode_int8, [INT4] = decode_int4, [NF4] = decode_nf4,
-    [AQLM] = decode_aqlm, [SPQR] = decode_spqr, [Q4_0] = decode_q4_0, [Q4_1] = decode_q4_1,
-    [Q8_0] = decode_q8_0, [Q4_K] = decode_q4_k, [Q5_K] = decode_q5_k, [Q6_K] = decode_q6_k,
+    [FP16] = decode_fp16, [NF4] = decode_nf4, [AQLM] = decode_aqlm, [SPQR] = decode_spqr,
+    [Q4_K] = decode_q4_k, [Q5_K] = decode_q5_k, [Q6_K] = decode_q6_k,
 };
 
 /* float_to_half of sixteen, of which none is NaN. */

@@ -7,8 +7,6 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-static const float UNITS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
 /* 32 neighbours. */
 INLINE void store(uint16_t *to, __m512 low, __m512 high)
 {
@@ -20,102 +18,9 @@ INLINE __m512 bytes(const uint8_t *from)
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from)));
 }
 
-INLINE __m512 low_nibbles(__m512i codes) { return _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(15))); }
-
 INLINE __m512 signed_bytes(const uint8_t *from)
 {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));
-}
-
-INLINE void wide_int8(const weights_t *w, long row, long k, long count, uint16_t *to)
-{
-    const uint8_t *from = w->codes + row * w->row_bytes + k;
-    __m512 scale = _mm512_set1_ps(((const float *)w->scales)[row]);
-    for (long i = 0; i < count; i += RUN)
-        store(to + i / RUN * STEP, _mm512_mul_ps(signed_bytes(from + i), scale),
-              _mm512_mul_ps(signed_bytes(from + i + 16), scale));
-    const int32_t *columns = w->zeros;
-    const uint16_t *values = (const uint16_t *)w->extra + row * w->count;
-    for (long i = 0; i < w->count; i++)
-        if (columns[i] >= k && columns[i] < k + count)
-            to[(columns[i] - k) / RUN * STEP + (columns[i] - k) % RUN] = values[i];
-}
-
-/* What each code means, as a table that a permutation looks up; the fifth bit of an index does not matter. */
-INLINE __m512i table_of(__m512 values)
-{
-    return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
-}
-
-/* 32 neighbours out of the two nibbles that begin at a bit of each word; see nibbles.py. */
-INLINE void look_up(uint16_t *to, __m512i words, int bit, __m512i table)
-{
-    __m512i shifts = _mm512_inserti64x4(_mm512_set1_epi16((short)bit), _mm256_set1_epi16((short)(bit + 4)), 1);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts), table));
-}
-
-INLINE __m512i words_at(const uint8_t *codes, long k)
-{
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)(codes + k / 2)));
-}
-
-INLINE __m512i int4_table(const weights_t *w, long group)
-{
-    uint16_t half;
-    memcpy(&half, (const uint16_t *)w->scales + group, sizeof half);
-    __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16((short)half));
-    __m512 zero = _mm512_set1_ps((float)((const uint8_t *)w->zeros)[group]);
-    return table_of(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(UNITS), zero), scale));
-}
-
-/* Groups of a multiple of 64; `group` is a constant where that matters. */
-INLINE void int4_runs(const weights_t *w, long row, long k, long count, uint16_t *to, const uint32_t group)
-{
-    const uint8_t *codes = w->codes + row * w->row_bytes;
-    uint32_t first = (uint32_t)k / group, end = (first + 1) * group - (uint32_t)k;
-    for (long i = 0, at = row * w->count + first; i < count; at++, end += group) {
-        __m512i table = int4_table(w, at);
-        for (; i < count && i < end; i += 2 * RUN, to += 2 * STEP) {
-            __m512i words = words_at(codes, k + i);
-            look_up(to, words, 0, table);
-            if (i + RUN < count)
-                look_up(to + STEP, words, 8, table);
-        }
-    }
-}
-
-/* Groups of 32. */
-INLINE void int4_pairs(const weights_t *w, long row, long k, long count, uint16_t *to)
-{
-    const uint8_t *codes = w->codes + row * w->row_bytes;
-    for (long i = 0, at = row * w->count + k / 32; i < count; i += 2 * RUN, at += 2, to += 2 * STEP) {
-        __m512i words = words_at(codes, k + i);
-        look_up(to, words, 0, int4_table(w, at));
-        if (i + RUN < count)
-            look_up(to + STEP, words, 8, int4_table(w, at + 1));
-    }
-}
-
-INLINE void wide_nf4(const weights_t *w, long row, long k, long count, uint16_t *to)
-{
-    const uint8_t *codes = w->codes + row * w->row_bytes, *shares = w->scales;
-    const float *nested = w->zeros, *map = w->extra, *offset = w->more;
-    const __m512 levels = _mm512_loadu_ps(offset + 1);
-    uint64_t block = (uint64_t)(row * w->in + k) / 64;
-    for (long i = 0; i < count; i += 2 * RUN, to += 2 * STEP, block++) {
-        float scale = nested ? map[shares[block]] * nested[block / 256] + *offset : ((const float *)shares)[block];
-        __m512i table = table_of(_mm512_mul_ps(levels, _mm512_set1_ps(scale))), words = words_at(codes, k + i);
-        look_up(to, words, 0, table);
-        look_up(to + STEP, words, 8, table);
-    }
-}
-
-/* 32 codes in 16 bytes, low halves first, times scale plus shift. */
-INLINE void scale_shift(uint16_t *to, const uint8_t *codes, __m512 scale, __m512 shift)
-{
-    __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)codes));
-    __m512 high = _mm512_cvtepi32_ps(_mm512_srli_epi32(wide, 4));
-    store(to, _mm512_fmadd_ps(low_nibbles(wide), scale, shift), _mm512_fmadd_ps(high, scale, shift));
 }
 
 /* The float16 numbers that a block begins with, in the lowest lanes. */
@@ -124,33 +29,6 @@ INLINE __m128 head(const uint8_t *block)
     int32_t pair;
     memcpy(&pair, block, sizeof pair);
     return _mm_cvtph_ps(_mm_cvtsi32_si128(pair));
-}
-
-INLINE void wide_q4_0(const weights_t *w, long row, long k, long count, uint16_t *to)
-{
-    const uint8_t *block = w->codes + row * w->row_bytes + k / 32 * 18;
-    for (long i = 0; i < count; i += 32, block += 18, to += STEP) {
-        __m512 scale = _mm512_broadcastss_ps(head(block));
-        scale_shift(to, block + 2, scale, _mm512_mul_ps(scale, _mm512_set1_ps(-8)));
-    }
-}
-
-INLINE void wide_q4_1(const weights_t *w, long row, long k, long count, uint16_t *to)
-{
-    const uint8_t *block = w->codes + row * w->row_bytes + k / 32 * 20;
-    for (long i = 0; i < count; i += 32, block += 20, to += STEP) {
-        __m128 both = head(block);
-        scale_shift(to, block + 4, _mm512_broadcastss_ps(both), _mm512_broadcastss_ps(_mm_movehdup_ps(both)));
-    }
-}
-
-INLINE void wide_q8_0(const weights_t *w, long row, long k, long count, uint16_t *to)
-{
-    const uint8_t *block = w->codes + row * w->row_bytes + k / 32 * 34;
-    for (long i = 0; i < count; i += 32, block += 34, to += STEP) {
-        __m512 scale = _mm512_broadcastss_ps(head(block));
-        store(to, _mm512_mul_ps(signed_bytes(block + 2), scale), _mm512_mul_ps(signed_bytes(block + 18), scale));
-    }
 }
 
 /* Adds a row's outliers to the depths [k, k + count). */
@@ -296,24 +174,6 @@ int decode_wide(const weights_t *w, long first, long rows, long k, long count, u
     if (count % RUN)
         return 0;
     switch ((kind_t)c.kind) {
-    case INT8:
-        ROWS_OF(wide_int8(&c, row, k, count, to))
-    case INT4:
-        if (c.group == 32)
-            ROWS_OF(int4_pairs(&c, row, k, count, to))
-        if (c.group == 64)
-            ROWS_OF(int4_runs(&c, row, k, count, to, 64))
-        ROWS_OF(int4_runs(&c, row, k, count, to, (uint32_t)c.group))
-    case NF4:
-        if (c.in % 64)
-            return 0;
-        ROWS_OF(wide_nf4(&c, row, k, count, to))
-    case Q4_0:
-        ROWS_OF(wide_q4_0(&c, row, k, count, to))
-    case Q4_1:
-        ROWS_OF(wide_q4_1(&c, row, k, count, to))
-    case Q8_0:
-        ROWS_OF(wide_q8_0(&c, row, k, count, to))
     case Q4_K:
         ROWS_OF(wide_q4_k(&c, row, k, to))
     case Q5_K:
@@ -328,7 +188,7 @@ int decode_wide(const weights_t *w, long first, long rows, long k, long count, u
         ROWS_OF(wide_aqlm(&c, row, k, count, to, c.count, c.group > 8))
     case SPQR:
         ROWS_OF(wide_spqr(&c, row, k, count, to))
-    case FP16:
+    default:
         return 0;
     }
     return 0;

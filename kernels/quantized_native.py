@@ -14,10 +14,11 @@ from . import native
 from .formats.aqlm import Aqlm
 from .formats.base import Format, Shape
 from .formats.dense import Dense
-from .formats.gguf import Gguf
+from .formats.gguf import SMALL, Gguf
 from .formats.int4 import Int4
 from .formats.int8 import Int8
-from .formats.nf4 import LEVELS, Nf4
+from .formats.lanes import LANE
+from .formats.nf4 import BLOCK, LEVELS, Nf4
 from .formats.spqr import Spqr, permutation
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class _Weights(ctypes.Structure):
 
 
 class NativeWeights:
-    """What C reads of one layer. It keeps the tensors alive whose addresses it holds."""
+    """What C reads of one layer, and the function that reads it. It keeps the tensors alive whose addresses it holds."""
 
     def __init__(self, format: Format, packed: Mapping[str, Tensor], shape: Shape, bias: Tensor) -> None:
         kind, fields = _fields(format, packed)
@@ -45,12 +46,12 @@ class NativeWeights:
         values = {name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in fields.items()}
         codes = fields["codes"]
         assert isinstance(codes, Tensor)
-        row_bytes = codes.nbytes // codes.shape[0]
-        self._struct = _Weights(
-            **{"kind": KINDS.index(kind), "out": shape[0], "in": shape[1], "row_bytes": row_bytes, **values}
-        )
+        laned = codes.dim() == 4
+        values["row_bytes"] = codes.nbytes // (len(codes) * LANE if laned else len(codes))
+        self._struct = _Weights(**{"kind": KINDS.index(kind), "out": shape[0], "in": shape[1], **values})
         self.address, self.bias = ctypes.addressof(self._struct), bias.data_ptr()
         self.columns = permutation(packed, shape[1]) if isinstance(format, Spqr) and packed["in_perm"].numel() else None
+        self.function = _function("petal_integer" if laned else "petal_quantized")
 
 
 def decodes(format: Format) -> bool:
@@ -68,14 +69,14 @@ def _fields(format: Format, packed: Mapping[str, Tensor]) -> tuple[str, dict[str
         case Int8():
             outliers = packed["outliers"]
             named = {"codes": packed["codes"], "scales": packed["scales"], "zeros": outliers}
-            return "int8", named | {"extra": packed["values"], "count": len(outliers)}
+            return "int8", named | {"extra": packed["values"], "count": len(outliers), "group": _depth(packed["codes"])}
         case Int4():
             groups, codes = packed["scales"].shape[1], packed["codes"]
             named = {"codes": codes, "scales": packed["scales"], "zeros": packed["zeros"]}
-            return "int4", named | {"count": groups, "group": 2 * codes.shape[1] // groups}
+            return "int4", named | {"count": groups, "group": 2 * _depth(codes) // groups}
         case Nf4():
             offset = packed["offset"] if format.nested else torch.zeros(1)
-            named = {"codes": packed["weight"], "scales": packed["absmax"]}
+            named = {"codes": packed["weight"], "scales": packed["absmax"], "group": BLOCK}
             named["more"] = torch.cat((offset, torch.tensor(LEVELS)))
             nested = {"zeros": packed["nested_absmax"], "extra": packed["nested_quant_map"]} if format.nested else {}
             return "nf4", named | nested
@@ -86,30 +87,35 @@ def _fields(format: Format, packed: Mapping[str, Tensor]) -> tuple[str, dict[str
             named = {"codes": packed["dense_weights"], "scales": packed["row_offsets"]}
             return "spqr", named | {"zeros": packed["col_vals"], "extra": packed["numbers"]}
         case Gguf():
+            if format.laned:
+                return format.name, {"codes": packed["codes"], "scales": packed["scales"], "group": SMALL}
             return format.name, {"codes": packed["blocks"]}
     raise AssertionError(f"no C code for {format.name}")
 
 
 def multiply(layer: QuantizedLinear, x: Tensor) -> Tensor:
     """x [..., in] -> [..., out] float32. Raises MemoryError."""
-    weights, function = layer.native(), _function()
-    assert function is not None
+    weights = layer.native()
     if x.dtype != torch.float32:
         x = x.float()
     x = x.contiguous() if weights.columns is None else x[..., weights.columns].contiguous()
     y = torch.empty(*x.shape[:-1], layer.out_features)
     rows = x.numel() // layer.in_features
-    if function(y.data_ptr(), x.data_ptr(), weights.address, weights.bias, rows, native.threads()):
+    if weights.function(y.data_ptr(), x.data_ptr(), weights.address, weights.bias, rows, native.threads()):
         raise MemoryError(f"no memory to lay out {rows} rows of {layer.in_features} values")
     return y
 
 
+def _depth(codes: Tensor) -> int:
+    """Bytes of codes a row."""
+    return codes.shape[1] * codes.shape[3]
+
+
 @functools.cache
-def _function() -> Callable[..., int] | None:
+def _function(name: str) -> Callable[..., int]:
     library = native.library()
-    if library is None:
-        return None
-    function = library.petal_quantized
+    assert library is not None
+    function = library[name]
     function.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_long] * 2]
     function.restype = ctypes.c_int
     return function

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, matrix
+from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, matrix, padded
+from .lanes import DEPTH, LANE, by_lanes, by_rows, take_rows
+
+SMALL = 32  # neighbours of a block of the types without "K"
+_MIDDLE = 128  # the kernels read codes without a sign
 
 Decode = Callable[[Tensor, torch.dtype], Tensor]
 
@@ -26,6 +30,8 @@ class Gguf(Format):
     """float32 [n, block] -> uint8 [n, size], for types whose rounding is to nearest."""
     halves: tuple[int, ...] = (0,)
     """Where float16 numbers are in a block."""
+    signed: bool = False
+    """Codes are bytes with a sign."""
 
     @property
     def name(self) -> str:
@@ -45,11 +51,44 @@ class Gguf(Format):
         scales = {"scales": torch.cat([_half(blocks, at, torch.float16) for at in self.halves])}
         expect_finite(scales, ("scales",), self.name)
 
+    @property
+    def laned(self) -> bool:
+        """Whether integer products read it; blocks of other types stay whole."""
+        return self.block == SMALL
+
+    def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
+        packed = super().pack(tensors, shape)
+        if not self.laned:
+            return packed
+        blocks, head = packed["blocks"].view(shape[0], -1, self.size), 2 * len(self.halves)
+        codes = blocks[..., head:].flatten(1) ^ (_MIDDLE if self.signed else 0)
+        return {"codes": by_lanes(codes, DEPTH), "scales": by_lanes(blocks[..., :head].flatten(1), 2)}
+
+    def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
+        if not self.laned:
+            return dict(packed)
+        return {"blocks": self._blocks(*(by_rows(packed[name], shape[0]) for name in ("codes", "scales")))}
+
+    def _blocks(self, codes: Tensor, scales: Tensor) -> Tensor:
+        head = 2 * len(self.halves)
+        codes = (codes ^ (_MIDDLE if self.signed else 0)).unflatten(1, (-1, self.size - head))
+        return torch.cat((scales.unflatten(1, (-1, head)), codes), -1).flatten(1)
+
     def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-        return self.decode(packed["blocks"].reshape(-1, self.size), dtype).view(shape)
+        return self.decode(self.unpack(packed, shape)["blocks"].view(-1, self.size), dtype).view(shape)
+
+    def rows(
+        self, packed: Mapping[str, Tensor], shape: Shape, which: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        if self.laned:
+            blocks = self._blocks(*(take_rows(packed[name], which) for name in ("codes", "scales")))
+        else:
+            blocks = packed["blocks"][which]
+        return self.decode(blocks.view(-1, self.size), dtype).view(len(which), shape[1])
 
     def bytes(self, shape: Shape) -> int:
-        return shape[0] * shape[1] // self.block * self.size
+        out = padded(shape[0], LANE) if self.laned else shape[0]
+        return out * shape[1] // self.block * self.size
 
     def _check_width(self, width: int) -> None:
         if width % self.block:
@@ -153,7 +192,7 @@ TYPES = {
     for kind in (
         Gguf("q4_0", 32, 18, _q4_0, _encode_q4_0),
         Gguf("q4_1", 32, 20, _q4_1, _encode_q4_1, (0, 2)),
-        Gguf("q8_0", 32, 34, _q8_0, _encode_q8_0),
+        Gguf("q8_0", 32, 34, _q8_0, _encode_q8_0, signed=True),
         Gguf("q4_k", 256, 144, _q4_k, halves=(0, 2)),
         Gguf("q5_k", 256, 176, _q5_k, halves=(0, 2)),
         Gguf("q6_k", 256, 210, _q6_k, halves=(208,)),

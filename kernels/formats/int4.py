@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
-from .nibbles import RUN, deinterleave, interleave, pair, split
+from . import lanes
+from .lanes import DEPTH, LANE, by_lanes, by_rows, take_rows
+from .nibbles import pair, split
 
+RUN = 64  # depth that the kernels take at once
 ROW = 0  # the group size that is the whole row
 _FINEST, _COARSEST = 64, 256
 _GAIN = 0.92  # halving a group is worth its scales where the mean range shrinks below this share
@@ -90,20 +93,32 @@ class Int4(Format):
             raise FormatError(f"a zero of int4 weights is {int(tensors['zeros'].max())}, 0 to 15 are possible.")
 
     def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        return super().pack(tensors, shape) | {"codes": interleave(split(tensors["codes"]))}
+        tensors = super().pack(tensors, shape)
+        codes = by_lanes(lanes.pair(split(tensors["codes"])), DEPTH)
+        return {"codes": codes, "scales": by_lanes(tensors["scales"]), "zeros": by_lanes(tensors["zeros"])}
 
     def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        return dict(packed) | {"codes": pair(deinterleave(packed["codes"]))}
+        rows = {name: by_rows(t, shape[0]) for name, t in packed.items()}
+        return rows | {"codes": pair(lanes.split(rows["codes"]))}
 
     def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-        scales, zeros = (packed[name].to(dtype)[..., None] for name in ("scales", "zeros"))
-        codes = deinterleave(packed["codes"]).unflatten(1, (scales.shape[1], -1))
-        return ((codes.to(dtype) - zeros) * scales).flatten(1)[:, : shape[1]]
+        return _dense({name: by_rows(t, shape[0]) for name, t in packed.items()}, shape[1], dtype)
+
+    def rows(
+        self, packed: Mapping[str, Tensor], shape: Shape, which: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        return _dense({name: take_rows(t, which) for name, t in packed.items()}, shape[1], dtype)
 
     def bytes(self, shape: Shape) -> int:
         group = self.group or (padded(shape[1], RUN) if self.group == ROW else _FINEST)
         depth = padded(shape[1], max(RUN, group))
-        return shape[0] * (depth // 2 + 3 * (depth // group))
+        return padded(shape[0], LANE) * (depth // 2 + 3 * (depth // group))
+
+
+def _dense(rows: Tensors, width: int, dtype: torch.dtype) -> Tensor:
+    scales, zeros = (rows[name].to(dtype)[..., None] for name in ("scales", "zeros"))
+    codes = lanes.split(rows["codes"]).unflatten(1, (scales.shape[1], -1))
+    return ((codes.to(dtype) - zeros) * scales).flatten(1)[:, :width]
 
 
 def nearest(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

@@ -10,9 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix
+from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
+from .lanes import DEPTH, LANE, by_lanes, by_rows, take_rows
+
+_UNIT = 64  # depth that the kernels take at once
+_MIDDLE = 128  # they read codes without a sign
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,36 @@ class Int8(Format):
         if n and not (int(outliers[0]) >= 0 and int(outliers[-1]) < width and bool((outliers.diff() > 0).all())):
             raise FormatError(f"outlier columns of int8 weights must rise from 0 to at most {width - 1}.")
 
+        if bool(tensors["codes"][:, outliers.long()].any()):
+            raise FormatError("codes of int8 weights must be zero in outlier columns.")
+
+    def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
+        tensors = super().pack(tensors, shape)
+        codes = F.pad(tensors["codes"].view(torch.uint8) ^ _MIDDLE, (0, -shape[1] % _UNIT), value=_MIDDLE)
+        laned = {"scales": by_lanes(tensors["scales"][:, None]), "values": by_lanes(tensors["values"])}
+        return tensors | laned | {"codes": by_lanes(codes, DEPTH)}
+
+    def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
+        rows = {name: by_rows(packed[name], shape[0]) for name in ("codes", "scales", "values")}
+        return self._in_rows(rows, packed["outliers"], shape[1])
+
+    def _in_rows(self, rows: Tensors, outliers: Tensor, width: int) -> Tensors:
+        codes = (rows["codes"][:, :width] ^ _MIDDLE).view(torch.int8)
+        return rows | {"codes": codes, "scales": rows["scales"][:, 0], "outliers": outliers}
+
     def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-        dense = packed["codes"].to(dtype) * packed["scales"].to(dtype)[:, None]
-        return dense.index_copy(1, packed["outliers"].long(), packed["values"].to(dtype))
+        return _dense(self.unpack(packed, shape), dtype)
 
     def rows(
         self, packed: Mapping[str, Tensor], shape: Shape, which: Tensor, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        taken = {name: t if name == "outliers" else t[which] for name, t in packed.items()}
-        return self.dequantize(taken, (len(which), shape[1]), dtype)
+        taken = {name: take_rows(packed[name], which) for name in ("codes", "scales", "values")}
+        return _dense(self._in_rows(taken, packed["outliers"], shape[1]), dtype)
 
     def bytes(self, shape: Shape) -> int:
-        return shape[0] * (shape[1] + 4)
+        return padded(shape[0], LANE) * (padded(shape[1], _UNIT) + 4)
+
+
+def _dense(tensors: Tensors, dtype: torch.dtype) -> Tensor:
+    dense = tensors["codes"].to(dtype) * tensors["scales"].to(dtype)[:, None]
+    return dense.index_copy(1, tensors["outliers"].long(), tensors["values"].to(dtype))

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix
-from .nibbles import RUN, deinterleave, interleave
+from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
+from . import lanes
+from .lanes import DEPTH, LANE, by_lanes, by_rows
 
 BLOCK, NESTED = 64, 256
 _TINY = 1e-38
@@ -83,16 +84,18 @@ class Nf4(Format):
 
     def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
         packed = super().pack(tensors, shape)
-        if shape[1] % RUN:
+        if shape[1] % BLOCK:
             return packed
         codes = split_high(packed["weight"][:, 0]).view(shape)
-        return packed | {"weight": interleave(codes), "absmax": packed["absmax"].view(shape[0], -1)}
+        absmax = by_lanes(packed["absmax"].view(shape[0], -1))
+        return packed | {"weight": by_lanes(lanes.pair(codes), DEPTH), "absmax": absmax}
 
     def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        if shape[1] % RUN:
+        if shape[1] % BLOCK:
             return dict(packed)
-        codes = deinterleave(packed["weight"]).flatten()
-        return dict(packed) | {"weight": pair_high(codes)[:, None], "absmax": packed["absmax"].flatten()}
+        codes = lanes.split(by_rows(packed["weight"], shape[0])).flatten()
+        absmax = by_rows(packed["absmax"], shape[0]).flatten()
+        return dict(packed) | {"weight": pair_high(codes)[:, None], "absmax": absmax}
 
     def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
         tensors = self.unpack(packed, shape)
@@ -107,9 +110,10 @@ class Nf4(Format):
         raise FormatError("rows of nf4 weights share blocks: an embedding cannot be stored so.")
 
     def bytes(self, shape: Shape) -> int:
-        values = shape[0] * shape[1]
-        blocks = -(-values // BLOCK)
-        return -(-values // 2) + (blocks + 4 * -(-blocks // NESTED) + 4 * 257 if self.nested else 4 * blocks)
+        out = shape[0] if shape[1] % BLOCK else padded(shape[0], LANE)
+        values, blocks = out * shape[1], -(-out * shape[1] // BLOCK)
+        groups = -(-(-(-shape[0] * shape[1] // BLOCK)) // NESTED)
+        return -(-values // 2) + (blocks + 4 * groups + 4 * 257 if self.nested else 4 * blocks)
 
 
 def block_scales(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
