@@ -1,4 +1,4 @@
-/* Products in integers on the matrix unit: a register of x holds the high, then the low parts of a block of rows. */
+/* Products in integers on the matrix unit: registers hold a part of 16 rows of x, 16 columns of codes, or their sums. */
 #include "integer.h"
 
 #if defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__linux__) && !defined(PETAL_PORTABLE)
@@ -7,114 +7,188 @@
 #include "crew.h"
 
 enum {
-    PLANES = 2,                  /* NF4's levels have two bytes */
-    LANE_BYTES = CHUNK * LANE,   /* of a chunk's codes */
-    TOGETHER = 64,               /* rows whose sums stay in the first-level cache */
-    SUMS = 16 * LANE,            /* of a register */
+    PLANE = FINE * LANE,  /* bytes of a chunk's codes for one part of x, where they are decoded */
+    TOGETHER = 64,        /* rows whose sums stay in the first-level cache */
+    SUMS = 16 * LANE,     /* of a register */
 };
 
-/* Registers, by number as the instructions want them: sums of both lanes of a panel, x, both lanes' codes. */
-#define SUM_0 0
-#define SUM_1 1
-#define X 2
-#define W_0 3
-#define W_1 4
+/* Registers, by number as the instructions want them: sums for the high and the low part, or of two blocks, of both lanes
+ * of a panel; x; codes of both lanes. */
+#define HIGH_0 0
+#define HIGH_1 1
+#define LOW_0 2
+#define LOW_1 3
+#define X_0 4
+#define X_1 5
+#define W_0 6
+#define W_1 7
 
 static long least(long a, long b) { return a < b ? a : b; }
 
+/* A chunk's codes as bytes by lane and part of x; in units of 32 both parts of a unit follow each other. */
 typedef struct {
-    const uint8_t *lanes[2][PLANES];
-} codes_t;
+    const uint8_t *high[2], *low[2];
+} planes_t;
 
-/* The codes of a chunk as bytes: where they are, or decoded to `room`. */
-INLINE codes_t codes_of(const kind_t kind, const weights_t *w, const uint8_t levels[2][16], long panel, long k, long deep,
-                        uint8_t room[2][PLANES][LANE_BYTES])
+INLINE planes_t decode_planes(const kind_t kind, const product_t *p, const uint8_t levels[2][16], long panel, long k,
+                              long deep, uint8_t room[2][2 * PLANE])
 {
-    codes_t codes;
+    const weights_t *w = p->call.packed;
+    const codes_t codes = codes_of(kind);
+    const bool stacked = codes == FOUR_BITS && p->x.unit == 32;
+    planes_t planes;
     for (int side = 0; side < 2; side++) {
         long lane = least(2 * panel + side, (w->out + LANE - 1) / LANE - 1);
-        const uint8_t *from = w->codes + lane * w->row_bytes * LANE + k * (is_nibbles(kind) ? LANE / 2 : LANE);
-        codes.lanes[side][0] = is_nibbles(kind) ? room[side][0] : from;
-        codes.lanes[side][1] = room[side][1];
-        for (long j = 0; is_nibbles(kind) && j < deep; j += SHARE, from += SHARE * LANE / 2) {
-            u8x64 u[8];
-            read_codes(true, from, u);
-            for (int i = 0; i < 8; i++)
-                for (int plane = 0; plane < (kind == NF4 ? PLANES : 1); plane++)
-                    *(u8x64 *)(room[side][plane] + (j / 4 + i) * 64) =
-                        kind == NF4 ? look_up(u[i], levels[plane]) : u[i];
-        }
+        const uint8_t *from = w->codes + lane * w->row_bytes * LANE + k / SHARE * share_bytes(codes);
+        planes.high[side] = planes.low[side] = from;
+        if (codes == EIGHT_BITS)
+            continue;
+        planes.high[side] = room[side];
+        planes.low[side] = room[side] + (stacked ? SHARE * LANE : PLANE);
+        uint8_t *high = room[side], *low = high + (planes.low[side] - planes.high[side]);
+        for (long j = 0; j < deep; j += SHARE, from += share_bytes(codes))
+#pragma GCC unroll 8
+            for (int i = 0; i < SHARE / 4; i++) {
+                u8x64 u[2];
+                read_codes(codes, from, i, levels, u);
+                *(u8x64 *)(high + j * LANE + i * 64) = u[0];
+                *(u8x64 *)(low + j * LANE + i * 64) = u[1];
+            }
     }
     publish(room);
-    return codes;
+    return planes;
 }
 
-/* Sums of one block over a chunk for both lanes of a panel; x points at its first tile. */
-INLINE void add_products(const codes_t *codes, int plane, const int8_t *x, long stride, long tiles, int32_t *sums)
+/* FOUR_BITS: one sum a row, two blocks at once, the second `next` bytes behind the first if there is one. */
+INLINE void multiply_codes(const planes_t *w, const integers_t *x, const int8_t *parts, long next, long deep)
 {
-    _tile_zero(SUM_0);
-    _tile_zero(SUM_1);
-    for (long t = 0; t < tiles; t++) {
-        _tile_loadd(X, x + t * stride, TILE_DEPTH);
-        _tile_loadd(W_0, codes->lanes[0][plane] + t * TILE_DEPTH * LANE, 64);
-        _tile_loadd(W_1, codes->lanes[1][plane] + t * TILE_DEPTH * LANE, 64);
-        _tile_dpbsud(SUM_0, X, W_0);
-        _tile_dpbsud(SUM_1, X, W_1);
-    }
-    _tile_stored(SUM_0, sums, 64);
-    _tile_stored(SUM_1, sums + SUMS, 64);
-}
-
-/* Adds the sums of a chunk to rows of y[2][TOGETHER][16]. */
-INLINE void add_block(const kind_t kind, const integers_t *x, const int32_t sums[PLANES][2][SUMS], long at, long rows,
-                      const group_t g[2], f32x16 *y)
-{
-    for (int side = 0; side < 2; side++)
-        for (long m = 0; m < rows; m++) {
-            i32x16 parts[PLANES];
-            for (int plane = 0; plane < (kind == NF4 ? PLANES : 1); plane++)
-                parts[plane] = whole(*(const i32x16 *)(sums[plane][side] + m * LANE),
-                                     *(const i32x16 *)(sums[plane][side] + (x->height + m) * LANE));
-            f32x16 *to = y + side * TOGETHER + m;
-            *to = combine(kind, *to, parts[0], parts[1], g + side, x->scales[at + m], x->sums[at + m]);
+    _tile_zero(HIGH_0);
+    _tile_zero(HIGH_1);
+    _tile_zero(LOW_0);
+    _tile_zero(LOW_1);
+    long stride = x->blocks * 2 * x->height * x->unit;
+    for (long t = 0; t < deep; t += x->unit, parts += stride)
+        for (int part = 0; part < (x->unit == 32 ? 1 : 2); part++) {
+            const int8_t *rows = parts + part * x->apart;
+            _tile_loadd(X_0, rows, 64);
+            _tile_loadd(W_0, (part ? w->low : w->high)[0] + t * LANE, 64);
+            _tile_loadd(W_1, (part ? w->low : w->high)[1] + t * LANE, 64);
+            _tile_dpbsud(HIGH_0, X_0, W_0);
+            _tile_dpbsud(HIGH_1, X_0, W_1);
+            if (next) {
+                _tile_loadd(X_1, rows + next, 64);
+                _tile_dpbsud(LOW_0, X_1, W_0);
+                _tile_dpbsud(LOW_1, X_1, W_1);
+            }
         }
 }
 
-/* A panel for blocks [from, to) of rows. */
+/* EIGHT_BITS and LEVELS: sums for the high and the low part of x. */
+INLINE void multiply_parts(const codes_t codes, const planes_t *w, const integers_t *x, const int8_t *parts, long deep)
+{
+    _tile_zero(HIGH_0);
+    _tile_zero(HIGH_1);
+    _tile_zero(LOW_0);
+    _tile_zero(LOW_1);
+    long stride = x->blocks * 2 * x->height * x->unit;
+    for (long t = 0; t < deep; t += x->unit, parts += stride) {
+        _tile_loadd(X_0, parts, 64);
+        _tile_loadd(X_1, parts + x->apart, 64);
+        _tile_loadd(W_0, w->high[0] + t * LANE, 64);
+        _tile_loadd(W_1, w->high[1] + t * LANE, 64);
+        _tile_dpbsud(HIGH_0, X_0, W_0);
+        _tile_dpbsud(HIGH_1, X_0, W_1);
+        _tile_dpbsud(LOW_0, X_1, W_0);
+        _tile_dpbsud(LOW_1, X_1, W_1);
+        if (codes == LEVELS) {
+            _tile_loadd(W_0, w->low[0] + t * LANE, 64);
+            _tile_loadd(W_1, w->low[1] + t * LANE, 64);
+            _tile_dpbsud(LOW_0, X_0, W_0);
+            _tile_dpbsud(LOW_1, X_0, W_1);
+        }
+    }
+}
+
+INLINE void store_sums(int32_t *sums)
+{
+    _tile_stored(HIGH_0, sums, 64);
+    _tile_stored(HIGH_1, sums + SUMS, 64);
+    _tile_stored(LOW_0, sums + 2 * SUMS, 64);
+    _tile_stored(LOW_1, sums + 3 * SUMS, 64);
+}
+
+/* Sums of one or two blocks over a chunk that wait to be added to y[2][TOGETHER][16]. */
+typedef struct {
+    long rows, second; /* of the blocks; second only with FOUR_BITS */
+    const number_t *numbers;
+    f32x16 *y;
+    group_t g[2];
+} pending_t;
+
+INLINE void add_block(const codes_t codes, const pending_t *p, const int32_t *sums, long first, long rows)
+{
+    for (int side = 0; side < 2; side++, sums += SUMS)
+        for (long m = first; m < first + rows; m++) {
+            f32x16 *y = p->y + side * TOGETHER + m;
+            const int32_t *high = sums + (m - first) * LANE, *low = high + 2 * SUMS;
+            *y = combine(codes, *y, *(const i32x16 *)high, *(const i32x16 *)low, p->g + side, p->numbers[m]);
+        }
+}
+
+INLINE void add_pending(const codes_t codes, const pending_t *p, const int32_t *sums)
+{
+    add_block(codes, p, sums, 0, p->rows);
+    if (codes == FOUR_BITS)
+        add_block(codes, p, sums + 2 * SUMS, p->rows, p->second);
+}
+
+/* A panel for blocks [from, to) of rows. Sums are added while the unit works on the next ones, and codes are decoded a chunk
+ * ahead: neither waits for what was just stored. */
 INLINE void run_panel(const kind_t kind, const product_t *p, long panel, long from, long to)
 {
     const linear_t *c = &p->call;
     const integers_t *x = &p->x;
     const weights_t w = *c->packed;
-    const long block_bytes = 2 * x->height * TILE_DEPTH, stride = x->blocks * block_bytes;
-    const long rows = least(c->rows, to * x->height) - from * x->height;
-    uint8_t room[2][PLANES][LANE_BYTES] __attribute__((aligned(64))), levels[2][16];
-    int32_t sums[PLANES][2][SUMS] __attribute__((aligned(64)));
+    const codes_t codes = codes_of(kind);
+    const long first = from * x->height, rows = least(c->rows, to * x->height) - first, last = (w.out + LANE - 1) / LANE - 1;
+    const long block_bytes = 2 * x->height * x->unit, step = codes == FOUR_BITS ? 2 * x->height : x->height;
+    const number_t *numbers = x->numbers + first;
+    uint8_t room[2][2][2 * PLANE] __attribute__((aligned(64))), levels[2][16];
+    int32_t sums[4 * SUMS] __attribute__((aligned(64)));
     f32x16 y[2 * TOGETHER] __attribute__((aligned(64)));
-    if (kind == NF4)
-        level_bytes((const float *)w.more + 1, levels);
+    if (codes == LEVELS)
+        level_bytes(&w, levels);
     for (int side = 0; side < 2; side++)
         for (long m = 0; m < rows; m++)
             y[side * TOGETHER + m] = *(const f32x16 *)(c->bias + panel * PANEL + side * LANE);
-    long chunk = from * x->height;
-    for (long k = 0, deep; k < c->in; k += deep, chunk += x->blocks * x->height) {
-        deep = chunk_depth(&w, x->depth, k);
-        codes_t codes = codes_of(kind, &w, levels, panel, k, deep, room);
-        long last = (w.out + LANE - 1) / LANE - 1;
+    planes_t planes[2];
+    pending_t pending = {0};
+    long deep = chunk_depth(&w, x->depth, 0), odd = 0;
+    planes[0] = decode_planes(kind, p, levels, panel, 0, deep, room[0]);
+    for (long k = 0, ahead; k < c->in; k += deep, deep = ahead, odd = !odd, numbers += x->blocks * x->height) {
+        const int8_t *parts = parts_at(x, from, k);
         group_t g[2] = {group_of(kind, &w, 2 * panel, k / w.group),
                         group_of(kind, &w, least(2 * panel + 1, last), k / w.group)};
-        const int8_t *tiles = x->tiles + k / TILE_DEPTH * stride + k % TILE_DEPTH;
-        for (long block = from; block < to; block++) {
-            for (int plane = 0; plane < (kind == NF4 ? PLANES : 1); plane++)
-                add_products(&codes, plane, tiles + block * block_bytes, stride, (deep + TILE_DEPTH - 1) / TILE_DEPTH,
-                             sums[plane][0]);
-            long done = (block - from) * x->height;
-            add_block(kind, x, (const int32_t(*)[2][SUMS])sums, chunk + done, least(x->height, rows - done), g, y + done);
+        ahead = k + deep < c->in ? chunk_depth(&w, x->depth, k + deep) : 0;
+        for (long done = 0; done < rows; done += step, parts += step / x->height * block_bytes) {
+            long second = codes == FOUR_BITS && rows - done > x->height ? least(x->height, rows - done - x->height) : 0;
+            if (codes == FOUR_BITS)
+                multiply_codes(planes + odd, x, parts, second ? block_bytes : 0, deep);
+            else
+                multiply_parts(codes, planes + odd, x, parts, deep);
+            add_pending(codes, &pending, sums);
+            if (!done && ahead)
+                planes[!odd] = decode_planes(kind, p, levels, panel, k + deep, ahead, room[!odd]);
+            publish(sums);
+            store_sums(sums);
+            publish(sums);
+            pending = (pending_t){least(x->height, rows - done), second, numbers + done, y + done, {g[0], g[1]}};
         }
     }
+    add_pending(codes, &pending, sums);
     for (int side = 0; side < 2 && panel * PANEL + side * LANE < c->out; side++)
         for (long m = 0; m < rows; m++)
-            finish_row(c, y[side * TOGETHER + m], from * x->height + m, 2 * panel + side);
+            finish_row(c, y[side * TOGETHER + m], first + m, 2 * panel + side);
 }
 
 static void run_kind(const product_t *p, long panel, long from, long to)
@@ -140,8 +214,9 @@ static void run_chunk(void *job, long chunk)
     const product_t *p = job;
     const integers_t *x = &p->x;
     part_t part = part_of(&p->call, chunk);
-    long deep = least(TILE_DEPTH, p->call.packed->group), height = 2 * x->height, blocks = TOGETHER / x->height;
-    configure((long[8]){height, height, height, deep / 4, deep / 4, 0, 0, 0}, (long[8]){64, 64, deep, 64, 64, 0, 0, 0});
+    long stacked = codes_of((kind_t)p->call.packed->kind) == FOUR_BITS, deep = stacked ? 64 : x->unit;
+    long h = x->height, blocks = TOGETHER / h;
+    configure((long[8]){h, h, h, h, h, h, deep / 4, deep / 4}, (long[8]){64, 64, 64, 64, deep, deep, 64, 64});
     for (long panel = part.from; panel < part.to; panel++)
         for (long block = 0; block < x->blocks; block += blocks)
             run_kind(p, panel, block, least(block + blocks, x->blocks));

@@ -4,7 +4,8 @@
 
 enum {
     FEW = 4,               /* rows that share a visit to codes */
-    TALL = 8,              /* rows of a block for the matrix unit: high and low parts fill its registers */
+    TALL = 16,             /* rows of a block for the matrix unit */
+    WIDE = 4,              /* panels of a chunk of work */
     TOO_SMALL = 32 * 1024, /* multiply-adds below which waking a thread costs more than it saves */
     AHEAD = 2048,          /* bytes; hides memory latency */
 };
@@ -26,11 +27,9 @@ INLINE i32x16 dot(i32x16 sums, u8x64 codes, const int8_t *x)
 #endif
 }
 
-/* A chunk of one row; returns its scale. A row with an infinity or no number gets a scale that is none. */
-static float round_chunk(const float *x, long count, long stride, int8_t *high, int8_t *low, int32_t *sum)
+/* The largest magnitude, as bits of a float, whose order is theirs. */
+static uint32_t largest(const float *x, long count)
 {
-    const uint32_t infinite = 0x7f800000;
-    const float tiny = 0x1p-100f;
     uint32_t top = 0;
     for (long i = 0; i < count; i++) {
         uint32_t bits;
@@ -38,80 +37,127 @@ static float round_chunk(const float *x, long count, long stride, int8_t *high, 
         bits &= 0x7fffffff;
         top = bits > top ? bits : top;
     }
+    return top;
+}
+
+typedef struct {
+    int32_t all, high;
+} sums_t;
+
+/* Neighbours of a row, within one unit of depth. */
+INLINE sums_t round_run(const codes_t codes, const float *x, long count, float inverse, int8_t *high, int8_t *low)
+{
+    const int bits = codes == EIGHT_BITS ? 8 : 4;
+    sums_t sums = {0};
+    for (long i = 0; i < count; i++) {
+        int32_t value = (int32_t)rintf(x[i] * inverse), upper = (value + (1 << (bits - 1))) >> bits;
+        high[i] = (int8_t)upper;
+        low[i] = (int8_t)(value - (upper << bits));
+        sums.all += value;
+        sums.high += upper;
+    }
+    return sums;
+}
+
+/* A chunk of one row, zeros before. A row with an infinity or no number gets a scale that is none. */
+INLINE number_t round_chunk(const codes_t codes, const integers_t *x, const float *from, long k, long count, long block,
+                            long m)
+{
+    const float tiny = 0x1p-100f;
+    uint32_t top = largest(from, count);
     float most;
     memcpy(&most, &top, sizeof most);
-    float inverse = top < infinite && most > tiny ? FINEST / most : 0;
-    int32_t total = 0;
-    for (long i = 0; i < count; i += TILE_DEPTH, high += stride, low += stride)
-        for (long j = 0; j < least(TILE_DEPTH, count - i); j++) {
-            int32_t value = inverse ? (int32_t)rintf(x[i + j] * inverse) : 0, upper = (value + 128) >> 8;
-            high[j] = (int8_t)upper;
-            low[j] = (int8_t)(value - 256 * upper);
-            total += value;
-        }
-    *sum = total;
-    return top < infinite ? most / FINEST : NAN;
+    if (!(most < INFINITY))
+        return (number_t){.scale = NAN};
+    if (most < tiny)
+        return (number_t){0};
+    number_t number = {.scale = most / (float)finest(codes)};
+    sums_t sums = {0};
+    for (long i = 0; i < count; i += x->unit) {
+        int8_t *high = (int8_t *)parts_at(x, block, k + i) + m * 64;
+        sums_t more = round_run(codes, from + i, least(x->unit, count - i), (float)finest(codes) / most, high, high + x->apart);
+        sums.all += more.all;
+        sums.high += more.high;
+    }
+    if (codes == FOUR_BITS)
+        number.shift = number.scale * (float)sums.all;
+    else
+        number.sum = MIDDLE * sums.all + (codes == LEVELS ? SLIGHT * sums.high : 0);
+    return number;
 }
 
 static void round_block(void *job, long block)
 {
     product_t *p = job;
-    integers_t *x = &p->x;
     const linear_t *c = &p->call;
-    long block_bytes = 2 * x->height * TILE_DEPTH, stride = x->blocks * block_bytes;
-    for (long k = 0; k < x->depth; k += TILE_DEPTH)
-        memset(x->tiles + k / TILE_DEPTH * stride + block * block_bytes, 0, (size_t)block_bytes);
-    for (long m = 0; m < least(x->height, c->rows - block * x->height); m++) {
-        long row = block * x->height + m, chunk = row;
-        for (long k = 0, deep; k < c->in; k += deep, chunk += x->blocks * x->height) {
+    const integers_t *x = &p->x;
+    const codes_t codes = codes_of((kind_t)c->packed->kind);
+    long rows = least(x->height, c->rows - block * x->height);
+    if (rows < x->height || c->in < x->depth)
+        for (long k = 0; k < x->depth; k += x->unit)
+            memset((int8_t *)parts_at(x, block, k), 0, (size_t)(2 * x->height * x->unit));
+    for (long m = 0; m < rows; m++) {
+        const float *from = c->x + (block * x->height + m) * c->in;
+        number_t *number = x->numbers + block * x->height + m;
+        for (long k = 0, deep; k < c->in; k += deep, number += x->blocks * x->height) {
             deep = chunk_depth(c->packed, x->depth, k);
-            int8_t *high = x->tiles + k / TILE_DEPTH * stride + block * block_bytes + m * TILE_DEPTH + k % TILE_DEPTH;
-            x->scales[chunk] = round_chunk(c->x + row * c->in + k, least(deep, c->in - k), stride, high,
-                                           high + x->height * TILE_DEPTH, x->sums + chunk);
+            long count = least(deep, c->in - k);
+            switch (codes) {
+            case FOUR_BITS:
+                *number = round_chunk(FOUR_BITS, x, from + k, k, count, block, m);
+                break;
+            case EIGHT_BITS:
+                *number = round_chunk(EIGHT_BITS, x, from + k, k, count, block, m);
+                break;
+            case LEVELS:
+                *number = round_chunk(LEVELS, x, from + k, k, count, block, m);
+            }
         }
     }
 }
 
-/* `rows` rows from a block's first on, 16 columns. */
+/* Few rows of a block and 16 columns: codes meet x in registers. */
 INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long block, long lane)
 {
     const linear_t *c = &p->call;
     const integers_t *x = &p->x;
     const weights_t w = *c->packed;
-    const bool nibbles = is_nibbles(kind);
-    const long block_bytes = 2 * x->height * TILE_DEPTH, stride = x->blocks * block_bytes;
-    const uint8_t *codes = w.codes + lane * w.row_bytes * LANE;
+    const codes_t codes = codes_of(kind);
+    const uint8_t *from = w.codes + lane * w.row_bytes * LANE;
+    const number_t *numbers = x->numbers + block * x->height;
     uint8_t levels[2][16];
-    if (kind == NF4)
-        level_bytes((const float *)w.more + 1, levels);
+    if (codes == LEVELS)
+        level_bytes(&w, levels);
     f32x16 y[FEW];
     for (int m = 0; m < rows; m++)
         y[m] = *(const f32x16 *)(c->bias + lane * LANE);
-    long chunk = block * x->height;
-    for (long k = 0, deep; k < c->in; k += deep, chunk += x->blocks * x->height) {
+    for (long k = 0, deep; k < c->in; k += deep, numbers += x->blocks * x->height) {
         deep = chunk_depth(&w, x->depth, k);
-        i32x16 high[FEW][2] = {0}, low[FEW][2] = {0};
-        for (long j = k; j < k + deep; j += SHARE, codes += nibbles ? SHARE * LANE / 2 : SHARE * LANE) {
-            const int8_t *from = x->tiles + j / TILE_DEPTH * stride + block * block_bytes + j % TILE_DEPTH;
-            u8x64 u[8];
-            for (int line = 0; line < (nibbles ? 4 : 8); line++)
-                __builtin_prefetch(codes + AHEAD + line * 64, 0, 3);
-            read_codes(nibbles, codes, u);
+        i32x16 high[FEW] = {0}, low[FEW] = {0};
+        for (long j = k; j < k + deep; j += SHARE, from += share_bytes(codes)) {
+            const int8_t *parts = parts_at(x, block, j);
+            for (long line = 0; line < share_bytes(codes); line += 64)
+                __builtin_prefetch(from + AHEAD + line, 0, 3);
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++)
+            for (int i = 0; i < SHARE / 4; i++) {
+                u8x64 u[2];
+                read_codes(codes, from, i, levels, u);
 #pragma GCC unroll 4
-                for (int m = 0; m < rows; m++)
-                    for (int plane = 0; plane < (kind == NF4 ? 2 : 1); plane++) {
-                        u8x64 v = kind == NF4 ? look_up(u[i], levels[plane]) : u[i];
-                        const int8_t *four = from + m * TILE_DEPTH + 4 * i;
-                        high[m][plane] = dot(high[m][plane], v, four);
-                        low[m][plane] = dot(low[m][plane], v, four + x->height * TILE_DEPTH);
-                    }
+                for (int m = 0; m < rows; m++) {
+                    const int8_t *upper = parts + m * 64 + i * 4, *lower = upper + x->apart;
+                    high[m] = dot(high[m], u[0], upper);
+                    if (codes == FOUR_BITS)
+                        high[m] = dot(high[m], u[1], lower);
+                    else
+                        low[m] = dot(low[m], u[0], lower);
+                    if (codes == LEVELS)
+                        low[m] = dot(low[m], u[1], upper);
+                }
+            }
         }
         group_t g = group_of(kind, &w, lane, k / w.group);
         for (int m = 0; m < rows; m++)
-            y[m] = combine(kind, y[m], whole(high[m][0], low[m][0]), whole(high[m][1], low[m][1]), &g,
-                           x->scales[chunk + m], x->sums[chunk + m]);
+            y[m] = combine(codes, y[m], high[m], low[m], &g, numbers[m]);
     }
     for (int m = 0; m < rows; m++)
         finish_row(c, y[m], block * x->height + m, lane);
@@ -127,11 +173,10 @@ INLINE void run_kind(const kind_t kind, const product_t *p, long block, long lan
     case 3:
         return run_rows(kind, 3, p, block, lane);
     default:
-        return run_rows(kind, 4, p, block, lane);
+        return run_rows(kind, FEW, p, block, lane);
     }
 }
 
-/* One block of rows, 16 columns. */
 static void run_lane(const product_t *p, long block, long lane)
 {
     switch ((kind_t)p->call.packed->kind) {
@@ -154,33 +199,41 @@ static void run_chunk(void *job, long chunk)
 {
     const product_t *p = job;
     part_t part = part_of(&p->call, chunk);
-    long lanes = least(part.to * PANEL, (p->call.out + LANE - 1) / LANE * LANE) / LANE;
+    long lanes = least(part.to * PANEL / LANE, (p->call.out + LANE - 1) / LANE);
     for (long lane = part.from * PANEL / LANE; lane < lanes; lane++)
         for (long block = 0; block < p->x.blocks; block++)
             run_lane(p, block, lane);
+}
+
+/* Decides how x is laid out; false where memory lacks. */
+static bool lay_out(product_t *p, bool unit)
+{
+    integers_t *x = &p->x;
+    long rows = p->call.rows, tallest = unit ? TALL : FEW;
+    x->unit = p->call.packed->group < 64 ? 32 : 64;
+    x->blocks = (rows + tallest - 1) / tallest;
+    x->height = (rows + x->blocks - 1) / x->blocks;
+    x->depth = (p->call.in + x->unit - 1) / x->unit * x->unit;
+    x->apart = x->unit == 32 ? 32 : x->height * 64;
+    long padded = x->blocks * x->height, bytes = 2 * padded * x->depth;
+    x->parts = scratch(ROWS, bytes + x->depth / x->unit * padded * (long)sizeof *x->numbers);
+    x->numbers = (number_t *)(x->parts + bytes);
+    return x->parts;
 }
 
 /* Nonzero, with y unfinished, where memory lacks. bias is padded to whole panels. */
 int petal_integer(float *y, const float *x, const weights_t *w, const float *bias, long rows, long threads)
 {
     product_t p = {.call = {.y = y, .x = x, .packed = w, .bias = bias, .rows = rows, .in = w->in, .out = w->out}};
+    bool unit = rows > FEW && amx_ready();
     if (!rows)
         return 0;
-    bool unit = rows > FEW && amx_ready();
-    long tallest = unit ? TALL : FEW;
-    p.x.blocks = (rows + tallest - 1) / tallest;
-    p.x.height = (rows + p.x.blocks - 1) / p.x.blocks;
-    p.x.depth = (w->in + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
-    long padded = p.x.blocks * p.x.height, numbers = p.x.depth / SHARE * padded;
-    p.x.tiles = scratch(ROWS, 2 * padded * p.x.depth + 2 * numbers * (long)sizeof(float));
-    if (!p.x.tiles)
+    if (!lay_out(&p, unit))
         return 1;
-    p.x.scales = (float *)(p.x.tiles + 2 * padded * p.x.depth);
-    p.x.sums = (int32_t *)(p.x.scales + numbers);
     threads = rows * w->in * w->out < TOO_SMALL ? 1 : threads;
-    crew_run(threads, p.x.blocks, round_block, &p);
-    p.call.wide = 4;
+    p.call.wide = WIDE;
     p.call.height = rows;
+    crew_run(threads, p.x.blocks, round_block, &p);
     if (unit)
         amx_run_integer(&p, threads);
     else

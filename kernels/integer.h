@@ -1,8 +1,11 @@
-/* Products in integers: a few columns of depth, a chunk, share scales on both sides, and sums within it are exact.
+/* Products in integers: weights are codes of at most 8 bits under a scale of their group, x is rounded to integers of two
+ * parts under a scale for each row and chunk of depth. Sums within a chunk are exact, and exact sums have no order: whoever
+ * computes them, a row's bits depend on that row and the weights alone, and are the same on every processor with fused
+ * multiply-adds.
  *
- * x[row][k] is near scale * (256 * high + low) with a scale for each row and chunk; a weight is a code of at most 8 bits,
- * less a zero, times a scale of its group. Exact sums have no order, so whoever computes them, a row's bits depend on
- * that row and the weights alone, and are the same on every processor with fused multiply-adds. */
+ * Codes of 4 bits: x = 16 high + low, and (16 code) high + code low is one sum.
+ * Codes of 8 bits: x = 256 high + low, a sum for each.
+ * NF4: x = 16 high + low, levels are 16 p + q; all but q low is counted, in a sum for p high and one for the rest. */
 #ifndef PETAL_INTEGER_H
 #define PETAL_INTEGER_H
 
@@ -13,30 +16,44 @@
 #include <immintrin.h>
 #endif
 
-typedef uint8_t u8x64 __attribute__((vector_size(64), aligned(4), may_alias));
-
 enum {
-    LANE = LANES,     /* columns of y side by side; a pair of lanes is a panel */
-    CHUNK = 256,      /* most depth of a chunk: 256 * 255 * FINEST still fits 32 bits */
-    FINEST = 32639,   /* 127 * 256 + 127 */
-    TILE_DEPTH = 64,  /* depth of x that lies together */
-    SHARE = 32,       /* depth whose nibbles pair up: (d, d + 16) */
-    MIDDLE = 128,     /* zero of codes of a byte */
+    LANE = LANES, /* columns of y side by side; two lanes are a panel */
+    CHUNK = 256,  /* most depth of a chunk of EIGHT_BITS: sums fit 32 bits */
+    FINE = 64,    /* and of others, whose integers are smaller: a large value spoils fewer neighbours */
+    SHARE = 32,   /* depth whose four-bit codes pair up, (d, d + 16) in a byte */
+    MIDDLE = 128, /* zero of codes of a byte and of p */
+    SLIGHT = 8,   /* zero of q */
 };
 
-/* weights_t here: codes[lane][depth / 4][16][4], a byte or (nibbles) two depths of a run of 32 each; row_bytes of codes a
- * row, group columns under one scale. By kind, where [lane][group][16] is meant unless said:
+/* weights_t here: codes[lane][depth / 4][16][4], bytes or pairs of 4 bits; row_bytes of codes a row; group columns under one
+ * scale. By kind, [lane][group][16] unless said otherwise:
  * INT8: scales float [lane][16]; zeros: int32 outlier columns, `count` of them; extra: bfloat16 [lane][count][16].
  * INT4: scales float16, zeros uint8; count: groups of a row.
- * NF4: scales uint8 or, without zeros, float; zeros, extra, more: as in decode.c.
- * Q4_0, Q8_0: scales float16. Q4_1: scales float16 [lane][group][2][16], then minima. */
+ * NF4: scales uint8 or, where there are no zeros, float; zeros, extra, more: as in decode.c.
+ * Q4_0, Q8_0: scales float16. Q4_1: scales float16 [lane][group][2][16], the second of each pair the minimum. */
 
-/* x as integers, in blocks of `height` rows of which the last may be padded with zeros. */
+typedef enum { FOUR_BITS, EIGHT_BITS, LEVELS } codes_t;
+
+static inline codes_t codes_of(kind_t kind)
+{
+    return kind == NF4 ? LEVELS : kind == INT8 || kind == Q8_0 ? EIGHT_BITS : FOUR_BITS;
+}
+
+/* What a chunk of a row of x says beside its integers. */
 typedef struct {
-    long height, blocks, depth; /* depth is a multiple of TILE_DEPTH */
-    int8_t *tiles;              /* [depth / 64][blocks][high, low][height][64] */
-    float *scales;              /* [chunk][blocks * height] */
-    int32_t *sums;              /* of the integers, likewise */
+    float scale;
+    union {
+        float shift; /* FOUR_BITS: the chunk's sum, in units of x */
+        int32_t sum; /* else: what zeros of codes add to sums of products */
+    };
+} number_t;
+
+/* x as integers, in blocks of `height` rows of which the last may be padded with zeros, [depth / unit][blocks]. A block is
+ * [high, low][height][64] or, where unit is 32, [height][high, low][32]: rows are 64 bytes apart, parts `apart`. */
+typedef struct {
+    long height, blocks, depth, unit, apart;
+    int8_t *parts;
+    number_t *numbers; /* [chunk][blocks * height] */
 } integers_t;
 
 typedef struct {
@@ -44,36 +61,56 @@ typedef struct {
     integers_t x;
 } product_t;
 
-/* Leaves y unfinished nowhere: x must be laid out. */
+/* x must be laid out. */
 void amx_run_integer(product_t *p, long threads);
 
 /* Depth of the chunk that begins at k. */
 static inline long chunk_depth(const weights_t *w, long depth, long k)
 {
     long end = (k / w->group + 1) * w->group;
+    long most = codes_of((kind_t)w->kind) == EIGHT_BITS ? CHUNK : FINE;
     end = end < depth ? end : depth;
-    return end < k + CHUNK ? end - k : CHUNK;
+    return end < k + most ? end - k : most;
 }
-
-static inline bool is_nibbles(kind_t kind) { return kind != INT8 && kind != Q8_0; }
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* What a group says of 16 columns. */
+/* The integers of a block at a depth. */
+INLINE const int8_t *parts_at(const integers_t *x, long block, long k)
+{
+    return x->parts + (k / x->unit * x->blocks + block) * 2 * x->height * x->unit + k % x->unit;
+}
+
+/* What a group says of 16 columns; low is what FOUR_BITS add for each unit of x. */
 typedef struct {
-    f32x16 scale, low; /* low: Q4_1's minimum */
-    i32x16 zero;
+    f32x16 scale, low;
 } group_t;
 
-INLINE f32x16 halves(const uint16_t *from)
+INLINE f32x16 float16s(const uint16_t *from)
 {
+#ifdef __AVX512F__
+    return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
+#else
     f32x16 to;
     for (int i = 0; i < LANE; i++)
         to[i] = fp16_to_float(from[i]);
     return to;
+#endif
 }
 
-/* Scales of 16 rows of NF4, whose blocks are numbered row by row. */
+INLINE f32x16 uint8s(const uint8_t *from)
+{
+#ifdef __AVX512F__
+    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from)));
+#else
+    f32x16 to;
+    for (int i = 0; i < LANE; i++)
+        to[i] = from[i];
+    return to;
+#endif
+}
+
+/* NF4's blocks are numbered row by row. */
 INLINE f32x16 nf4_scales(const weights_t *w, long lane, long group)
 {
     long groups = w->in / w->group, at = (lane * groups + group) * LANE;
@@ -89,60 +126,55 @@ INLINE f32x16 nf4_scales(const weights_t *w, long lane, long group)
     return to;
 }
 
+/* The largest integer of x, and of NF4's levels. */
+INLINE int finest(const codes_t codes) { return codes == EIGHT_BITS ? 127 * 256 + 127 : 127 * 16 + 7; }
+
 INLINE group_t group_of(const kind_t kind, const weights_t *w, long lane, long group)
 {
     const uint16_t *scales = w->scales;
-    long at = lane * (w->in / w->group) + group;
-    group_t g = {.zero = {0} };
+    long at = (lane * (kind == INT4 ? w->count : w->in / w->group) + group) * LANE;
+    group_t g = {0};
     switch (kind) {
     case INT8:
         g.scale = *(const f32x16 *)((const float *)w->scales + lane * LANE);
-        g.zero += MIDDLE;
         break;
     case INT4:
-        at = lane * w->count + group;
-        g.scale = halves(scales + at * LANE);
-        for (int i = 0; i < LANE; i++)
-            g.zero[i] = ((const uint8_t *)w->zeros)[at * LANE + i];
+        g.scale = float16s(scales + at);
+        g.low = -g.scale * uint8s((const uint8_t *)w->zeros + at);
         break;
     case NF4:
-        g.scale = nf4_scales(w, lane, group) * (1.0f / FINEST);
-        g.zero += MIDDLE;
+        g.scale = nf4_scales(w, lane, group) * (16.0f / (127 * 16 + 7));
         break;
     case Q4_1:
-        g.scale = halves(scales + at * 2 * LANE);
-        g.low = halves(scales + at * 2 * LANE + LANE);
+        g.scale = float16s(scales + 2 * at);
+        g.low = float16s(scales + 2 * at + LANE);
+        break;
+    case Q4_0:
+        g.scale = float16s(scales + at);
+        g.low = g.scale * -8;
         break;
     default:
-        g.scale = halves(scales + at * LANE);
-        g.zero += kind == Q8_0 ? MIDDLE : 8;
+        g.scale = float16s(scales + at);
     }
     return g;
 }
 
-INLINE i32x16 whole(i32x16 high, i32x16 low) { return (i32x16)(((u32x16)high << 8) + (u32x16)low); }
-
-INLINE f32x16 real(i32x16 sums) { return __builtin_convertvector(sums, f32x16); }
-
-/* Adds a chunk to the sums of one row: first is of the codes, or of the high bytes of levels, second of the low ones. */
-INLINE f32x16 combine(const kind_t kind, f32x16 y, i32x16 first, i32x16 second, const group_t *g, float scale, int32_t sum)
+/* Adds a chunk to the sums of one row: `high` are those of FOUR_BITS, or of high or p high; `low` the others. */
+INLINE f32x16 combine(const codes_t codes, f32x16 y, i32x16 high, i32x16 low, const group_t *g, number_t n)
 {
-    f32x16 step = g->scale * scale;
-    if (kind == Q4_1)
-        return y + real(first) * step + g->low * (scale * (float)sum);
-    f32x16 value = real((i32x16)((u32x16)first - (u32x16)g->zero * (uint32_t)sum));
-    if (kind == NF4)
-        value = value * 256 + real(second);
-    return y + value * step;
+    if (codes == FOUR_BITS)
+        return y + __builtin_convertvector(high, f32x16) * (g->scale * n.scale) + g->low * n.shift;
+    u32x16 whole = ((u32x16)high << (codes == EIGHT_BITS ? 8 : 4)) + (u32x16)low - (uint32_t)n.sum;
+    return y + __builtin_convertvector((i32x16)whole, f32x16) * (g->scale * n.scale);
 }
 
-/* NF4's levels as integers of 16 bits, 256 * (high - MIDDLE) + low: [0] the high bytes, [1] the low ones. */
-INLINE void level_bytes(const float *levels, uint8_t to[2][16])
+/* NF4's levels as 16 (p - MIDDLE) + q - SLIGHT: [0] the p, [1] the q. */
+INLINE void level_bytes(const weights_t *w, uint8_t to[2][16])
 {
     for (int i = 0; i < 16; i++) {
-        int level = (int)rintf(levels[i] * FINEST) + 256 * MIDDLE;
-        to[0][i] = (uint8_t)(level >> 8);
-        to[1][i] = (uint8_t)(level & 255);
+        int level = (int)rintf(((const float *)w->more)[1 + i] * (127 * 16 + 7)), p = (level + SLIGHT) >> 4;
+        to[0][i] = (uint8_t)(p + MIDDLE);
+        to[1][i] = (uint8_t)(level - 16 * p + SLIGHT);
     }
 }
 
@@ -158,15 +190,24 @@ INLINE u8x64 look_up(u8x64 codes, const uint8_t table[16])
 #endif
 }
 
-/* The codes of SHARE depths, four a vector. */
-INLINE void read_codes(const bool nibbles, const uint8_t *from, u8x64 to[8])
+/* Codes of four depths, the i-th of SHARE / 4, as products take them: for the high and for the low part of x. */
+INLINE void read_codes(const codes_t codes, const uint8_t *from, int i, const uint8_t levels[2][16], u8x64 to[2])
 {
-    for (int i = 0; i < 8; i++)
-        if (nibbles)
-            to[i] = *(const u8x64 *)(from + i % 4 * 64) >> i / 4 * 4 & 15;
-        else
-            to[i] = *(const u8x64 *)(from + i * 64);
+    u8x64 bytes = *(const u8x64 *)(from + (codes == EIGHT_BITS ? i : i % 4) * 64);
+    if (codes == FOUR_BITS) {
+        to[0] = bytes << (i < 4 ? 4 : 0) & 0xf0;
+        to[1] = bytes >> (i < 4 ? 0 : 4) & 15;
+    } else if (codes == LEVELS) {
+        u8x64 code = bytes >> (i < 4 ? 0 : 4) & 15;
+        to[0] = look_up(code, levels[0]);
+        to[1] = look_up(code, levels[1]);
+    } else {
+        to[0] = to[1] = bytes;
+    }
 }
+
+/* Bytes of SHARE depths of a lane. */
+INLINE long share_bytes(const codes_t codes) { return SHARE * LANE / (codes == EIGHT_BITS ? 1 : 2); }
 
 /* Writes one row of 16 columns, after INT8's outlier columns, whose codes are MIDDLE. */
 INLINE void finish_row(const linear_t *c, f32x16 y, long row, long lane)

@@ -13,6 +13,7 @@ typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint8_t u8x64 __attribute__((vector_size(64), aligned(4), may_alias));
 
 enum {
     LANES = 16,
