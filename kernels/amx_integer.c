@@ -127,11 +127,12 @@ typedef struct {
 
 INLINE void add_block(const codes_t codes, const pending_t *p, const int32_t *sums, long first, long rows)
 {
-    for (int side = 0; side < 2; side++, sums += SUMS)
-        for (long m = first; m < first + rows; m++) {
+    const group_t g[2] = {p->g[0], p->g[1]};
+    for (long m = first; m < first + rows; m++, sums += LANE)
+        for (int side = 0; side < 2; side++) {
+            const int32_t *high = sums + side * SUMS, *low = high + 2 * SUMS;
             f32x16 *y = p->y + side * TOGETHER + m;
-            const int32_t *high = sums + (m - first) * LANE, *low = high + 2 * SUMS;
-            *y = combine(codes, *y, *(const i32x16 *)high, *(const i32x16 *)low, p->g + side, p->numbers[m]);
+            *y = combine(codes, *y, *(const i32x16 *)high, *(const i32x16 *)low, g + side, p->numbers[m]);
         }
 }
 

@@ -1,9 +1,11 @@
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from petal.kernels import attention, linear, native, quantized_native, select
 
+CACHES = (native.library, linear._product, attention._attention, quantized_native._function, select.device_of)
 PETAL_NATIVE = {"native": "1", "portable": "portable", "torch": "0"}
 
 
@@ -15,18 +17,24 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@contextmanager
+def fresh_kernels() -> Iterator[None]:
+    """Kernels are built anew inside, for what the environment says there, and forgotten afterwards."""
+    for cache in CACHES:
+        cache.cache_clear()
+    yield
+    for cache in CACHES:
+        cache.cache_clear()
+
+
 @pytest.fixture(params=["native", "torch"])
 def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs a test with the native kernels and with the torch code that stands in for them.
 
     Where the processor has a matrix unit, "portable" is something else than "native".
     """
-    caches = (native.library, linear._product, attention._attention, quantized_native._function, select.device_of)
     monkeypatch.setenv("PETAL_NATIVE", PETAL_NATIVE[request.param])
-    for cache in caches:
-        cache.cache_clear()
-    if request.param != "torch" and native.library() is None:
-        pytest.skip("no C compiler")
-    yield request.param
-    for cache in caches:
-        cache.cache_clear()
+    with fresh_kernels():
+        if request.param != "torch" and native.library() is None:
+            pytest.skip("no C compiler")
+        yield request.param

@@ -48,6 +48,13 @@ def test_unpack_undoes_pack(name: str, shape: tuple[int, int]):
     assert held == format.bytes(shape)
 
 
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4.375), ("nf4", 4.127), ("q4_1", 5), ("q8_0", 8.5)])
+def test_packed_weights_take_little_more_than_their_bits(name: str, bits: float):
+    for shape in ((576, 192), (1536, 576), (100, 4096)):
+        layer = QuantizedLinear(FORMATS[name], random_tensors(FORMATS[name], shape), shape)
+        assert layer.nbytes <= (1.1 if shape[0] % 16 == 0 else 1.2) * bits / 8 * shape[0] * shape[1]
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "int8", "int4", "nf4", "q4_0", "q4_1", "q8_0"])
 def test_quantizing_loses_what_its_bits_allow(name: str):
     limits = {"bf16": 2e-3, "fp16": 3e-4, "fp32": 0, "int8": 0.01, "q8_0": 0.01, "q4_0": 0.11, "q4_1": 0.09}
@@ -73,7 +80,7 @@ def test_gguf_types_as_the_public_package_reads_them(name: str):
     format, shape = FORMATS[name], (7, 768)
     blocks = random_tensors(format, shape)["blocks"]
     theirs = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[name.upper()])
-    ours = format.dequantize({"blocks": blocks}, shape)
+    ours = format.dequantize(format.pack({"blocks": blocks}, shape), shape)
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
 
 
@@ -229,6 +236,11 @@ def _poke(name: str, place: int, value: float):
         ("int4", _poke("zeros", 3, 16), "zero of int4 weights is 16"),
         ("int4", _poke("scales", 3, float("inf")), "not finite"),
         ("int8", _set("codes", lambda t: t[:-1]), "codes of int8"),
+        (
+            "int8",
+            lambda t: t.update(outliers=torch.tensor([5]).int(), values=torch.ones(40, 1).bfloat16()),
+            "zero in out",
+        ),
         ("int8", _poke("scales", 0, float("nan")), "not finite"),
         ("int8", lambda t: t.update(outliers=torch.tensor([576]).int(), values=torch.ones(40, 1).bfloat16()), "575"),
         ("nf4", _without("nested_absmax"), "lack nested_absmax"),

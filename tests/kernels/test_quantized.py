@@ -16,12 +16,16 @@ from petal.kernels.quantized import QuantizedLinear
 from petal.kernels.select import KERNELS, Device, device_of, select
 from torch import Tensor
 
+from .conftest import fresh_kernels
 from .quantized_weights import random_tensors
 
 ROWS = [1, 2, 7, 16, 17, 64, 255, 512]
 SHAPES = [(64, 64), (51, 40), (300, 576), (33, 51), (96, 768), (40, 1544)]
 VARIANTS = {**FORMATS, "int4-32": Int4(32), "int4-row": Int4(ROW), "int4-192": Int4(192), "aqlm-3x5": Aqlm(3, 5)}
 TOLERANCE = 3e-3  # relative, Frobenius
+
+DECODED = [name for name in VARIANTS if name.startswith(("aqlm", "spqr", "fp16")) or name.endswith("_k")]
+INTEGER = [name for name in VARIANTS if name.startswith(("int", "nf4")) or name in ("q4_0", "q4_1", "q8_0")]
 
 every_format = pytest.mark.parametrize("name", VARIANTS)
 every_code = pytest.mark.parametrize("code", ["native", "portable", "torch"], indirect=True)
@@ -60,7 +64,7 @@ def test_close_to_float64(name: str, device: str):
 
 
 @every_code
-@every_format
+@pytest.mark.parametrize("name", DECODED)
 def test_as_the_bf16_layer_of_the_same_weights(code: str, name: str):
     """Bit for bit, whatever the number of rows: decoded weights are rounded once, sums have that layer's order."""
     for shape in shapes_of(VARIANTS[name])[-2:]:
@@ -74,6 +78,36 @@ def test_as_the_bf16_layer_of_the_same_weights(code: str, name: str):
             else:
                 # Decoders may round the last bit of a product otherwise than torch: then a weight in thousands differs.
                 torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_integer_products_are_closer_than_bf16(name: str):
+    """Weights are used as they are; rows in 12 bits where codes have 4, else in 16."""
+    for shape in [(64, 64), (300, 576), (40, 1536)]:
+        (layer,) = layers_of(VARIANTS[name], shape)
+        x = torch.randn(40, shape[1])
+        x[:, 3] *= 100  # as activations have it
+        expected = reference(layer, x)
+        rounded = PackedLinear(layer.dense().bfloat16(), layer.bias[: shape[0]], torch.bfloat16)(x)
+        assert error(layer(x), expected) < (3e-4 if name in ("int8", "q8_0") else 1.6e-3)
+        assert error(rounded, expected) > error(layer(x), expected)
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_integer_products_have_the_same_bits_on_every_processor(name: str, monkeypatch: pytest.MonkeyPatch):
+    """With the matrix unit, without it, and without integer instructions: exact sums have no order."""
+    (layer,) = layers_of(VARIANTS[name], (300, 576))
+    x = torch.randn(40, 576)
+    expected = layer(x)
+    for variables in ({"PETAL_NATIVE": "portable"}, {"CC": "cc -mno-avx512vnni"}, {"CC": "cc -mno-avx512f -Wno-psabi"}):
+        with monkeypatch.context() as patch, fresh_kernels():
+            for key, value in variables.items():
+                patch.setenv(key, value)
+            if native.library() is None:
+                pytest.skip("no C compiler for this processor")
+            (again,) = layers_of(VARIANTS[name], (300, 576))
+            assert torch.equal(again(x), expected)
+            assert torch.equal(torch.cat([again(row) for row in x.split(1)]), expected)
 
 
 @every_code
