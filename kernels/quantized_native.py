@@ -38,7 +38,7 @@ class _Weights(ctypes.Structure):
 
 
 class NativeWeights:
-    """What C reads of one layer, and the function that reads it. It keeps the tensors alive whose addresses it holds."""
+    """What C reads of one layer and which function; it keeps the tensors alive whose addresses it holds."""
 
     def __init__(self, format: Format, packed: Mapping[str, Tensor], shape: Shape, bias: Tensor) -> None:
         kind, fields = _fields(format, packed)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
 from . import lanes
+from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
 from .lanes import DEPTH, LANE, by_lanes, by_rows, take_rows
 from .nibbles import pair, split
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
 from . import lanes
+from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
 from .lanes import DEPTH, LANE, by_lanes, by_rows
 
 BLOCK, NESTED = 64, 256
@@ -111,9 +111,10 @@ class Nf4(Format):
 
     def bytes(self, shape: Shape) -> int:
         out = shape[0] if shape[1] % BLOCK else padded(shape[0], LANE)
-        values, blocks = out * shape[1], -(-out * shape[1] // BLOCK)
-        groups = -(-(-(-shape[0] * shape[1] // BLOCK)) // NESTED)
-        return -(-values // 2) + (blocks + 4 * groups + 4 * 257 if self.nested else 4 * blocks)
+        blocks = padded(out * shape[1], BLOCK) // BLOCK
+        groups = padded(shape[0] * shape[1], BLOCK * NESTED) // (BLOCK * NESTED)
+        scales = blocks + 4 * (groups + 257) if self.nested else 4 * blocks
+        return (out * shape[1] + 1) // 2 + scales
 
 
 def block_scales(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
