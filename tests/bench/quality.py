@@ -214,7 +214,7 @@ def bars(rows: Mapping[str, Quality], unquantized: bool) -> list[dict[str, objec
 def trained(arguments: argparse.Namespace, folder: Path) -> Path:
     """The byte-level Llama's folder."""
     llama = new_llama(arguments.width, arguments.blocks)
-    loss = train(llama, CALIBRATION.read_bytes(), arguments.steps, arguments.device)
+    loss = train(llama, arguments.calibration.read_bytes(), arguments.steps, arguments.device)
     print(f"trained {arguments.steps} steps: {loss:.3f} nats a byte", file=sys.stderr)
     return save(llama, folder)
 
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--formats", nargs="*", help="only these rows")
-    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="what `petal quantize` fits to")
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="text that is fitted to")
     parser.add_argument("--work", type=Path, help="keep what `petal quantize` makes here")
     parser.add_argument("--length", type=int, default=1020, help="tokens in a row")
     parser.add_argument("--tokens", type=int, default=131072, help="tokens to calibrate with")
