@@ -144,7 +144,7 @@ def k_quant(name: str) -> Callable[[Tensor], tuple[Tensor, int]]:
     def rounding(weight: Tensor) -> tuple[Tensor, int]:
         blocks, format = encode(name, weight), format_of(name)
         shape = (weight.shape[0], weight.shape[1])
-        return format.dequantize({"blocks": blocks}, shape, torch.float32), blocks.numel()
+        return format.dequantize(format.pack({"blocks": blocks}, shape), shape, torch.float32), blocks.numel()
 
     return rounding
 
