@@ -55,7 +55,9 @@ def dequantize_then_multiply(layer: QuantizedLinear, x: Tensor) -> Tensor:
     bias = layer.bias[: layer.out_features]
     if x.device.type == "cpu":
         return PackedLinear(layer.dense(), bias, torch.bfloat16)(x.float())
-    return F.linear(x, layer.dense().to(x.dtype)).float() + bias
+    # As a matrix: of strided rows in more dimensions torch makes other products, with other bits.
+    y = F.linear(x.reshape(-1, layer.in_features), layer.dense().to(x.dtype)).float() + bias
+    return y.view(*x.shape[:-1], layer.out_features)
 
 
 KERNELS: tuple[Kernel, ...] = (

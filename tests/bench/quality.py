@@ -144,7 +144,7 @@ def k_quant(name: str) -> Callable[[Tensor], tuple[Tensor, int]]:
     def rounding(weight: Tensor) -> tuple[Tensor, int]:
         blocks, format = encode(name, weight), format_of(name)
         shape = (weight.shape[0], weight.shape[1])
-        return format.dequantize({"blocks": blocks}, shape, torch.float32), blocks.numel()
+        return format.dequantize(format.pack({"blocks": blocks}, shape), shape, torch.float32), blocks.numel()
 
     return rounding
 
@@ -214,7 +214,7 @@ def bars(rows: Mapping[str, Quality], unquantized: bool) -> list[dict[str, objec
 def trained(arguments: argparse.Namespace, folder: Path) -> Path:
     """The byte-level Llama's folder."""
     llama = new_llama(arguments.width, arguments.blocks)
-    loss = train(llama, CALIBRATION.read_bytes(), arguments.steps, arguments.device)
+    loss = train(llama, arguments.calibration.read_bytes(), arguments.steps, arguments.device)
     print(f"trained {arguments.steps} steps: {loss:.3f} nats a byte", file=sys.stderr)
     return save(llama, folder)
 
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--formats", nargs="*", help="only these rows")
-    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="what `petal quantize` fits to")
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="text that is fitted to")
     parser.add_argument("--work", type=Path, help="keep what `petal quantize` makes here")
     parser.add_argument("--length", type=int, default=1020, help="tokens in a row")
     parser.add_argument("--tokens", type=int, default=131072, help="tokens to calibrate with")
