@@ -16,8 +16,9 @@ from .select import device_of, select
 class QuantizedLinear(nn.Module):
     """y = x Wᵀ + b with W in any format; where `adapter` is set, its result for x is added.
 
-    Rows and weights are rounded to bfloat16, products are exact, sums are float32: on a CPU bit for bit what
-    `PackedLinear` makes of the dequantized weights in bfloat16. There are no gradients.
+    On a CPU a row's bits do not depend on other rows. int8, int4, nf4 and the small GGUF types multiply in integers
+    (integer.h); others are decoded to bfloat16, bit for bit as `PackedLinear` has it with the dequantized weights.
+    There are no gradients.
     """
 
     adapter: nn.Module | None

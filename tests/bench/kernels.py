@@ -159,18 +159,19 @@ def show(title: str, rows: list[dict]) -> None:
     table = Table(*(column.replace("_", " ") for column in columns), title=title, title_justify="left")
     for r in rows:
         table.add_row(*(f"{r[c]:.3f}" if isinstance(r[c], float) else str(r[c]) for c in columns))
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--formats", default=",".join(name for name in FORMATS if name not in ("bf16", "fp32")))
+    parser.add_argument("--formats", default=",".join(name for name in FORMATS if name != "fp32"))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    formats, rows_of_x = arguments.formats.split(","), [int(rows) for rows in arguments.rows.split(",")]
+    formats = [name for name in arguments.formats.split(",") if name not in DENSE]
+    rows_of_x = [int(rows) for rows in arguments.rows.split(",")]
     with torch.inference_mode():
         speeds = bytes_per_ms(), products_per_ms()
         linear, attention = list(linear_rows(formats, rows_of_x, speeds)), list(attention_rows())
