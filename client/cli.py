@@ -198,6 +198,17 @@ def route(
     _guarded(run)
 
 
+@app.command()
+def forget(model: Model) -> None:
+    """Accept other weights of MODEL: the next use pins those that the swarm serves by then."""
+    from .pins import forget as forget_pins
+
+    known = forget_pins(model)
+    console.print(
+        f"The weights of {model} are {'forgotten' if known else 'not pinned'}.", highlight=False, markup=False
+    )
+
+
 @swarm_app.command()
 def status(
     initial_peers: Peers = None,

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from ..protocol import petal_pb2 as pb
 from ..protocol.directory import Directory, DirectoryError, ping_all
 from ..protocol.trust import Trust
-from .route import NoRoute, by_model
+from .pins import Pins
+from .route import NoRoute, Route, by_model
+from .weights import agreeing, weights_of
 
 REFRESH_S = 3.0
 PING_S = 2.0
@@ -22,6 +24,7 @@ class ConnectError(RuntimeError):
 class KnownPeers:
     """Records of the peers that host one model, within a limit. `rtt_s`: their measured round trips, by peer id.
 
+    All hold the same weights, those that were used first; whoever says otherwise is left out.
     A peer that failed is left out until it answers a ping and has published a new record: a dead one can do neither.
     """
 
@@ -39,7 +42,9 @@ class KnownPeers:
         self._trust = trust
         self._limit = limit
         self._name = name
+        self._pins = Pins(name)
         self._records: list[pb.PeerRecord] = []
+        self._strange = 0
         self._banned: dict[str, int] = {}  # with the version of the record that it had
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -58,14 +63,35 @@ class KnownPeers:
         except DirectoryError as error:
             raise ConnectError(str(error)) from error
         if self.digest is None and groups:
-            # Without a checkpoint of our own: the digest that most peers serve, pinned from now on.
-            self.digest = max(groups, key=lambda digest: len(groups[digest]))
+            # Without a checkpoint of our own: the digest that was used first, or the one that most peers serve.
+            self.digest = self._pins.model_digest or max(groups, key=lambda digest: len(groups[digest]))
         if groups and self.digest not in groups:
-            raise ConnectError(f"the swarm serves other weights under the name {self._name}; compare model digests")
-        self._records = self._limit(groups.get(self.digest or b"", []))
+            raise ConnectError(
+                f"the swarm serves other weights under the name {self._name} than this machine has or has used; "
+                f"where that is right, fetch them, or accept them with `petal forget {self._name}`"
+            )
+        found = groups.get(self.digest or b"", [])
+        agreed = agreeing(found, self._pins.digests)
+        self._strange = len(found) - len(agreed)
+        self._records = self._limit(agreed)
         back = [r for r in self._records if r.version > self._banned.get(r.peer_id, r.version)]
         await self._ping([r for r in self._records if r.peer_id not in self.rtt_s or r in back])
         return self._records
+
+    def pin(self, route: Route) -> None:
+        """From now on, and in later runs, these are the model's weights."""
+        for stop in route:
+            self._pins.keep(stop.peer.model_digest, weights_of(stop.peer))
+
+    @property
+    def left_out(self) -> str:
+        """Why there may be more peers than are used; empty where there are not."""
+        if not self._strange:
+            return ""
+        return (
+            f"{self._strange} of its peers hold other weights than were used here before, or than most others hold, "
+            f"and are left out; where they are right, `petal forget {self._name}` accepts them"
+        )
 
     def reachable(self) -> list[pb.PeerRecord]:
         """Peers that have not failed, as of the last look."""
@@ -73,6 +99,8 @@ class KnownPeers:
 
     def usable(self) -> list[pb.PeerRecord]:
         """Peers to route a new session through. Raises NoRoute where there is none."""
+        if not self._records and self._strange:
+            raise NoRoute(f"no peer serves the known weights of {self._name}")
         if not self._records:
             raise NoRoute(f"no peer serves {self._name}; start one with `petal-serve {self._name}`")
         reachable = self.reachable()

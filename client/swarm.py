@@ -156,7 +156,8 @@ class AsyncSwarmModel:
         try:
             return choose_route(known.usable(), known.rtt_s, reserve_tokens, exact=self._exact, mixed=self._mixed)
         except NoRoute as error:
-            raise NoRoute(f"{error}; {self.ends}") if self.ends.labels else error from None
+            limits = filter(None, [str(self.ends) if self.ends.labels else "", known.left_out])
+            raise NoRoute("; ".join([str(error), *limits])) from None
 
     async def open_session(self, reserve_tokens: int, wait_s: float | None = None) -> Session:
         """Open along the best route; where peers are busy or missing, try again with jitter, for `wait_s` seconds.
@@ -172,6 +173,7 @@ class AsyncSwarmModel:
                 options = SessionOptions(usable, self._codec, self._exact, self._mixed, wait_s=self._wait_s, head=head)
                 session = Session(route, self._known, self._channels, options)
                 await session.open()
+                self._known.pin(route)
                 return session
             except PeerError as error:
                 if not (error.busy or error.gone) or time.monotonic() > deadline:

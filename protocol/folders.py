@@ -8,5 +8,5 @@ import platformdirs
 
 
 def data_dir() -> Path:
-    """Identities, memberships, swarms that one administers."""
+    """Identities, memberships, swarms that one administers, pinned digests."""
     return Path(platformdirs.user_data_dir("petal", appauthor=False))
