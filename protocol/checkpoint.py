@@ -23,7 +23,8 @@ __all__ = ["DEMO_MODEL", "Checkpoint", "CheckpointError", "Layout", "TensorInfo"
 DEMO_MODEL = "smollm2-135m-instruct"
 # Values converted at a time.
 _CHUNK = 1 << 20
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+# No part begins with a dot: a name must not lead out of the cache.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
 
 
 class Checkpoint(ABC):

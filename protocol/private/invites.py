@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from .certificates import ROLES
 MAX_USES = 10_000
 MAX_TOKEN_BYTES = 8192
 _ALGORITHM = "ES256"
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 class InviteError(ValueError):
@@ -119,6 +121,8 @@ def _invite(claims: Mapping[str, Any]) -> Invite:
     if not 1 <= len(addresses) <= 8 or not all(is_address(address) for address in addresses):
         raise ValueError
     token_id, swarm, root, admin, role = texts
+    if not _FINGERPRINT.fullmatch(root):  # the folder of a membership is named after it
+        raise ValueError
     return Invite(
         token_id, swarm, root, admin, tuple(addresses), role, labels, int(claims["uses"]), float(claims["exp"])
     )
