@@ -48,7 +48,7 @@ class Pins:
             return {}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
-                f"{self._path} is no file of pinned weights any more: restore or delete it; without it {self._model} is pinned anew"
+                f"{self._path} is damaged: restore or delete it; without it {self._model} is pinned anew"
             ) from None
 
 

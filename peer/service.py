@@ -354,24 +354,20 @@ class PeerService(PeerServicer):
 
         await start_answering(context)
         session.on_uplink(credit)
-        writing = asyncio.ensure_future(writer.run())
-        token = session.link_token
+        work = (_read_link(session, requests), writer.run(), writer.watch())
+        tasks = [asyncio.ensure_future(part) for part in work]
         link = asyncio.current_task()
         assert link
         self._uplinks[link] = caller
         try:
-            async for frame in requests:
-                if session.link_token != token:
-                    await abort(context, SessionFailed(Status.FAILED_PRECONDITION, "the route of this link is over"))
-                if not frame.HasField("activations"):
-                    raise invalid("after the hello only activations follow on a link")
-                session.on_activations(frame.activations, frame.ByteSize())
-        except SessionFailed as failure:
-            session.fail(failure)
-            await abort(context, failure)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            ended = failure_of(tasks)
         finally:
-            writing.cancel()
+            for task in tasks:
+                task.cancel()
             del self._uplinks[link]
+        if ended:
+            await abort(context, ended)
 
     async def _linked_session(
         self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext
@@ -392,6 +388,24 @@ class PeerService(PeerServicer):
                 Status.FAILED_PRECONDITION, f"route epoch {hello.route_epoch} is {word}; {session.epoch} is current"
             )
         return session, caller
+
+
+async def _read_link(session: PeerSession, requests: AsyncIterator[pb.LinkFrame]) -> None:
+    """Activations for a session, until its route is another. Raises SessionFailed; a bad frame ends the session, too."""
+    token = session.link_token
+    try:
+        async for frame in requests:
+            if session.link_token != token:
+                break
+            if not frame.HasField("activations"):
+                raise invalid("after the hello only activations follow on a link")
+            session.on_activations(frame.activations, frame.ByteSize())
+        else:
+            return
+    except SessionFailed as failure:
+        session.fail(failure)
+        raise
+    raise SessionFailed(Status.FAILED_PRECONDITION, "the route of this link is over")
 
 
 def _replaces(message: pb.Open, former: PeerSession) -> bool:
