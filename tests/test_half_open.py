@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
-import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -14,6 +12,7 @@ from petal.peer import streams
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.limits import KEEPALIVE_S, SILENT_S
 
+from .half_open import HALF_A_HELLO, PREFACE, SETTINGS, until_closed
 from .swarms import LocalSwarm, local_swarm
 from .tiny import VOCAB, tiny_llama
 from .wire import RawSession, Wire, released
@@ -22,10 +21,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 Code = grpc.StatusCode
 # Of a machine that is busy with other things.
 LATE_S = 4.0
-# The first bytes of a TLS record that promises 512 more.
-HALF_A_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-SETTINGS = b"\0\0\0\x04\0\0\0\0\0"
 # Rows of logits, half a megabyte an answer; enough of them to fill whatever buffers there are.
 ROWS, ANSWERS = 500, 60
 
@@ -40,27 +35,6 @@ async def swarm() -> AsyncIterator[LocalSwarm]:
 async def wire(swarm: LocalSwarm) -> AsyncIterator[Wire]:
     async with Wire(swarm.peers[0]) as wire:
         yield wire
-
-
-async def until_closed(address: str, said: bytes, tls: bool, patience_s: float) -> float:
-    """Seconds until the peer hangs up on somebody who says this and no more."""
-    host, port = address.split(":")
-    context = None
-    if tls:
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.set_alpn_protocols(["h2"])
-    reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
-    started = time.monotonic()
-    try:
-        writer.write(said)
-        while await asyncio.wait_for(reader.read(4096), patience_s):
-            pass  # what the peer says is read, and never answered
-    except (ConnectionError, ssl.SSLError):
-        pass
-    finally:
-        writer.transport.abort()
-    return time.monotonic() - started
 
 
 async def test_half_open_connections_are_closed(wire: Wire) -> None:

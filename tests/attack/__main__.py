@@ -24,6 +24,7 @@ from tests.wire import Wire, released
 from . import live
 from .forgeries import forge
 from .fuzz import Fuzz
+from .stalls import oversized, stalls
 from .tally import Tally
 
 FORGERIES, INPUTS, SESSIONS = 1000, 100_000, 10_000
@@ -33,23 +34,32 @@ FUZZ_S = 600.0
 async def attack(tally: Tally, fuzz: Fuzz, sessions: int) -> dict[str, Any]:
     with TemporaryDirectory(prefix="petal-attack-") as folder:
         forge(tally, Path(folder))
-        fuzz.parsers(Path(folder), 0.75)
+        fuzz.parsers(Path(folder), 0.62)
     async with (
         private_swarm(tiny_llama(), [range(0, 4)]) as private,
-        local_swarm(tiny_llama(), [range(0, 4)]) as public,
+        local_swarm(tiny_llama(), [range(0, 4), range(2, 4)]) as public,
         Wire(public.peers[0]) as wire,
+        Wire(public.peers[1]) as tail,
     ):
-        for part in (live.strangers, live.invitations, live.revoked):
+        stalling = asyncio.create_task(stalls(tally, tail))
+        for part in (live.strangers, live.invitations, live.revoked, live.renewals):
             await part(tally, private)
         await live.hijacks(tally, wire)
+        await oversized(tally, wire)
         opened = await live.flood(wire, sessions)
-        await fuzz.calls(wire, private, 0.13)
-        await fuzz.streams(wire, 0.13)
-        [peer] = public.peers
-        wire.close_streams()
-        await released(peer)
-        leaked = peer.engine.pool.n_pages - peer.engine.pool.free_pages
-    return {"sessions_dropped": opened, "leaked_pages": leaked}
+        await stalling
+        await fuzz.calls(wire, private, 0.19)
+        await fuzz.streams(wire, tail, 0.19)
+        leaked = await asyncio.gather(*(kept(end) for end in (wire, tail)))
+    return {"sessions_dropped": opened, "leaked_pages": sum(leaked)}
+
+
+async def kept(wire: Wire) -> int:
+    """Pages that nobody has, and that are not free, of a peer that still serves."""
+    assert wire.peer.blocks.start or (await wire.prefilled([1, 5, 9]))[1] >= 0
+    wire.close_streams()
+    await released(wire.peer)
+    return wire.peer.engine.pool.n_pages - wire.peer.engine.pool.free_pages
 
 
 def main() -> None:

@@ -15,13 +15,14 @@ from petal.protocol.leaf import LeafKey, name_of
 from petal.protocol.private.authority import Authority
 from petal.protocol.private.certificates import der_of, issue_admin, issue_member, make_root, verify_chain
 from petal.protocol.private.invites import InviteError
-from petal.protocol.private.membership import Membership, request_for
+from petal.protocol.private.membership import request_for
 from petal.protocol.private.revocations import sign_list
 from petal.protocol.records import RecordError, parse_signed, sign_record, tombstone, verify_record
 from petal.protocol.trust import PublicTrust, TrustError
 
 from tests.protocol.records_for_tests import good_record, signed_record
 
+from .paths import trick_paths
 from .tally import Tally
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
@@ -32,12 +33,13 @@ def forge(tally: Tally, folder: Path) -> None:
     ours = Authority.init("ours", "127.0.0.1:4000", folder / "ours")
     theirs = Authority.init("theirs", "127.0.0.1:5000", folder / "theirs")
     _records(tally)
-    _private_records(tally, ours.membership, theirs)
+    _private_records(tally, ours, theirs)
     _hellos(tally)
     _chains(tally, ours)
     _invitations(tally, ours, theirs)
     _requests(tally, ours)
     _lists(tally, ours, theirs)
+    trick_paths(tally, folder, ours)
 
 
 def _records(tally: Tally) -> None:
@@ -75,14 +77,17 @@ def _parsed(wire: bytes) -> pb.SignedRecord:
         return pb.SignedRecord()
 
 
-def _private_records(tally: Tally, ours: Membership, theirs: Authority) -> None:
-    book, eve = RecordBook(ours), Identity.ephemeral()
+def _private_records(tally: Tally, ours: Authority, theirs: Authority) -> None:
+    book, eve = RecordBook(ours.membership), Identity.ephemeral()
     tally.refused("record of a public swarm", lambda: book.add(signed_record(eve)), RecordError)
     chain = theirs.redeem(theirs.invite("peer", {}, 1, 60), request_for(LeafKey.ephemeral(), eve))
     foreign = signed_record(eve, certificates=chain)
     tally.refused("record of a foreign swarm", lambda: book.add(foreign), RecordError)
-    mixed = signed_record(eve, certificates=[chain[0], ours.certificates[1]])
+    mixed = signed_record(eve, certificates=[chain[0], ours.membership.certificates[1]])
     tally.refused("record with our admin's certificate added", lambda: book.add(mixed), RecordError)
+    chain = ours.redeem(ours.invite("client", {}, 1, 60), request_for(LeafKey.ephemeral(), eve))
+    client = signed_record(eve, certificates=chain)
+    tally.refused("record of a member that is no peer", lambda: book.add(client), RecordError)
 
 
 def _hellos(tally: Tally) -> None:

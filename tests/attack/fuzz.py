@@ -12,6 +12,7 @@ from pathlib import Path
 import gguf
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.checkpoint_layout import CheckpointError
 from petal.protocol.codec import CodecError, decode
@@ -28,11 +29,38 @@ from tests.protocol.records_for_tests import signed_record
 from tests.tiny import tiny_llama
 from tests.wire import Wire
 
+from .hostile import altered
 from .tally import Tally
 
 # What gRPC makes of an exception that nobody expected; other statuses say what is wrong.
 CRASHES = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})
 AT_ONCE = 24
+SESSION, LINK = "/petal.v1.Peer/Session", "/petal.v1.Peer/Link"
+# What may follow an open.
+FRAMES = [
+    pb.ClientFrame(step=pb.Step(step=1, route_epoch=1, ids=[1, 5, 9], prefill=True, sample=True)),
+    pb.ClientFrame(
+        step=pb.Step(
+            step=1,
+            route_epoch=1,
+            ids=[1, 5, 9],
+            parents=[-1, 0, 0],
+            sample=True,
+            want=pb.Want(top_logprobs=3, logits=True),
+            sampling=pb.Sampling(temperature=0.8, top_k=5, top_p=0.9, repetition_penalty=1.1, seed=7),
+            history=pb.History(ids=[1, 5], prompt_length=2),
+        )
+    ),
+    pb.ClientFrame(route=pb.Route(route_epoch=2)),
+    pb.ClientFrame(link_to=pb.LinkTo(peer_id="Qm", token=b"t" * 16, route_epoch=2)),
+    pb.ClientFrame(resume=pb.Resume(route_epoch=2, step=0, length=0, commit=[0], replayed=True, replay=True)),
+]
+# Two rows of 64 channels in float32.
+ACTIVATIONS = pb.LinkFrame(
+    activations=pb.Activations(
+        step=1, route_epoch=1, rows=2, prefill=True, sample=True, hidden=b"\0" * 512, total_bytes=512
+    )
+)
 PATIENCE_S = 20.0
 Sender = Callable[[bytes], object]
 
@@ -65,68 +93,92 @@ class Fuzz:
                     self.crashes.append(f"{name}: {type(error).__name__}: {error}")
 
     async def calls(self, wire: Wire, swarm: PrivateSwarm, share: float) -> None:
-        """Bytes to unary calls: of a public peer, and of an admin, to whom anybody may talk."""
+        """Messages to unary calls: of a public peer, and of an admin, to whom anybody may talk."""
         async with pinned(swarm.authority.address, swarm.admin.certificate, []) as admin:
             token = swarm.invite("client")
             redeem = pb.RedeemRequest(token=token, request=pb.CertificateRequest(csr=b"x" * 300))
             listing = pb.ListRequest(model="tiny", records=[signed_record(Identity.ephemeral())])
-            methods = [
-                (wire.channel, "/petal.v1.Directory/List", listing.SerializeToString()),
-                (wire.channel, "/petal.v1.Directory/Ping", b"\x0a\x03abc"),
-                (admin, "/petal.v1.Admin/Redeem", redeem.SerializeToString()),
-                (admin, "/petal.v1.Admin/Renew", redeem.request.SerializeToString()),
+            methods: list[tuple[grpc.aio.Channel, str, Message]] = [
+                (wire.channel, "/petal.v1.Directory/List", listing),
+                (wire.channel, "/petal.v1.Directory/Ping", pb.PingReply(peer_id="abc")),  # a request has no fields
+                (admin, "/petal.v1.Admin/Redeem", redeem),
+                (admin, "/petal.v1.Admin/Renew", redeem.request),
             ]
             todo = iter(range(int(self._wanted * share)))
             await asyncio.gather(*(self._call(methods, todo) for _ in range(AT_ONCE)))
 
-    async def _call(self, methods: list[tuple[grpc.aio.Channel, str, bytes]], todo: Iterator[int]) -> None:
+    async def _call(self, methods: list[tuple[grpc.aio.Channel, str, Message]], todo: Iterator[int]) -> None:
         for number in todo:
             if self.over:
                 return
             channel, method, sample = methods[number % len(methods)]
             try:
-                await channel.unary_unary(method)(self.tally.damaged(sample), timeout=PATIENCE_S)
+                await channel.unary_unary(method)(self._malformed(sample), timeout=PATIENCE_S)
             except grpc.aio.AioRpcError as error:
                 self._judge(method, error.code(), error.details())
             self.inputs[method] += 1
 
-    async def streams(self, wire: Wire, share: float) -> None:
-        """Bytes in the place of frames, on streams that are new, opened or linked."""
+    async def streams(self, wire: Wire, tail: Wire, share: float) -> None:
+        """Frames on streams that are new, opened or linked; `tail` is a peer that takes links."""
         todo = iter(range(int(self._wanted * share)))
-        await asyncio.gather(*(self._stream(wire, todo) for _ in range(AT_ONCE)))
+        await asyncio.gather(*(self._streams(wire, tail, todo) for _ in range(AT_ONCE)))
 
-    async def _stream(self, wire: Wire, todo: Iterator[int]) -> None:
+    async def _streams(self, wire: Wire, tail: Wire, todo: Iterator[int]) -> None:
         for number in todo:
             if self.over:
                 return
-            method = "/petal.v1.Peer/Link" if number % 4 == 0 else "/petal.v1.Peer/Session"
-            call = wire.channel.stream_stream(method)()
+            if number % 3 == 0:
+                await self._link(tail)
+                continue
             opening = pb.ClientFrame(open=pb.Open(**wire.opening()))
-            step = pb.ClientFrame(step=pb.Step(step=1, route_epoch=1, ids=[1, 5, 9], prefill=True, sample=True))
-            hello = pb.LinkFrame(hello=wire.link_hello(b"s" * 16, b"t" * 16, 1))
-            try:
-                if method.endswith("Link"):
-                    await call.write(self.tally.damaged(hello.SerializeToString()))
-                elif number % 4 == 1:
-                    await call.write(self.tally.damaged(opening.SerializeToString()))
-                else:
-                    await call.write(opening.SerializeToString())
-                    await call.write(self.tally.damaged(step.SerializeToString()))
-                await call.done_writing()
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                pass  # it has ended already
-            self.inputs[method] += 1
-            # A status comes once all answers are read; a read that begins as the call ends never returns in grpc.aio.
-            reading = asyncio.ensure_future(_read_all(call))
-            try:
-                code = await asyncio.wait_for(call.code(), PATIENCE_S)
-            except asyncio.TimeoutError:
-                self.crashes.append(f"{method}: no answer")
-                call.cancel()
+            if number % 3 == 1:
+                await self._stream(wire, SESSION, self._malformed(opening))
             else:
-                self._judge(method, code, await call.details())
-            finally:
-                reading.cancel()
+                frame = self._malformed(self.tally.random.choice(FRAMES))
+                await self._stream(wire, SESSION, opening.SerializeToString(), frame)
+
+    async def _link(self, tail: Wire) -> None:
+        """Activations, or the hello before them, to a session that waits for them."""
+        fields = tail.opening()
+        session = tail.stream()
+        try:
+            token = (await session.open(**fields)).link_token
+            await session.step(1, [7, 8], prefill=True, sample=True)
+            hello = pb.LinkFrame(hello=tail.link_hello(fields["session_id"], token, 1))
+            if self.tally.random.random() < 0.3:
+                await self._stream(tail, LINK, self._malformed(hello))
+            else:
+                await self._stream(tail, LINK, hello.SerializeToString(), self._malformed(ACTIVATIONS))
+        finally:
+            session.close()
+            tail.forget(session)
+
+    async def _stream(self, wire: Wire, method: str, *frames: bytes) -> None:
+        call = wire.channel.stream_stream(method)()
+        try:
+            for frame in frames:
+                await call.write(frame)
+            await call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # it has ended already
+        self.inputs[method] += 1
+        # A status comes once all answers are read; a read that begins as the call ends never returns in grpc.aio.
+        reading = asyncio.ensure_future(_read_all(call))
+        try:
+            code = await asyncio.wait_for(call.code(), PATIENCE_S)
+        except asyncio.TimeoutError:
+            self.crashes.append(f"{method}: no answer")
+            call.cancel()
+        else:
+            self._judge(method, code, await call.details())
+        finally:
+            reading.cancel()
+
+    def _malformed(self, message: Message) -> bytes:
+        """Every other time it still parses."""
+        if self.tally.random.random() < 0.5:
+            return self.tally.damaged(message.SerializeToString())
+        return altered(self.tally.random, message).SerializeToString()
 
     def _judge(self, method: str, code: grpc.StatusCode, details: str | None) -> None:
         if code in CRASHES:

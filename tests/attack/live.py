@@ -8,11 +8,14 @@ import ssl
 
 import grpc
 from petal.protocol import petal_pb2 as pb
+from petal.protocol.identity import Identity
+from petal.protocol.leaf import LeafKey, pem_of
 from petal.protocol.limits import DIRECTORY_OPTIONS
-from petal.protocol.petal_pb2_grpc import DirectoryStub
+from petal.protocol.petal_pb2_grpc import AdminStub, DirectoryStub
+from petal.protocol.private.certificates import ANY_MEMBER
 from petal.protocol.private.invites import InviteError
 from petal.protocol.private.joining import join
-from petal.protocol.private.membership import Membership
+from petal.protocol.private.membership import Membership, request_for
 from petal.protocol.trust import PublicTrust, Trust
 
 from tests.private_swarms import PrivateSwarm, private_swarm
@@ -72,6 +75,36 @@ async def revoked(tally: Tally, swarm: PrivateSwarm) -> None:
     tally.count("revoked member", await _listed(member, address))
     with tally.refuses("renewal of a revoked member", grpc.aio.AioRpcError):
         await member.renew(None)
+
+
+async def renewals(tally: Tally, swarm: PrivateSwarm) -> None:
+    """A member asks for a certificate in another's name, or shows one that it has no key for."""
+    peer = swarm.peers[0]
+    victim = await join(swarm.invite("client"), folder=swarm.folder / "victim")
+    thief = await join(swarm.invite("client"), folder=swarm.folder / "impostor")
+    overheard = request_for(LeafKey.load(victim.folder / "key.pem"), None)
+    forged = request_for(LeafKey.ephemeral(), Identity.ephemeral())
+    forged.identity = peer.identity.public_key
+    for request in (
+        overheard,
+        forged,
+        request_for(LeafKey.ephemeral(), peer.identity),
+        request_for(LeafKey.ephemeral(), None),
+        pb.CertificateRequest(csr=overheard.csr, identity=forged.identity, identity_signature=b"x" * 256),
+    ):
+        with tally.refuses("renewal in another's name", grpc.aio.AioRpcError):
+            async with thief.dial(swarm.authority.members_at, DIRECTORY_OPTIONS) as channel:
+                await AdminStub(channel).Renew(request, timeout=ANSWER_S)
+    root, key = pem_of([thief.root_der]), LeafKey.load(thief.folder / "key.pem").pem
+    for stolen in (victim.certificates, peer.trust.certificates, swarm.authority.membership.certificates):
+        credentials = grpc.ssl_channel_credentials(root, key, pem_of(stolen))
+        options = [("grpc.ssl_target_name_override", ANY_MEMBER)]
+        async with grpc.aio.secure_channel(swarm.authority.members_at, credentials, options) as channel:
+            with tally.refuses("another's certificate without its key", grpc.aio.AioRpcError):
+                await AdminStub(channel).Renew(overheard, timeout=ANSWER_S)
+    async with thief.dial(swarm.authority.members_at, DIRECTORY_OPTIONS) as channel:
+        own = request_for(LeafKey.load(thief.folder / "key.pem"), None)
+        assert (await AdminStub(channel).Renew(own, timeout=ANSWER_S)).certificates, "its own it may renew"
 
 
 async def hijacks(tally: Tally, wire: Wire) -> None:
