@@ -68,6 +68,9 @@ def serve(
     port: Annotated[int, typer.Option(help="gRPC port; 0 picks one.")] = 0,
     announce: Annotated[str | None, typer.Option(help="host:port that others reach this peer at.")] = None,
     dht_port: Annotated[int, typer.Option(help="DHT port; 0 picks one.")] = 0,
+    relay: Annotated[
+        bool, typer.Option("--relay", help="Pass libp2p traffic of others on, and be reached through others that do.")
+    ] = False,
     identity: Annotated[Path | None, typer.Option(help="Identity file, made if missing.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     dtype: Annotated[
@@ -107,6 +110,7 @@ def serve(
         port=port,
         announce=announce,
         dht_port=dht_port,
+        relay=relay,
         initial_peers=tuple(initial_peers or ()),
         join=join,
         identity=identity or data_dir() / "identity",

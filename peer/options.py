@@ -27,6 +27,7 @@ class ServeOptions:
     port: int = 0
     announce: str | None = None
     dht_port: int = 0
+    relay: bool = False
     initial_peers: tuple[str, ...] = ()
     join: str | None = None
     identity: Path = field(default_factory=lambda: data_dir() / "identity")

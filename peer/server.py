@@ -102,6 +102,8 @@ class PeerServer:
             return PublicTrust(self.identity)
         if options.initial_peers:
             raise ServeError("--join knows the swarm's addresses; leave --initial-peers out")
+        if options.relay:
+            raise ServeError("a private swarm has no libp2p to relay; leave --relay out")
         folder = options.identity.with_name(f"{options.identity.name}.members")
         return await join(options.join, self.identity, folder)
 
@@ -130,6 +132,7 @@ class PeerServer:
             options.identity,
             initial_peers=await bootstrap_addresses(options.initial_peers, self.trust),
             listen=(f"/ip4/{options.host}/tcp/{options.dht_port}",),
+            relay=options.relay,
         )
 
     async def _load(self) -> None:

@@ -391,7 +391,7 @@ class PeerService(PeerServicer):
 
 
 async def _read_link(session: PeerSession, requests: AsyncIterator[pb.LinkFrame]) -> None:
-    """Activations for a session, until its route is another. Raises SessionFailed; a bad frame ends the session, too."""
+    """Activations for a session, until its route is another. Raises SessionFailed; of a bad frame the session dies."""
     token = session.link_token
     try:
         async for frame in requests:

@@ -86,14 +86,16 @@ class DhtDirectory(Directory):
         listen: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
         announce: Sequence[str] = (),
         client_mode: bool = False,
+        relay: bool = False,
     ) -> DhtDirectory:
         """Join the DHT through `initial_peers` (multiaddrs), or start one if there are none but this node itself.
 
         DirectoryError if none of them answers. A client only reads: it listens nowhere and stores nothing for others.
+        With `relay` the daemon passes others' traffic on, and is reached through others that do.
         """
         own = None if identity_path is None else Identity.load_or_create(identity_path).peer_id
         others = [address for address in initial_peers if _peer_of(address) != own]
-        start = partial(_start_node, identity_path, others, listen, announce, client_mode)
+        start = partial(_start_node, identity_path, others, listen, announce, client_mode, relay)
         return cls(start, *await start(), others)
 
     @property
@@ -174,8 +176,9 @@ async def _start_node(
     listen: Sequence[str],
     announce: Sequence[str],
     client_mode: bool,
+    relay: bool,
 ) -> tuple[P2P, DHTNode]:
-    p2p = await _start_daemon(identity_path, initial_peers, listen, announce, client_mode)
+    p2p = await _start_daemon(identity_path, initial_peers, listen, announce, client_mode, relay)
     try:
         node = await DHTNode.create(
             p2p=p2p,
@@ -206,6 +209,7 @@ async def _start_daemon(
     listen: Sequence[str],
     announce: Sequence[str],
     client_mode: bool,
+    relay: bool,
 ) -> P2P:
     role = {"dht_mode": "client", "no_listen": True} if client_mode else {"host_maddrs": list(listen)}
     try:
@@ -215,7 +219,8 @@ async def _start_daemon(
             announce_maddrs=list(announce),
             startup_timeout=DAEMON_START_S,
             persistent_conn_max_msg_size=MAX_REPLY_BYTES,
-            use_relay=False,  # nobody's traffic passes through others, and nobody's through this machine
+            use_relay=relay,
+            use_auto_relay=relay,
             check_if_identity_free=False,  # it starts a second daemon, and takes a peer that just crashed for alive
             **role,
         )

@@ -15,6 +15,7 @@ from petal.client.session import Session
 from petal.client.stream import PeerError
 from petal.client.swarm import AsyncSwarmModel
 from petal.peer.quotas import Quota, Quotas, Rule
+from petal.peer.server import ServeError
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.leaf import LeafKey
 from petal.protocol.limits import DIRECTORY_OPTIONS
@@ -83,6 +84,12 @@ async def test_an_invitation_is_good_for_its_uses_and_its_role(swarm: PrivateSwa
         await join(swarm.invite("peer"), folder=swarm.folder / "third")
     with pytest.raises(InviteError, match="expired"):
         await join(swarm.invite("client", lifetime_s=-5 + 5.001), folder=swarm.folder / "fourth")
+
+
+async def test_there_is_no_libp2p_to_relay(swarm: PrivateSwarm) -> None:
+    assert list(await swarm.peers[0].directory.multiaddrs()) == []
+    with pytest.raises(ServeError, match="leave --relay out"):
+        await swarm.serve(range(0, 2), relay=True)
 
 
 async def test_of_two_at_once_one_joins(swarm: PrivateSwarm) -> None:

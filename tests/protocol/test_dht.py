@@ -1,6 +1,7 @@
 import asyncio
 import gc
 import time
+from pathlib import Path
 
 import pytest
 from hivemind.dht.node import DHTNode
@@ -43,6 +44,11 @@ async def intruder(join):
     raw = await DHTNode.create(initial_peers=await honest.multiaddrs())
     yield honest, raw
     await raw.shutdown()
+
+
+def words_of(pid: int) -> set[str]:
+    """The command line of a process."""
+    return set(Path(f"/proc/{pid}/cmdline").read_text().split("\0"))
 
 
 async def store(raw: DHTNode, signed: pb.SignedRecord | bytes, **changes) -> bool:
@@ -151,6 +157,12 @@ async def test_replay_of_an_older_version(intruder):
     sly = sign_record(ALICE, good_record(ALICE, version=1, expires_at=new.expires_at + 5))
     assert await store(raw, sly), "later expiry is all that the DHT asks"
     assert [record.version for record in await honest.list("tiny")] == [2], "but readers go by the version"
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, "0"), ({"relay": True}, "1")])
+async def test_libp2p_relaying_is_off_unless_asked_for(join, options, expected):
+    node = await join(**options)
+    assert {f"-relay={expected}", f"-autoRelay={expected}"} <= words_of(node._p2p._child.pid)
 
 
 async def test_publisher(join):
