@@ -1,0 +1,140 @@
+"""An admin's folder and its members without a network: what is kept, what runs out, what the commands print."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import pytest
+from petal.client.cli import app
+from petal.protocol import petal_pb2 as pb
+from petal.protocol.identity import Identity
+from petal.protocol.leaf import LeafKey
+from petal.protocol.private import membership as members
+from petal.protocol.private.authority import Authority
+from petal.protocol.private.certificates import MEMBER_LIFETIME, der_of, issue_admin, issue_member
+from petal.protocol.private.invites import InviteError, read_token
+from petal.protocol.private.membership import Membership, request_for
+from petal.protocol.private.revocations import sign_list
+from petal.protocol.trust import TrustError
+from typer.testing import CliRunner
+
+DAY = datetime.timedelta(days=1)
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority.init("lab", "127.0.0.1:4000", tmp_path / "lab")
+
+
+def member_of(authority: Authority, folder: Path) -> Membership:
+    """A client that has joined."""
+    key = LeafKey.ephemeral()
+    chain = authority.redeem(authority.invite("client", {}, 1, 60), request_for(key, None))
+    root, lists = der_of(authority.root), authority.membership.revocations
+    return Membership.store(folder, key, pb.Issued(certificates=chain, root=root, revocations=lists))
+
+
+def petal(*words: str, **environment: str) -> str:
+    """What a command prints."""
+    done = CliRunner().invoke(app, words, env=environment)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_certificates_live_for_a_week_and_are_renewed_from_half_of_it_on(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member, now = member_of(authority, tmp_path / "member"), datetime.datetime.now(datetime.timezone.utc)
+    assert 7 * DAY == MEMBER_LIFETIME
+    for days, due, valid in ((0, False, True), (3.4, False, True), (3.6, True, True), (7.1, True, False)):
+        monkeypatch.setattr(members, "_now", lambda days=days: now + days * DAY)
+        assert (member.due, member.valid) == (due, valid), days
+
+
+def test_uses_are_counted_on_disk_and_by_key(authority: Authority) -> None:
+    token, request = authority.invite("client", {}, 2, 60), request_for(LeafKey.ephemeral(), None)
+    for _ in range(3):
+        assert Authority(authority.folder).redeem(token, request), "the same key may come again"
+    assert Authority(authority.folder).redeem(token, request_for(LeafKey.ephemeral(), None))
+    with pytest.raises(InviteError, match="used up"):
+        Authority(authority.folder).redeem(token, request_for(LeafKey.ephemeral(), None))
+    assert Authority(authority.folder).redeem(token, request)
+
+
+def test_who_was_put_out_stays_out(authority: Authority) -> None:
+    identity = Identity.ephemeral()
+    first = request_for(LeafKey.ephemeral(), identity)
+    authority.redeem(authority.invite("peer", {}, 1, 60), first)
+    name = authority.ledger.issues()[-1].name
+    authority.revoke(name)
+    again = request_for(LeafKey.ephemeral(), identity)
+    with pytest.raises(InviteError, match="this key was revoked"):
+        authority.redeem(authority.invite("peer", {}, 1, 60), again)
+    with pytest.raises(TrustError, match="while it is not revoked"):
+        authority.renew(again, name, "peer", {})
+
+
+def test_lists_are_kept_and_only_rise(authority: Authority, tmp_path: Path) -> None:
+    member, other = member_of(authority, tmp_path / "one"), member_of(authority, tmp_path / "other")
+    old = sign_list(authority.key, authority.certificate, 1, [])
+    other.learn([old])
+    assert other.trusted(member.certificates)
+    authority.revoke(member.name)
+    authority.revoke(member_of(authority, tmp_path / "third").name)
+    other.learn(authority.membership.revocations)
+    again = Membership(tmp_path / "other")
+    for listener in (other, again):
+        listener.learn([old])
+        assert not listener.trusted(member.certificates)
+        assert listener.trusted(other.certificates)
+
+
+def test_with_an_admin_goes_whoever_it_let_in_whenever_it_says_that_was(authority: Authority, tmp_path: Path) -> None:
+    guest, thief = member_of(authority, tmp_path / "guest"), LeafKey.ephemeral()
+    second = issue_admin(authority.root_key, authority.root, thief.key.public_key(), "second")
+    authority.ledger.record_admin("second", second.serial_number, second.not_valid_after_utc.timestamp())
+    leaf = issue_member(thief, second, LeafKey.ephemeral().key.public_key(), "friend", "peer", {})
+    backdated = [der_of(leaf), der_of(second)]
+    guest.learn(authority.membership.revocations)
+    assert guest.trusted(backdated)
+    authority.revoke("second")
+    guest.learn(authority.membership.revocations)
+    assert not guest.trusted(backdated)
+    assert guest.valid, "the other admin's members stay"
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    home = tmp_path / "home" / "petal" / "swarms" / "oxford"
+    assert str(home / "root.key") in petal("swarm", "init", "oxford", "--address", "127.0.0.1:4000").replace("\n", "")
+    words = ["--role", "client", "--uses", "2", "--expires", "12h", "--label", "lab=oxford"]
+    [line] = petal("swarm", "invite", *words).splitlines()
+    token, invite = read_token(line)
+    assert (invite.role, invite.uses, invite.labels, invite.addresses) == (
+        "client",
+        2,
+        {"lab": "oxford"},
+        ("127.0.0.1:4000",),
+    )
+    authority = Authority(home)
+    authority.redeem(token, request_for(LeafKey.ephemeral(), None))
+    [member] = json.loads(petal("swarm", "members", "--json"))
+    assert (member["role"], member["labels"], member["barred"]) == ("client", {"lab": "oxford"}, False)
+    assert "Revoked client" in petal("swarm", "revoke", member["name"][:8])
+    assert json.loads(petal("swarm", "members", "--json"))[0]["barred"]
+    before = authority.key.public_key
+    petal("swarm", "rotate")
+    assert authority.key.public_key != before
+    (home / "root.key").rename(tmp_path / "offline")
+    refused = CliRunner().invoke(app, ["swarm", "rotate"])
+    assert refused.exit_code == 1
+    assert "needs the root key" in refused.output.replace("\n", " ")
+
+
+def test_an_invitation_is_read_from_a_file_and_from_the_environment(authority: Authority, tmp_path: Path) -> None:
+    token = authority.invite("client", {}, 1, 60)
+    (tmp_path / "invitation").write_text(token + "\n")
+    assert read_token(str(tmp_path / "invitation"))[0] == token
+    refused = CliRunner().invoke(app, ["swarm", "status"], env={"PETAL_JOIN": str(tmp_path / "nothing")})
+    assert "neither a token nor a file that holds one" in refused.output
