@@ -33,6 +33,7 @@ def test_forgeries_are_refused(tmp_path: Path) -> None:
         ("petal.protocol.records.verify", "forged record"),
         ("petal.protocol.trust.verify_leaf", "hello of another session"),
         ("petal.protocol.private.authority.verify", "request in another's name"),
+        ("petal.protocol.safetensors_model._is_shard_name", "path as a shard"),
     ],
 )
 def test_an_open_door_would_be_noticed(

@@ -13,7 +13,7 @@ from petal.protocol import petal_pb2 as pb
 from petal.protocol.identity import Identity
 from petal.protocol.limits import DIRECTORY_OPTIONS
 from petal.protocol.petal_pb2_grpc import DirectoryStub
-from petal.protocol.trust import PublicTrust
+from petal.protocol.trust import PublicTrust, TrustError
 
 from .swarms import LocalSwarm, local_swarm
 from .tiny import tiny_llama
@@ -78,6 +78,13 @@ async def test_tls_1_3_only(wire: Wire, version: ssl.TLSVersion, served: bool) -
     else:
         assert served
         writer.transport.abort()
+
+
+@pytest.mark.parametrize("said", [{}, {"ssl_tls_version": [b"TLSv1.2"]}, {"ssl_tls_version": [b"TLSv1.3", b"TLSv1.2"]}])
+async def test_a_call_over_anything_else_is_refused_as_well(said: dict[str, list[bytes]]) -> None:
+    with pytest.raises(TrustError, match=r"TLSv1\.3 only"):
+        CALLER.admit(said)
+    CALLER.admit({"ssl_tls_version": [b"TLSv1.3"]})
 
 
 async def test_a_hello_is_good_for_one_session_at_one_peer_and_start(wire: Wire) -> None:

@@ -45,6 +45,7 @@ async def attack(tally: Tally, fuzz: Fuzz, sessions: int) -> dict[str, Any]:
         for part in (live.strangers, live.invitations, live.revoked, live.renewals):
             await part(tally, private)
         await live.hijacks(tally, wire)
+        await live.named_addresses(tally, wire)
         await oversized(tally, wire)
         opened = await live.flood(wire, sessions)
         await stalling

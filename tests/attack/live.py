@@ -132,6 +132,24 @@ async def hijacks(tally: Tally, wire: Wire) -> None:
     assert (await session.result()).sampled, "the victim goes on"
 
 
+async def named_addresses(tally: Tally, wire: Wire) -> None:
+    """A client that wants a peer to dial somebody who is no peer."""
+    met: list[asyncio.StreamWriter] = []
+    victim = await asyncio.start_server(lambda _, writer: met.append(writer), "127.0.0.1", 0)
+    async with victim:
+        port = victim.sockets[0].getsockname()[1]
+        forms = ("{}", "ipv4:{}", "dns:///{}", "https://{}", "/ip4/127.0.0.1/tcp/" + str(port))
+        for form in forms:
+            session, _ = await wire.session(end=2)
+            await session.send(
+                link_to=pb.LinkTo(peer_id=form.format(f"127.0.0.1:{port}"), token=b"t" * 16, route_epoch=1)
+            )
+            assert (await session.read()).HasField("fault")
+            tally.count("a victim's address in place of a peer", bool(met))
+            session.close()
+            wire.forget(session)
+
+
 async def flood(wire: Wire, sessions: int) -> int:
     """Sessions opened and dropped, some in mid-step; returns how many were opened."""
     opened, todo = 0, iter(range(sessions))

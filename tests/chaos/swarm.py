@@ -15,6 +15,7 @@ from petal.protocol.directory import GrpcDirectory
 from petal.protocol.trust import PublicTrust
 
 from tests.emulator import Link
+from tests.private_swarms import home
 from tests.swarms import spans
 
 from .cases import Model
@@ -168,9 +169,9 @@ async def chaos_swarm(model: Model, clients: int, folder: Path) -> AsyncIterator
             await asyncio.gather(*(peer.start([peers[0].multiaddr]) for peer in peers[1:]))
             swarm = ChaosSwarm(model, peers, links)
             for _ in range(clients):
-                client = await AsyncSwarmModel.connect(
-                    model.name, [peer.announced for peer in peers[:2]], exact=True, wait_s=30
-                )
+                addresses = [peer.announced for peer in peers[:2]]
+                with home(folder):
+                    client = await AsyncSwarmModel.connect(model.name, addresses, exact=True, wait_s=30)
                 stack.push_async_callback(client.close)
                 swarm.clients.append(client)
             await swarm.heal([])
