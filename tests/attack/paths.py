@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import jwt
@@ -12,6 +13,7 @@ from petal.protocol.checkpoint import open_checkpoint
 from petal.protocol.checkpoint_layout import CheckpointError
 from petal.protocol.private.authority import Authority, folder_of
 from petal.protocol.private.invites import InviteError, read_token
+from petal.protocol.safetensors import SafetensorsFile
 
 from tests.private_swarms import home
 from tests.tiny import tiny_llama
@@ -68,7 +70,8 @@ def _read_shard(folder: Path, shard: str) -> None:
         model.mkdir(parents=True)
         shutil.copy(tiny_llama() / "config.json", model)
         shutil.copy(tiny_llama() / "model.safetensors", folder / "indexed" / "secret.safetensors")
-    name = "model.embed_tokens.weight"
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: shard}}))
+    with closing(SafetensorsFile(folder / "indexed" / "secret.safetensors")) as secret:
+        weight_map = dict.fromkeys(secret.tensors, shard)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with open_checkpoint(model) as checkpoint:
-        checkpoint.read(name)
+        checkpoint.read("model.embed_tokens.weight")
