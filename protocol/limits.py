@@ -60,7 +60,9 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_concurrent_streams", 4096),
+    # Between the two gRPC would refuse at random.
     ("grpc.max_metadata_size", HEADER_BYTES),
+    ("grpc.absolute_max_metadata_size", HEADER_BYTES),
     # Who connects and says nothing.
     ("grpc.server_handshake_timeout_ms", int(SILENT_S * 1000)),
     # Two peers must never share a port by accident.
