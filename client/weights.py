@@ -9,15 +9,14 @@ from ..protocol import petal_pb2 as pb
 
 
 def weights_of(record: pb.PeerRecord) -> dict[str, str]:
-    """Digests in hex by part; of different quantizations they are not comparable, and have other names."""
+    """Digests in hex by part, of the stored bytes: whatever a peer quantizes as it loads, they are the same."""
     blocks = record.block_digests or [b""] * (record.end - record.start)
     parts = {str(record.start + place): digest for place, digest in enumerate(blocks)}
     if record.start == 0:
         parts["embedding"] = record.embedding_digest
     if record.end == record.n_blocks:
         parts |= {"norm": record.norm_digest, "head": record.head_digest}
-    kind = f"{record.model_digest.hex()} {record.quantization or 'none'}"
-    return {f"{kind} {part}": digest.hex() for part, digest in parts.items()}
+    return {f"{record.model_digest.hex()} {part}": digest.hex() for part, digest in parts.items()}
 
 
 def agreeing(records: Sequence[pb.PeerRecord], pinned: Mapping[str, str]) -> list[pb.PeerRecord]:

@@ -70,8 +70,10 @@ def test_embedding_and_head_count() -> None:
     assert agreed(found) == {"a", "b"}
 
 
-def test_quantizations_are_not_compared() -> None:
-    assert agreed(records(a=held(GOOD, quantization="aqlm"), b=held(BAD, quantization="none"))) == {"a", "b"}
+def test_another_quantization_is_no_way_around() -> None:
+    found = records(a=held(GOOD, quantization="none"), b=held(GOOD, quantization="int8"))
+    assert agreed(found) == {"a", "b"}
+    assert agreed([*found, *records(c=held(BAD, quantization="int4"))]) == {"a", "b"}
 
 
 async def used(book: Book) -> KnownPeers:
