@@ -17,6 +17,7 @@ from .authority import Authority
 from .gossip import GossipDirectory
 from .invites import InviteError
 from .membership import LOOK_S, Membership
+from .shown import Shown, credentials_of
 
 REDEEM = "/petal.v1.Admin/Redeem"
 MAX_KNOWN = 16
@@ -48,8 +49,7 @@ class AdminServer(AdminServicer):
             revocations=lambda: self.membership.revocations,
         )
         add_DirectoryServicer_to_server(directory, self._server)
-        shown = grpc.dynamic_ssl_server_credentials(self._shown(), self._shown)
-        self._server.add_secure_port(f"{self._host}:{port}", shown)
+        self._server.add_secure_port(f"{self._host}:{port}", credentials_of(self._shown))
         self._server.add_secure_port(f"{self._host}:{port + 1}", self.membership.server_credentials())
         await self._server.start()
         await self.directory.join()
@@ -96,10 +96,10 @@ class AdminServer(AdminServicer):
             self._certificates = {key.public_key: self_signed(key, name_of(key.public_key))}
         return self._certificates[key.public_key]
 
-    def _shown(self) -> grpc.ServerCertificateConfiguration:
+    def _shown(self) -> Shown:
         """To joiners it proves itself by the admin's very key, which their token names; a rotation makes a new one."""
         key = self.authority.key
-        return grpc.ssl_server_certificate_configuration([(key.pem, pem_of([self.certificate]))])
+        return key.pem, pem_of([self.certificate])
 
     async def _keep(self) -> None:
         while True:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
 
 import grpc
 from cryptography import x509
@@ -26,6 +25,7 @@ from ..private_file import write_private
 from ..trust import AuthContext, Caller, Options, Trust, TrustError, client_id_of, server_name
 from .certificates import ANY_MEMBER, MEMBER_LIFETIME, Member, chain_of_pem, der_of, verify_chain
 from .revocations import RevocationLists
+from .shown import Shown, credentials_of
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class Membership(Trust):
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Asks every caller for a certificate; what it shows itself is new as soon as the membership is renewed."""
-        return grpc.dynamic_ssl_server_credentials(self._shown(), self._shown, require_client_authentication=True)
+        return credentials_of(self._shown, pem_of([self.root_der]))
 
     def channel(self, record: pb.PeerRecord, address: str, options: Options = CHANNEL_OPTIONS) -> grpc.aio.Channel:
         return self._secure(address, server_name(parse_certificate(record.certificates[0])), options)
@@ -204,9 +204,8 @@ class Membership(Trust):
             raise TrustError("its membership was revoked")
         return member
 
-    def _shown(self) -> Any:
-        pair = (self._key.pem, pem_of(self._chain))
-        return grpc.ssl_server_certificate_configuration([pair], pem_of([der_of(self.root)]))
+    def _shown(self) -> Shown:
+        return self._key.pem, pem_of(self._chain)
 
     def _secure(self, address: str, name: str, options: Options) -> grpc.aio.Channel:
         credentials = grpc.ssl_channel_credentials(pem_of([der_of(self.root)]), self._key.pem, pem_of(self._chain))

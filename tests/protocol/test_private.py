@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,20 @@ def test_with_an_admin_goes_whoever_it_let_in_whenever_it_says_that_was(authorit
     guest.learn(authority.membership.revocations)
     assert not guest.trusted(backdated)
     assert guest.valid, "the other admin's members stay"
+
+
+def test_grpc_is_told_only_of_what_is_new(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told at every handshake, it crashes sooner or later."""
+    fetchers: list[Callable[[], object]] = []
+    monkeypatch.setattr("grpc.dynamic_ssl_server_credentials", lambda _, fetch, **__: fetchers.append(fetch))
+    member = authority.membership
+    member.server_credentials()
+    [fetch] = fetchers
+    assert fetch() is None
+    authority.join_own_swarm()
+    member.reload()
+    assert fetch() is not None
+    assert fetch() is None
 
 
 def test_the_commands(tmp_path: Path) -> None:
