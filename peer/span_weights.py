@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..kernels.linear import PackedLinear
 from ..kernels.quantized import QuantizedLinear
 from ..protocol.checkpoint import Checkpoint, CheckpointError
+from .heap import trim
 from .holding import DENSE, Holding
 from .span_model import Skeleton, fill_in
 from .stored import Packed, Storage, storage_of
@@ -74,6 +75,7 @@ def fill(
     for target, source in plan.sources.items():
         for name, value in reader.values(source, target):
             filler.put(name, value)
+        trim()
     for name in filler.missing():
         filler.put(name, reader.read(_tied(skeleton, checkpoint, plan, name), name))
 
