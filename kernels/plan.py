@@ -34,7 +34,7 @@ class AttentionPlan:
     stored: Tensor | None = None
     """[S] how many of a segment's first rows an earlier forward stored; None: none of any."""
 
-    @property
+    @functools.cached_property
     def asking(self) -> int:
         """Rows of the queries."""
         return len(self.positions) - (0 if self.stored is None else int(self.stored.sum()))

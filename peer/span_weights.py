@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..kernels.linear import PackedLinear
 from ..kernels.quantized import QuantizedLinear
 from ..protocol.checkpoint import Checkpoint, CheckpointError
+from .heap import trim
 from .holding import DENSE, Holding
 from .span_model import Skeleton, fill_in
 from .stored import Packed, Storage, storage_of
@@ -64,7 +65,7 @@ def fill(
         for path in skeleton.hosted(start, end)
         for name in _tensor_names(modules[path])
     }
-    reader = _Reader(checkpoint, storage_of(checkpoint), skeleton, progress)
+    reader = _Reader(checkpoint, storage_of(checkpoint), skeleton, progress, holding.keep)
     plan = _plan(skeleton, checkpoint, reader.storage.names(_stored_names(checkpoint, start, end)), wanted)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name in plan.extra:
@@ -74,6 +75,7 @@ def fill(
     for target, source in plan.sources.items():
         for name, value in reader.values(source, target):
             filler.put(name, value)
+        trim()
     for name in filler.missing():
         filler.put(name, reader.read(_tied(skeleton, checkpoint, plan, name), name))
 
@@ -124,12 +126,21 @@ def _ties(model: nn.Module) -> dict[str, str]:
 
 
 class _Reader:
-    """Reads tensors of a checkpoint, those of a weight format as they are stored; `progress` hears their bytes."""
+    """Reads tensors of a checkpoint, those of a weight format as they are stored; `progress` hears their bytes.
+
+    GGUF's that are not kept so are decoded by the checkpoint, in pieces: at once that takes several times the memory.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, storage: Storage, skeleton: Skeleton, progress: Callable[[int], None]
+        self,
+        checkpoint: Checkpoint,
+        storage: Storage,
+        skeleton: Skeleton,
+        progress: Callable[[int], None],
+        keep: bool,
     ) -> None:
         self.storage = storage
+        self._decodes = storage.quant == "gguf" and not keep
         self._checkpoint, self._skeleton, self._progress = checkpoint, skeleton, progress
 
     def values(self, source: _Source, target: str) -> Iterator[tuple[str, Tensor | Packed]]:
@@ -145,7 +156,7 @@ class _Reader:
 
     def read(self, name: str, target: str) -> Tensor | Packed:
         """A stored tensor that becomes the model's `target`."""
-        if name not in self.storage.matrices:
+        if name not in self.storage.matrices or self._decodes:
             return self._dense(name)
         shape = getattr(self._skeleton.model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]).shape
         packed = self.storage.read(self._checkpoint, name, tuple(shape))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import torch
 
+from ..protocol.memory import available_bytes
 from ..protocol.tree import chain, depths
 from .executor import Executor, Segment
 from .pool import KVPool
@@ -18,7 +18,7 @@ MEMORY_SHARE = 0.6
 
 def free_bytes() -> int:
     """Memory that weights may take."""
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE)
+    return int(available_bytes() * MEMORY_SHARE)
 
 
 def decode_rows_per_s(span: Span, rounds: int = 5) -> float:

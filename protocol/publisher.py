@@ -67,9 +67,10 @@ class Publisher:
 
     async def stop(self) -> None:
         """Stop, and tell the DHT that the peer has left."""
-        if self._task is not None:
+        # A DHT at work may swallow a cancellation, and take it for an answer that did not come.
+        while self._task is not None and not self._task.done():
             self._task.cancel()
-            await asyncio.wait([self._task])
+            await asyncio.wait([self._task], timeout=RETRY_S)
         if self._last is not None:
             try:
                 await self._registry.withdraw(self._identity, self._last)

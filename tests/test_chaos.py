@@ -18,8 +18,8 @@ def test_plans_are_functions_of_their_seed_and_cover_every_fault() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_ten_trials(capsys: pytest.CaptureFixture[str]) -> None:
-    figures = main(["--trials", "10", "--seed", "1000", "--tokens", "48"])
+def test_every_fault_once(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = main(["--trials", str(len(FAULTS)), "--seed", "1000", "--tokens", "32"])
     print(capsys.readouterr().err)
-    assert figures["trials"] == figures["identical"] == figures["mid_stream"] == 10
+    assert figures["trials"] == figures["identical"] == figures["mid_stream"] == len(FAULTS)
     assert figures["hangs"] == figures["leaks"] == figures["wrong"] == 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...protocol.memory import available_bytes
 from .shape import DistillError, DrafterShape, shape_for
 
 # Weights, gradients and two moments in float32.
@@ -46,8 +45,7 @@ def free_bytes(kind: str) -> int:
     """Memory of one device that nobody uses."""
     if kind == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(found[1]) * 1024 if found else 1 << 40
+    return available_bytes()
 
 
 def scale_for(kind: str, shape: DrafterShape, target_bytes: int, row_bytes: int, free: int) -> Scale:

@@ -92,17 +92,19 @@ def agreement(target: PreTrainedModel, drafter: DraftModel, texts: Texts) -> dic
     """Shares of positions whose likeliest token is among the drafter's 1 and 4 likeliest; mean total variation."""
     sums = torch.zeros(4)
     for ids, own in zip(texts.ids.long(), texts.own, strict=True):
-        theirs = target(ids[None, :-1]).logits[0, own[1:]]
-        mine = draft_logits(drafter, ids[:-1])[own[1:]]
+        rows = own[1:].nonzero()[:, 0]
+        theirs = target(ids[None, :-1], logits_to_keep=rows).logits[0]
+        mine = draft_logits(drafter, ids[:-1], rows)
         sums += agree(mine, theirs[:, : mine.shape[1]])
     top1, top4, _, tv = (sums / texts.own[:, 1:].sum()).tolist()
     return {"top1": top1, "top4": top4, "tv": tv}
 
 
-def draft_logits(drafter: DraftModel, ids: Tensor) -> Tensor:
-    """The draft model's logits behind every token, by the kernels that drafting uses: [length] -> [length, vocab]."""
+def draft_logits(drafter: DraftModel, ids: Tensor, rows: Tensor) -> Tensor:
+    """The draft model's logits [rows, vocab] behind these tokens of `ids`, by the kernels that drafting uses."""
     cache = TreeCache(drafter.span.layers)
-    return drafter.spread(drafter.logits(drafter.span.forward(ids, *cache.add(range(-1, len(ids) - 1)))))
+    hidden = drafter.span.forward(ids, *cache.add(range(-1, len(ids) - 1)))
+    return drafter.spread(drafter.logits(hidden[rows]))
 
 
 def level_ms(drafter: DraftModel) -> float:

@@ -24,6 +24,7 @@ from petal.client.distill.target import LocalTarget
 from petal.client.distill.texts import Texts
 from petal.client.distill.turns import ASSISTANT, TurnKeeper, turns_of
 from petal.client.distill.world import World, together
+from petal.client.drafting.choice import shipped_drafter
 from petal.protocol.checkpoint import CheckpointError, open_checkpoint
 from petal.protocol.sampling import SamplingParams
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -64,8 +65,15 @@ def test_a_shape_never_exceeds_its_size(parameters, vocab):
     assert shape.hidden % 32 == shape.ffn % 32 == shape.heads % shape.kv_heads == 0
 
 
-def test_the_demo_drafter_fits_17_mb():
+def test_the_demo_drafter_fits_17_mb_and_is_found():
     assert shape_for(16_000_000, 49152).q8_bytes <= 17_000_000
+    with open_checkpoint("demo") as demo:
+        found = shipped_drafter(bytes.fromhex(demo.digest()))
+        assert found is not None
+        assert found.stat().st_size <= 17_000_000
+        with open_checkpoint(found) as drafter:
+            assert drafter.vocab_digest() == demo.tokenizer().vocab_digest
+    assert shipped_drafter(bytes(32)) is None  # negative control
 
 
 def test_a_shape_counts_what_transformers_builds():

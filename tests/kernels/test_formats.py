@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
@@ -20,6 +15,7 @@ from petal.kernels.formats.registry import FORMATS, format_of
 from petal.kernels.quantized import QuantizedLinear
 from torch import Tensor
 
+from ..public_formats import AQLM, AQLM_SHAPE, NF4_SHAPES, recorded
 from .quantized_weights import random_tensors
 
 SHAPES = [(64, 64), (1, 256), (51, 40), (100, 576), (48, 768)]
@@ -91,39 +87,20 @@ def test_gguf_types_as_the_public_package_writes_them(name: str):
     assert np.array_equal(FORMATS[name].quantize(weight)["blocks"].numpy(), theirs)
 
 
-_BITSANDBYTES = """
-import sys, torch, bitsandbytes.functional as bnb
-found = []
-for weight in torch.load(sys.argv[1]):
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    nested = state.state2
-    found.append((packed, state.absmax, nested.absmax, nested.code, state.offset, bnb.dequantize_4bit(packed, state)))
-torch.save(found, sys.argv[2])
-"""
-
-
-@pytest.mark.full
-def test_nf4_has_the_bytes_of_bitsandbytes(tmp_path: Path):
-    """In a process of its own: it brings an OpenMP runtime along."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("no bitsandbytes")
-    shapes = [(64, 64), (300, 576), (33, 51)]
-    torch.save([weights(shape) for shape in shapes], tmp_path / "weights")
-    command = [sys.executable, "-c", _BITSANDBYTES, str(tmp_path / "weights"), str(tmp_path / "found")]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    for shape, (packed, absmax, nested, code, offset, dense) in zip(
-        shapes, torch.load(tmp_path / "found"), strict=True
-    ):
-        ours = Nf4().quantize(weights(shape))
-        for key, theirs in {"weight": packed, "nested_absmax": nested, "nested_quant_map": code}.items():
-            assert torch.equal(ours[key], theirs)
-        assert float(ours["offset"]) == float(offset)
-        # Its CPU build rounds scales beside the middle of two codes to either, its CUDA build as we do.
-        apart = (ours["absmax"].int() - absmax.int()).abs()
-        assert int(apart.max()) <= 1
-        assert float((apart > 0).float().mean()) < 0.01
-        again = Nf4().dequantize(Nf4().pack(ours | {"absmax": absmax}, shape), shape)
-        torch.testing.assert_close(again.float(), dense, rtol=1e-6, atol=1e-8)
+@pytest.mark.parametrize("place", range(len(NF4_SHAPES)))
+def test_nf4_has_the_bytes_of_bitsandbytes(place: int):
+    shape, theirs = NF4_SHAPES[place], recorded(f"nf4 {place}")
+    ours = Nf4().quantize(theirs["dense"].float())
+    assert all(torch.equal(ours[key], theirs[key]) for key in ("weight", "nested_absmax", "nested_quant_map"))
+    assert float(ours["offset"]) == float(theirs["offset"])
+    # Its CPU build rounds scales beside the middle of two codes to either, its CUDA build as we do.
+    apart = (ours["absmax"].int() - theirs["absmax"].int()).abs()
+    assert int(apart.max()) <= 1
+    assert float((apart > 0).float().mean()) < 0.01
+    again = Nf4().dequantize(Nf4().pack(ours | {"absmax": theirs["absmax"]}, shape), shape)
+    torch.testing.assert_close(again.float(), theirs["decoded"], rtol=1e-6, atol=1e-8)
+    spoilt = Nf4().quantize(theirs["dense"].float().flip(1))
+    assert not torch.equal(spoilt["weight"], theirs["weight"])  # negative control
 
 
 def test_the_code_of_scales_is_sorted_and_whole():
@@ -133,15 +110,12 @@ def test_the_code_of_scales_is_sorted_and_whole():
     assert (code[0], code[-1]) == (pytest.approx(-0.99297, abs=1e-4), 1)
 
 
-@pytest.mark.parametrize("name", ["aqlm", "aqlm-1x16"])
+@pytest.mark.parametrize("name", AQLM)
 def test_aqlm_decodes_as_the_public_package_does(name: str):
-    utils = pytest.importorskip("aqlm.utils")
-    format, shape = FORMATS[name], (24, 64)
-    tensors = random_tensors(format, shape)
-    codes = utils.unpack_int_data(tensors["codes"], format.bits)
-    theirs = utils._dequantize_weight(codes, tensors["codebooks"].float(), tensors["scales"].float())
-    ours = format.dequantize(format.pack(tensors, shape), shape)
-    torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=1e-6)
+    tensors = recorded(name)
+    decoded = tensors.pop("decoded")
+    ours = FORMATS[name].dequantize(FORMATS[name].pack(tensors, AQLM_SHAPE), AQLM_SHAPE)
+    torch.testing.assert_close(ours.float(), decoded, rtol=1e-5, atol=1e-6)
 
 
 def test_spqr_words_by_the_layout_of_its_release():

@@ -168,17 +168,6 @@ def test_beam_search_finds_what_trying_all_codes_finds():
     torch.testing.assert_close(((weight - parts.dense()) ** 2).sum(1), best)
 
 
-def test_codes_of_the_public_package():
-    """The public aqlm package decodes our tensors to the same weights."""
-    utils = pytest.importorskip("aqlm.utils")
-    weight, covariance = problem()
-    parts = AqlmMethod(0).quantize(weight, covariance)
-    tensors = parts.tensors()
-    codes = utils.unpack_int_data(tensors["codes"], 8)
-    decoded = utils._dequantize_weight(codes, tensors["codebooks"].float(), tensors["scales"].float())
-    torch.testing.assert_close(decoded, parts.dense(), rtol=1e-5, atol=1e-6)
-
-
 def test_a_plain_block_computes_what_a_peer_computes():
     with open_checkpoint(tiny_llama()) as checkpoint:
         block, span = PlainBlock(checkpoint, 1, CPU), load_span(checkpoint, 1, 2)

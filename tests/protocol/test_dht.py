@@ -209,6 +209,37 @@ async def test_publisher_survives_failures(join, caplog):
     assert await directory.list() == []
 
 
+class SwallowingRegistry:
+    """Takes the first record; afterwards a cancellation looks to it like a DHT that did not answer."""
+
+    def __init__(self) -> None:
+        self.taken, self.busy, self.withdrawn = 0, asyncio.Event(), False
+
+    async def publish(self, signed: pb.SignedRecord) -> None:
+        self.taken += 1
+        if self.taken == 2:
+            self.busy.set()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                raise DirectoryError("the DHT did not answer") from None
+
+    async def withdraw(self, identity: Identity, record: pb.PeerRecord) -> None:
+        self.withdrawn = True
+
+
+async def test_publisher_stops_though_its_registry_swallows_the_cancellation():
+    registry = SwallowingRegistry()
+    publisher = Publisher(registry, ALICE, lambda: good_record(ALICE), period_s=0.02)
+    await publisher.start()
+    await registry.busy.wait()
+    await asyncio.wait_for(publisher.stop(), 10)
+    assert registry.withdrawn
+    taken = registry.taken
+    await asyncio.sleep(0.2)
+    assert registry.taken == taken, "it publishes on behind its tombstone"
+
+
 @pytest.mark.parametrize("kind", ["refused", "silent", "another peer"])
 async def test_no_dht(kind, join):
     silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
