@@ -30,8 +30,8 @@ typedef struct {
     const uint8_t *high[2], *low[2];
 } planes_t;
 
-INLINE planes_t decode_planes(const kind_t kind, const product_t *p, const uint8_t levels[2][16], long panel, long k,
-                              long deep, uint8_t room[2][2 * PLANE])
+INLINE planes_t decode_planes(const kind_t kind, const product_t *p, long panel, long k, long deep,
+                              uint8_t room[2][2 * PLANE])
 {
     const weights_t *w = p->call.packed;
     const codes_t codes = codes_of(kind);
@@ -50,7 +50,7 @@ INLINE planes_t decode_planes(const kind_t kind, const product_t *p, const uint8
 #pragma GCC unroll 8
             for (int i = 0; i < SHARE / 4; i++) {
                 u8x64 u[2];
-                read_codes(codes, from, i, levels, u);
+                read_codes(codes, from, i, p->levels, u);
                 *(u8x64 *)(high + j * LANE + i * 64) = u[0];
                 *(u8x64 *)(low + j * LANE + i * 64) = u[1];
             }
@@ -154,18 +154,16 @@ INLINE void run_panel(const kind_t kind, const product_t *p, long panel, long fr
     const long first = from * x->height, rows = least(c->rows, to * x->height) - first, last = (w.out + LANE - 1) / LANE - 1;
     const long block_bytes = 2 * x->height * x->unit, step = codes == FOUR_BITS ? 2 * x->height : x->height;
     const number_t *numbers = x->numbers + first;
-    uint8_t room[2][2][2 * PLANE] __attribute__((aligned(64))), levels[2][16];
+    uint8_t room[2][2][2 * PLANE] __attribute__((aligned(64)));
     int32_t sums[4 * SUMS] __attribute__((aligned(64)));
     f32x16 y[2 * TOGETHER] __attribute__((aligned(64)));
-    if (codes == LEVELS)
-        level_bytes(&w, levels);
     for (int side = 0; side < 2; side++)
         for (long m = 0; m < rows; m++)
             y[side * TOGETHER + m] = *(const f32x16 *)(c->bias + panel * PANEL + side * LANE);
     planes_t planes[2];
     pending_t pending = {0};
     long deep = chunk_depth(&w, x->depth, 0), odd = 0;
-    planes[0] = decode_planes(kind, p, levels, panel, 0, deep, room[0]);
+    planes[0] = decode_planes(kind, p, panel, 0, deep, room[0]);
     for (long k = 0, ahead; k < c->in; k += deep, deep = ahead, odd = !odd, numbers += x->blocks * x->height) {
         const int8_t *parts = parts_at(x, from, k);
         group_t g[2] = {group_of(kind, &w, 2 * panel, k / w.group),
@@ -179,7 +177,7 @@ INLINE void run_panel(const kind_t kind, const product_t *p, long panel, long fr
                 multiply_parts(codes, planes + odd, x, parts, deep);
             add_pending(codes, &pending, sums);
             if (!done && ahead)
-                planes[!odd] = decode_planes(kind, p, levels, panel, k + deep, ahead, room[!odd]);
+                planes[!odd] = decode_planes(kind, p, panel, k + deep, ahead, room[!odd]);
             publish(sums);
             store_sums(sums);
             publish(sums);

@@ -125,15 +125,12 @@ INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long
     const codes_t codes = codes_of(kind);
     const uint8_t *from = w.codes + lane * w.row_bytes * LANE;
     const number_t *numbers = x->numbers + block * x->height;
-    uint8_t levels[2][16];
-    if (codes == LEVELS)
-        level_bytes(&w, levels);
     f32x16 y[FEW];
     for (int m = 0; m < rows; m++)
         y[m] = *(const f32x16 *)(c->bias + lane * LANE);
     for (long k = 0, deep; k < c->in; k += deep, numbers += x->blocks * x->height) {
         deep = chunk_depth(&w, x->depth, k);
-        i32x16 high[FEW] = {0}, low[FEW] = {0};
+        i32x16 high[FEW][2] = {0}, low[FEW][2] = {0}; /* in turn: a sum waits for the one before */
         for (long j = k; j < k + deep; j += SHARE, from += share_bytes(codes)) {
             const int8_t *parts = parts_at(x, block, j);
             for (long line = 0; line < share_bytes(codes); line += 64)
@@ -141,23 +138,24 @@ INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long
 #pragma GCC unroll 8
             for (int i = 0; i < SHARE / 4; i++) {
                 u8x64 u[2];
-                read_codes(codes, from, i, levels, u);
+                read_codes(codes, from, i, p->levels, u);
 #pragma GCC unroll 4
                 for (int m = 0; m < rows; m++) {
                     const int8_t *upper = parts + m * 64 + i * 4, *lower = upper + x->apart;
-                    high[m] = dot(high[m], u[0], upper);
-                    if (codes == FOUR_BITS)
-                        high[m] = dot(high[m], u[1], lower);
-                    else
-                        low[m] = dot(low[m], u[0], lower);
+                    high[m][i % 2] = dot(high[m][i % 2], u[0], upper);
+                    low[m][i % 2] = dot(low[m][i % 2], u[codes == FOUR_BITS], lower);
                     if (codes == LEVELS)
-                        low[m] = dot(low[m], u[1], upper);
+                        low[m][1 - i % 2] = dot(low[m][1 - i % 2], u[1], upper);
                 }
             }
         }
         group_t g = group_of(kind, &w, lane, k / w.group);
-        for (int m = 0; m < rows; m++)
-            y[m] = combine(codes, y[m], high[m], low[m], &g, numbers[m]);
+        for (int m = 0; m < rows; m++) {
+            i32x16 first = high[m][0] + high[m][1], second = low[m][0] + low[m][1];
+            if (codes == FOUR_BITS)
+                first += second;
+            y[m] = combine(codes, y[m], first, second, &g, numbers[m]);
+        }
     }
     for (int m = 0; m < rows; m++)
         finish_row(c, y[m], block * x->height + m, lane);
@@ -205,6 +203,16 @@ static void run_chunk(void *job, long chunk)
             run_lane(p, block, lane);
 }
 
+static void read_levels(product_t *p)
+{
+    const float *levels = (const float *)p->call.packed->more + 1;
+    for (int i = 0; i < 16; i++) {
+        int level = (int)rintf(levels[i] * (float)finest(LEVELS)), high = (level + SLIGHT) >> 4;
+        p->levels[0][i] = (uint8_t)(high + MIDDLE);
+        p->levels[1][i] = (uint8_t)(level - 16 * high + SLIGHT);
+    }
+}
+
 /* Decides how x is laid out; false where memory lacks. */
 static bool lay_out(product_t *p, bool unit)
 {
@@ -231,6 +239,8 @@ int petal_integer(float *y, const float *x, const weights_t *w, const float *bia
     if (!lay_out(&p, unit))
         return 1;
     threads = rows * w->in * w->out < TOO_SMALL ? 1 : threads;
+    if (w->kind == NF4)
+        read_levels(&p);
     p.call.wide = WIDE;
     p.call.height = rows;
     crew_run(threads, p.x.blocks, round_block, &p);

@@ -59,6 +59,7 @@ typedef struct {
 typedef struct {
     linear_t call;
     integers_t x;
+    uint8_t levels[2][16]; /* NF4's as 16 (p - MIDDLE) + q - SLIGHT: [0] the p, [1] the q */
 } product_t;
 
 /* x must be laid out. */
@@ -74,6 +75,9 @@ static inline long chunk_depth(const weights_t *w, long depth, long k)
 }
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* The largest integer of x, and of NF4's levels. */
+INLINE int finest(const codes_t codes) { return codes == EIGHT_BITS ? 127 * 256 + 127 : 127 * 16 + 7; }
 
 /* The integers of a block at a depth. */
 INLINE const int8_t *parts_at(const integers_t *x, long block, long k)
@@ -118,16 +122,23 @@ INLINE f32x16 nf4_scales(const weights_t *w, long lane, long group)
     if (!nested)
         return *(const f32x16 *)((const float *)w->scales + at);
     const uint8_t *shares = (const uint8_t *)w->scales + at;
+#ifdef __AVX512F__
+    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i rows = _mm512_add_epi32(_mm512_set1_epi32((int)(lane * LANE)), places);
+    rows = _mm512_min_epi32(rows, _mm512_set1_epi32((int)w->out - 1));
+    __m512i blocks = _mm512_add_epi32(_mm512_mullo_epi32(rows, _mm512_set1_epi32((int)groups)), _mm512_set1_epi32((int)group));
+    __m512 outer = _mm512_i32gather_ps(_mm512_srli_epi32(blocks, 8), nested, 4);
+    __m512 inner = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)shares)), map, 4);
+    return (f32x16)_mm512_fmadd_ps(inner, outer, _mm512_set1_ps(*offset));
+#else
     f32x16 to;
     for (long i = 0; i < LANE; i++) {
         long row = lane * LANE + i < w->out ? lane * LANE + i : w->out - 1;
         to[i] = map[shares[i]] * nested[(row * groups + group) / 256] + *offset;
     }
     return to;
+#endif
 }
-
-/* The largest integer of x, and of NF4's levels. */
-INLINE int finest(const codes_t codes) { return codes == EIGHT_BITS ? 127 * 256 + 127 : 127 * 16 + 7; }
 
 INLINE group_t group_of(const kind_t kind, const weights_t *w, long lane, long group)
 {
@@ -143,7 +154,7 @@ INLINE group_t group_of(const kind_t kind, const weights_t *w, long lane, long g
         g.low = -g.scale * uint8s((const uint8_t *)w->zeros + at);
         break;
     case NF4:
-        g.scale = nf4_scales(w, lane, group) * (16.0f / (127 * 16 + 7));
+        g.scale = nf4_scales(w, lane, group) * (16.0f / (float)finest(LEVELS));
         break;
     case Q4_1:
         g.scale = float16s(scales + 2 * at);
@@ -166,16 +177,6 @@ INLINE f32x16 combine(const codes_t codes, f32x16 y, i32x16 high, i32x16 low, co
         return y + __builtin_convertvector(high, f32x16) * (g->scale * n.scale) + g->low * n.shift;
     u32x16 whole = ((u32x16)high << (codes == EIGHT_BITS ? 8 : 4)) + (u32x16)low - (uint32_t)n.sum;
     return y + __builtin_convertvector((i32x16)whole, f32x16) * (g->scale * n.scale);
-}
-
-/* NF4's levels as 16 (p - MIDDLE) + q - SLIGHT: [0] the p, [1] the q. */
-INLINE void level_bytes(const weights_t *w, uint8_t to[2][16])
-{
-    for (int i = 0; i < 16; i++) {
-        int level = (int)rintf(((const float *)w->more)[1 + i] * (127 * 16 + 7)), p = (level + SLIGHT) >> 4;
-        to[0][i] = (uint8_t)(p + MIDDLE);
-        to[1][i] = (uint8_t)(level - 16 * p + SLIGHT);
-    }
 }
 
 INLINE u8x64 look_up(u8x64 codes, const uint8_t table[16])
