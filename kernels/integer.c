@@ -3,7 +3,11 @@
 #include "crew.h"
 
 enum {
+#ifdef __AVX512F__
     FEW = 4,               /* rows that share a visit to codes */
+#else
+    FEW = 1,               /* more would not fit the registers */
+#endif
     TALL = 16,             /* rows of a block for the matrix unit */
     WIDE = 4,              /* panels of a chunk of work */
     TOO_SMALL = 32 * 1024, /* multiply-adds below which waking a thread costs more than it saves */
@@ -163,7 +167,7 @@ INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long
 
 INLINE void run_kind(const kind_t kind, const product_t *p, long block, long lane)
 {
-    switch (least(p->x.height, p->call.rows - block * p->x.height)) {
+    switch (FEW == 1 ? 1 : least(p->x.height, p->call.rows - block * p->x.height)) {
     case 1:
         return run_rows(kind, 1, p, block, lane);
     case 2:

@@ -181,13 +181,15 @@ INLINE f32x16 combine(const codes_t codes, f32x16 y, i32x16 high, i32x16 low, co
 
 INLINE u8x64 look_up(u8x64 codes, const uint8_t table[16])
 {
-    u8x64 wide;
-    for (int i = 0; i < 64; i += 16)
-        memcpy((char *)&wide + i, table, 16);
 #ifdef __AVX512BW__
-    return (u8x64)_mm512_shuffle_epi8((__m512i)wide, (__m512i)codes);
+    __m512i wide = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
+    return (u8x64)_mm512_shuffle_epi8(wide, (__m512i)codes);
 #else
-    return __builtin_shuffle(wide, codes);
+    uint8_t bytes[64];
+    memcpy(bytes, &codes, sizeof bytes);
+    for (int i = 0; i < 64; i++)
+        bytes[i] = table[bytes[i]];
+    return *(const u8x64 *)bytes;
 #endif
 }
 

@@ -22,9 +22,11 @@ def fresh_kernels() -> Iterator[None]:
     """Kernels are built anew inside, for what the environment says there, and forgotten afterwards."""
     for cache in CACHES:
         cache.cache_clear()
-    yield
-    for cache in CACHES:
-        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in CACHES:
+            cache.cache_clear()
 
 
 @pytest.fixture(params=["native", "torch"])
