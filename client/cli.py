@@ -18,8 +18,8 @@ from rich.markup import escape
 from ..protocol.directory import DirectoryError
 from ..protocol.private import ENVIRONMENT
 from ..protocol.sampling import SamplingError
-from .ends import CAVEAT, explain, table
 from .entrance import enter
+from .explain import CAVEAT, explain, table
 from .generation import Piece
 from .known_peers import ConnectError
 from .private_cli import commands as private_swarms

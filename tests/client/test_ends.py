@@ -1,5 +1,6 @@
 import pytest
-from petal.client.ends import TrustedEnds, explain
+from petal.client.ends import TrustedEnds
+from petal.client.explain import explain
 from petal.client.route import NoRoute, choose_route
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.trust import PublicTrust
