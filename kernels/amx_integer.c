@@ -185,8 +185,8 @@ INLINE void run_panel(const kind_t kind, const product_t *p, long panel, long fr
         }
     }
     add_pending(codes, &pending, sums);
-    for (int side = 0; side < 2 && panel * PANEL + side * LANE < c->out; side++)
-        for (long m = 0; m < rows; m++)
+    for (long m = 0; m < rows; m++)
+        for (int side = 0; side < 2 && panel * PANEL + side * LANE < c->out; side++)
             finish_row(c, y[side * TOGETHER + m], first + m, 2 * panel + side);
 }
 
