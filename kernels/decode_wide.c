@@ -1,9 +1,10 @@
 /* Decoders for processors with AVX-512 and its bfloat16: what decode.c does, 32 values at a time. */
 #include "quantized.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__)
 
 #include <immintrin.h>
+#include <stdbool.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -31,11 +32,24 @@ INLINE __m128 head(const uint8_t *block)
     return _mm_cvtph_ps(_mm_cvtsi32_si128(pair));
 }
 
-/* Adds a row's outliers to the depths [k, k + count). */
-INLINE void add_outliers(const weights_t *w, long row, long k, long count, float *values)
+/* The exact weight of a column before its outlier. */
+INLINE float spqr_weight(const uint64_t *words, const uint16_t *numbers, long column)
+{
+    float n[4];
+    uint64_t word = words[column / 16];
+    _mm_storeu_ps(n, _mm_cvtph_ps(_mm_loadu_si64(numbers + column / 16 * 4)));
+    float scale = n[0] * ((float)(word & 7) - n[2]), zero = n[1] * ((float)(word >> 3 & 7) - n[3]);
+    return ((float)(word >> (6 + column % 16 * 3) & 7) - zero) * scale;
+}
+
+/* Weights of [k, k + count) of a row that have outliers, again; those of one column follow each other. */
+INLINE void add_outliers(const weights_t *w, long row, long k, long count, const uint64_t *words,
+                         const uint16_t *numbers, uint16_t *to)
 {
     const int32_t *offsets = w->scales;
     const uint32_t *outliers = w->zeros;
+    long last = -1;
+    float value = 0;
     for (long i = offsets[row]; i < offsets[row + 1]; i += 16) {
         __mmask16 there = (__mmask16)(offsets[row + 1] - i < 16 ? (1 << (offsets[row + 1] - i)) - 1 : 0xffff);
         __m512i columns = _mm512_and_si512(_mm512_maskz_loadu_epi32(there, outliers + i), _mm512_set1_epi32(0xffff));
@@ -43,30 +57,55 @@ INLINE void add_outliers(const weights_t *w, long row, long k, long count, float
         uint32_t inside = _mm512_mask_cmplt_epu32_mask(there, columns, _mm512_set1_epi32((int)count));
         for (; inside; inside &= inside - 1) {
             uint32_t outlier = outliers[i + __builtin_ctz(inside)];
-            values[(outlier & 0xffff) - k] += fp16_to_float((uint16_t)(outlier >> 16));
+            long column = (outlier & 0xffff) - k;
+            value = column == last ? value : spqr_weight(words, numbers, column);
+            value += fp16_to_float((uint16_t)(outlier >> 16));
+            to[column / RUN * STEP + column % RUN] = float_to_half(value);
+            last = column;
         }
     }
 }
 
-/* One tile after the other, 16 columns each: codes of 3 bits from bit 6 of a word on. */
+/* Four tiles at once, 16 columns each: codes of 3 bits from bit 6 of a word on, which a table of 8 weights a tile reads. */
 INLINE void wide_spqr(const weights_t *w, long row, long k, long count, uint16_t *to)
 {
     const uint64_t *words = (const uint64_t *)(w->codes + row * w->row_bytes) + k / 16;
     const uint16_t *numbers = (const uint16_t *)w->extra + (row / 16 * (w->row_bytes / 8) + k / 16) * 4;
-    const __m512i places = _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 0, 3, 6, 9, 12, 15, 18, 21);
-    float values[PIECE];
-    for (long i = 0; i < count; i += 16, words++, numbers += 4) {
-        float n[4];
-        _mm_storeu_ps(n, _mm_cvtph_ps(_mm_loadu_si64(numbers)));
-        float scale = n[0] * ((float)(*words & 7) - n[2]), zero = n[1] * ((float)(*words >> 3 & 7) - n[3]);
-        __m512i halves = _mm512_mask_set1_epi32(_mm512_set1_epi32((int)(*words >> 6)), 0xff00, (int)(*words >> 30));
-        __m512i codes = _mm512_and_si512(_mm512_srlv_epi32(halves, places), _mm512_set1_epi32(7));
-        __m512 shifted = _mm512_sub_ps(_mm512_cvtepi32_ps(codes), _mm512_set1_ps(zero));
-        _mm512_storeu_ps(values + i, _mm512_mul_ps(shifted, _mm512_set1_ps(scale)));
+    const __m512i pairs = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
+    const __m512i grid_bits = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 3, 0, 3)), low3 = _mm512_set1_epi32(7);
+    const __m512i places = _mm512_broadcast_i32x4(_mm_setr_epi8(6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39, 42, 45, 48, 51));
+    const __m512i tables = _mm512_setr_epi32(0, 0, 0, 0, 0x08080808, 0x08080808, 0x08080808, 0x08080808, 0x10101010,
+                                             0x10101010, 0x10101010, 0x10101010, 0x18181818, 0x18181818, 0x18181818,
+                                             0x18181818);
+    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
+    const __m512i zero = _mm512_set1_epi32(1), second = _mm512_set1_epi32(8);
+    const __m512 units = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    uint16_t *out = to;
+    for (long i = 0; i < count; i += 2 * RUN, out += 2 * STEP) {
+        bool half = count - i < 2 * RUN;
+        __m256i four = _mm256_maskz_loadu_epi64(half ? 3 : 15, words + i / 16);
+        __m512 n = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(half ? 0xff : 0xffff, numbers + i / 4));
+        __m512i twice = _mm512_permutexvar_epi64(pairs, _mm512_castsi256_si512(four));
+        __m512i grid = _mm512_srlv_epi32(_mm512_shuffle_epi32(twice, _MM_PERM_AAAA), grid_bits);
+        /* Of each four lanes the first two: the tile's scale and zero in this row. */
+        __m512 both = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(grid, low3)), _mm512_permute_ps(n, 0xee));
+        both = _mm512_mul_ps(both, n);
+        __m512 low = _mm512_sub_ps(units, _mm512_permutexvar_ps(_mm512_add_epi32(first, zero), both));
+        __m512i third = _mm512_add_epi32(first, second);
+        __m512 high = _mm512_sub_ps(units, _mm512_permutexvar_ps(_mm512_add_epi32(third, zero), both));
+        low = _mm512_mul_ps(low, _mm512_permutexvar_ps(first, both));
+        high = _mm512_mul_ps(high, _mm512_permutexvar_ps(third, both));
+        __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        __m512i codes = _mm512_and_si512(_mm512_multishift_epi64_epi8(places, twice), _mm512_set1_epi8(7));
+        codes = _mm512_or_si512(codes, tables);
+        __m512i index = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(codes));
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
+        if (half)
+            break;
+        index = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(codes, 1));
+        _mm512_storeu_si512(out + STEP, _mm512_permutexvar_epi16(index, table));
     }
-    add_outliers(w, row, k, count, values);
-    for (long i = 0; i < count; i += RUN, to += STEP)
-        store(to, _mm512_loadu_ps(values + i), _mm512_loadu_ps(values + i + 16));
+    add_outliers(w, row, k, count, words, numbers, to);
 }
 
 /* Scales and minima of the eight groups of a K block, times the block's own: [0] the scales, [1] the minima. */
