@@ -85,8 +85,11 @@ class GossipDirectory(Directory):
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(BEAT_S * random.uniform(0.8, 1.2))
-            self._membership.reload()
-            await self._beat(FANOUT)
+            try:
+                self._membership.reload()
+                await self._beat(FANOUT)
+            except Exception as error:  # a full disk, say: revocations must reach members all the same
+                log.warning("A beat of the directory failed, the next comes in %.0f s: %s", BEAT_S, error)
 
     async def _beat(self, count: int) -> None:
         records = [r for r in self.book.list() if self._address not in r.addresses]
