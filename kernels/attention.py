@@ -6,9 +6,8 @@ no native kernels works row by row for the same reason, and is slow.
 """
 
 import ctypes
-import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -104,7 +103,7 @@ def _call(
     if k is not None and v is not None:
         k = _rows(k, (rows, kv_heads, key_width), dtype)
         v = _rows(v, (rows, kv_heads, value_width), dtype)
-    if (function := _attention()) is None:
+    if (function := native.function("petal_attention", ctypes.c_char_p, returns=ctypes.c_int)) is None:
         if k is not None and v is not None:
             _write(k, v, k_pages, v_pages, plan)
         if q is not None and out is not None:
@@ -141,17 +140,6 @@ def _rows(x: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
     if x.shape != shape or x.dtype != dtype or not x.is_cpu:
         raise ValueError(f"{tuple(x.shape)} {x.dtype} given, expected {shape} {dtype} on the CPU")
     return x if x.stride(2) == 1 else x.contiguous()
-
-
-@functools.cache
-def _attention() -> Callable[[bytes], int] | None:
-    library = native.library()
-    if library is None:
-        return None
-    function = library.petal_attention
-    function.argtypes = [ctypes.c_char_p]
-    function.restype = ctypes.c_int
-    return function
 
 
 def _write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +10,13 @@ from torch import Tensor
 
 from . import native
 
+_ARGUMENTS = (*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 2)
+
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (SwiGLU: Shazeer, arXiv 2002.05202), float32 on the CPU, of one shape; a value depends on its
     two alone."""
-    function = _function()
+    function = native.function("petal_silu_gate", *_ARGUMENTS)
     if function is None:
         return F.silu(gate) * up
     gate, up = gate.contiguous(), up.contiguous()
@@ -25,14 +25,3 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty_like(up)
     function(y.data_ptr(), gate.data_ptr(), up.data_ptr(), up.numel(), native.threads())
     return y
-
-
-@functools.cache
-def _function() -> Callable[..., None] | None:
-    library = native.library()
-    if library is None:
-        return None
-    function = library.petal_silu_gate
-    function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 2]
-    function.restype = None
-    return function

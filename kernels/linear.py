@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from . import native
 
 PANEL = 32  # columns packed side by side; PANEL of tile.h
+_ARGUMENTS = (*[ctypes.c_void_p] * 4, *[ctypes.c_long] * 5)
 TILE = 16  # rows of one product where there are no native kernels
 # Steps of depth that are neighbours in a panel, and the unit that its depth is rounded up to; see linear.h.
 _PAIRING = {torch.float32: (1, 1), torch.bfloat16: (2, 32)}
@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
             raise ValueError(f"rows of {x.shape[-1]} values, expected {self.in_features}")
         if x.dtype != torch.float32:
             return self.forward(x.float()).to(x.dtype)
-        product = _product()
+        product = native.function("petal_linear", *_ARGUMENTS, returns=ctypes.c_int)
         if product is None:
             return self._tiled(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         x = x.contiguous()
@@ -109,17 +109,6 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.panels.dtype}"
-
-
-@functools.cache
-def _product() -> Callable[..., None] | None:
-    library = native.library()
-    if library is None:
-        return None
-    function = library.petal_linear
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 5
-    function.restype = ctypes.c_int
-    return function
 
 
 def arithmetic(dtype: torch.dtype) -> str:

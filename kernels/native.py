@@ -9,7 +9,9 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +51,17 @@ def library() -> ctypes.CDLL | None:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         log.warning("no native kernels, using slower torch code: %s", detail[0] if detail else error)
         return None
+
+
+@functools.cache
+def function(name: str, *arguments: type, returns: type | None = None) -> Callable[..., Any] | None:
+    """A function of the library with the types of its arguments; None where there is no library."""
+    kernels = library()
+    if kernels is None:
+        return None
+    found = kernels[name]
+    found.argtypes, found.restype = arguments, returns
+    return found
 
 
 def _built() -> Path:

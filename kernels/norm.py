@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from . import native
+
+_ARGUMENTS = (*[ctypes.c_void_p] * 3, ctypes.c_long, ctypes.c_double, ctypes.c_long, ctypes.c_long)
 
 
 class RMSNorm(nn.Module):
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] float32 -> the same shape."""
-        function = _function()
+        function = native.function("petal_rms_norm", *_ARGUMENTS)
         if function is None:
             return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon))
         x = x.contiguous()
@@ -38,17 +38,6 @@ class RMSNorm(nn.Module):
         rows = x.numel() // width
         function(y.data_ptr(), x.data_ptr(), weight.data_ptr(), width, self.epsilon, rows, native.threads())
         return y
-
-
-@functools.cache
-def _function() -> Callable[..., None] | None:
-    library = native.library()
-    if library is None:
-        return None
-    function = library.petal_rms_norm
-    function.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_long, ctypes.c_double, ctypes.c_long, ctypes.c_long]
-    function.restype = None
-    return function
 
 
 def like(module: nn.Module) -> RMSNorm | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,12 +23,13 @@ from .formats.spqr import Spqr, permutation
 if TYPE_CHECKING:
     from .quantized import QuantizedLinear
 
+_ARGUMENTS = (*[ctypes.c_void_p] * 4, *[ctypes.c_long] * 2)
 # In the order of kind_t in quantized.h.
 KINDS = ("fp16", "int8", "int4", "nf4", "aqlm", "spqr", "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")
 
 
 class _Weights(ctypes.Structure):
-    """weights_t of quantized.h; decode.c says what each format puts into it."""
+    """weights_t of quantized.h; decode.c and integer.h say what each format puts into it."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("kind", "out", "in", "row_bytes", "group", "count")),
@@ -51,7 +51,9 @@ class NativeWeights:
         self._struct = _Weights(**{"kind": KINDS.index(kind), "out": shape[0], "in": shape[1], **values})
         self.address, self.bias = ctypes.addressof(self._struct), bias.data_ptr()
         self.columns = permutation(packed, shape[1]) if isinstance(format, Spqr) and packed["in_perm"].numel() else None
-        self.function = _function("petal_integer" if laned else "petal_quantized")
+        function = native.function("petal_integer" if laned else "petal_quantized", *_ARGUMENTS, returns=ctypes.c_int)
+        assert function is not None
+        self.function = function
 
 
 def decodes(format: Format) -> bool:
@@ -109,13 +111,3 @@ def multiply(layer: QuantizedLinear, x: Tensor) -> Tensor:
 def _depth(codes: Tensor) -> int:
     """Bytes of codes a row."""
     return codes.shape[1] * codes.shape[3]
-
-
-@functools.cache
-def _function(name: str) -> Callable[..., int]:
-    library = native.library()
-    assert library is not None
-    function = library[name]
-    function.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_long] * 2]
-    function.restype = ctypes.c_int
-    return function

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import native
+
+_ARGUMENTS = (*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 5)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rows, heads, width = x.shape
     if cos.shape != (rows, width) or sin.shape != (rows, width) or width % 2:
         raise ValueError(f"angles {tuple(cos.shape)} for heads {tuple(x.shape)}")
-    function = _function()
+    function = native.function("petal_rotate", *_ARGUMENTS)
     if function is None:
         left, right = x.chunk(2, dim=-1)
         return x.copy_(x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None])
@@ -28,14 +28,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError("heads are float32 and side by side, angles contiguous")
     function(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, heads, width, x.stride(0), native.threads())
     return x
-
-
-@functools.cache
-def _function() -> Callable[..., None] | None:
-    library = native.library()
-    if library is None:
-        return None
-    function = library.petal_rotate
-    function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 5]
-    function.restype = None
-    return function

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import native
+
+_ARGUMENTS = (*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 4)
 
 MOST = 256
 
@@ -21,7 +21,7 @@ def topk(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     if x.dim() != 2 or x.dtype != torch.float32 or not 0 < count <= min(MOST, x.shape[1]):
         raise ValueError(f"the top {count} of {tuple(x.shape)} {x.dtype}; rows of float32 and 1 to {MOST} are possible")
-    function = _function()
+    function = native.function("petal_topk", *_ARGUMENTS)
     if function is None:
         order = torch.sort(x, dim=1, descending=True, stable=True)
         return order.values[:, :count], order.indices[:, :count]
@@ -29,14 +29,3 @@ def topk(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values, columns = x.new_empty(len(x), count), x.new_empty(len(x), count, dtype=torch.int64)
     function(values.data_ptr(), columns.data_ptr(), x.data_ptr(), *x.shape, count, native.threads())
     return values, columns
-
-
-@functools.cache
-def _function() -> Callable[..., None] | None:
-    library = native.library()
-    if library is None:
-        return None
-    function = library.petal_topk
-    function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 4]
-    function.restype = None
-    return function

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, matrix, padded
-from .lanes import DEPTH, LANE, by_lanes, by_rows, take_rows
+from .lanes import DEPTH, LANE, MIDDLE, by_lanes, by_rows, take_rows
 
 SMALL = 32  # neighbours of a block of the types without "K"
-_MIDDLE = 128  # the kernels read codes without a sign
 
 Decode = Callable[[Tensor, torch.dtype], Tensor]
 
@@ -61,7 +60,7 @@ class Gguf(Format):
         if not self.laned:
             return packed
         blocks, head = packed["blocks"].view(shape[0], -1, self.size), 2 * len(self.halves)
-        codes = blocks[..., head:].flatten(1) ^ (_MIDDLE if self.signed else 0)
+        codes = blocks[..., head:].flatten(1) ^ (MIDDLE if self.signed else 0)
         return {"codes": by_lanes(codes, DEPTH), "scales": by_lanes(blocks[..., :head].flatten(1), 2)}
 
     def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
@@ -71,7 +70,7 @@ class Gguf(Format):
 
     def _blocks(self, codes: Tensor, scales: Tensor) -> Tensor:
         head = 2 * len(self.halves)
-        codes = (codes ^ (_MIDDLE if self.signed else 0)).unflatten(1, (-1, self.size - head))
+        codes = (codes ^ (MIDDLE if self.signed else 0)).unflatten(1, (-1, self.size - head))
         return torch.cat((scales.unflatten(1, (-1, head)), codes), -1).flatten(1)
 
     def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:

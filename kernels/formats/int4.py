@@ -14,10 +14,9 @@ from torch import Tensor
 
 from . import lanes
 from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
-from .lanes import DEPTH, LANE, by_lanes, by_rows, take_rows
+from .lanes import DEPTH, LANE, RUN, by_lanes, by_rows, take_rows
 from .nibbles import pair, split
 
-RUN = 64  # depth that the kernels take at once
 ROW = 0  # the group size that is the whole row
 _FINEST, _COARSEST = 64, 256
 _GAIN = 0.92  # halving a group is worth its scales where the mean range shrinks below this share

@@ -14,10 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
-from .lanes import DEPTH, LANE, by_lanes, by_rows, take_rows
-
-_UNIT = 64  # depth that the kernels take at once
-_MIDDLE = 128  # they read codes without a sign
+from .lanes import DEPTH, LANE, MIDDLE, RUN, by_lanes, by_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,12 @@ class Int8(Format):
         outliers = tensors["outliers"]
         if n and not (int(outliers[0]) >= 0 and int(outliers[-1]) < width and bool((outliers.diff() > 0).all())):
             raise FormatError(f"outlier columns of int8 weights must rise from 0 to at most {width - 1}.")
-
         if bool(tensors["codes"][:, outliers.long()].any()):
             raise FormatError("codes of int8 weights must be zero in outlier columns.")
 
     def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
         tensors = super().pack(tensors, shape)
-        codes = F.pad(tensors["codes"].view(torch.uint8) ^ _MIDDLE, (0, -shape[1] % _UNIT), value=_MIDDLE)
+        codes = F.pad(tensors["codes"].view(torch.uint8) ^ MIDDLE, (0, -shape[1] % RUN), value=MIDDLE)
         laned = {"scales": by_lanes(tensors["scales"][:, None]), "values": by_lanes(tensors["values"])}
         return tensors | laned | {"codes": by_lanes(codes, DEPTH)}
 
@@ -93,7 +89,7 @@ class Int8(Format):
         return self._in_rows(rows, packed["outliers"], shape[1])
 
     def _in_rows(self, rows: Tensors, outliers: Tensor, width: int) -> Tensors:
-        codes = (rows["codes"][:, :width] ^ _MIDDLE).view(torch.int8)
+        codes = (rows["codes"][:, :width] ^ MIDDLE).view(torch.int8)
         return rows | {"codes": codes, "scales": rows["scales"][:, 0], "outliers": outliers}
 
     def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -106,7 +102,7 @@ class Int8(Format):
         return _dense(self._in_rows(taken, packed["outliers"], shape[1]), dtype)
 
     def bytes(self, shape: Shape) -> int:
-        return padded(shape[0], LANE) * (padded(shape[1], _UNIT) + 4)
+        return padded(shape[0], LANE) * (padded(shape[1], RUN) + 4)
 
 
 def _dense(tensors: Tensors, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 LANE = 16
 DEPTH = 4  # codes of a row that stay neighbours
+RUN = 64  # depth that the kernels take at once, where groups allow it
+MIDDLE = 128  # zero of codes of a byte, which the kernels read without a sign
 SHARE = 32  # depth whose four-bit codes pair up
 
 

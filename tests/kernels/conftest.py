@@ -3,9 +3,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from petal.kernels import attention, linear, native, quantized_native, select
+from petal.kernels import native, select
 
-CACHES = (native.library, linear._product, attention._attention, quantized_native._function, select.device_of)
+CACHES = (native.library, native.function, select.device_of)
 PETAL_NATIVE = {"native": "1", "portable": "portable", "torch": "0"}
 
 
