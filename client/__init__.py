@@ -2,9 +2,9 @@
 
 from .drafting.drafter import Drafter
 from .generation import GenerationConfig, Piece
-from .known_peers import ConnectError
-from .route import NoRoute
-from .stream import PeerError
+from .routing.peers import ConnectError
+from .routing.route import NoRoute
+from .session.stream import PeerError
 from .swarm import AsyncSwarmModel, SwarmModel
 
 __all__ = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .background import BackgroundLoop
+from .event_loop import BackgroundLoop
 from .generation import Piece, generate
-from .session import Session
+from .session.session import Session
 
 if TYPE_CHECKING:
     from .swarm import AsyncSwarmModel

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..protocol import petal_pb2 as pb
-from ..protocol.sampling import SamplingParams
-from ..protocol.tokenizer import Tokenizer
-from .drafting.choice import DrafterChoice
-from .drafting.speculation import Speculation, Verified
-from .failover import Failover
-from .session import Session, StepResult, Want
+from ..protocol.checkpoint.tokenizer import Tokenizer
+from ..protocol.wire.sampling import SamplingParams
+from .drafting.registry import DrafterChoice
+from .drafting.rounds import Speculation, Verified
+from .session.failover import Failover
+from .session.session import Session, StepResult, Want
 
 if TYPE_CHECKING:
-    from .head import LogitsProcessor
+    from .session.local_ends import LogitsProcessor
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,26 @@ import time
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
-from ..protocol.channels import Channels
-from ..protocol.checkpoint import CheckpointError, open_checkpoint
-from ..protocol.codec import CODECS
-from ..protocol.directory import Directory
-from ..protocol.tokenizer import Tokenizer
-from .background import BackgroundLoop
+from ..protocol.checkpoint.layout import CheckpointError
+from ..protocol.checkpoint.open import open_checkpoint
+from ..protocol.checkpoint.tokenizer import Tokenizer
+from ..protocol.directory.directory import Directory
+from ..protocol.trust.channels import Channels
+from ..protocol.wire.codec import CODECS
 from .chat import Chat
 from .drafting.budget import BudgetController
-from .drafting.choice import DrafterShelf
-from .drafting.speculation import Speculation
-from .ends import TrustedEnds
-from .entrance import enter
+from .drafting.registry import DrafterShelf
+from .drafting.rounds import Speculation
+from .event_loop import BackgroundLoop
 from .generation import GenerationConfig, Piece, common_prefix, config_of, for_sequence, generate
-from .head_shelf import HeadShelf
-from .known_peers import ConnectError, KnownPeers
-from .open_route import SessionOptions
-from .route import NoRoute, Route, choose_route, context_of
-from .session import Session
-from .stream import PeerError
+from .routing.connect import enter
+from .routing.peers import ConnectError, KnownPeers
+from .routing.route import NoRoute, Route, choose_route, context_of
+from .routing.trusted_ends import TrustedEnds
+from .session.local_ends_registry import HeadShelf
+from .session.pipeline import SessionOptions
+from .session.session import Session
+from .session.stream import PeerError
 
 # For blocks that lose their last peer in mid-generation.
 WAIT_S = 30.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .linear import PackedLinear
+from .cpu.linear import PackedLinear
 
 
 class LowRank(nn.Module):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .cpu.linear import PANEL
+from .cpu.quantized import NativeWeights
+from .cpu.select import device_of, select
 from .formats.base import Format, FormatError, Shape, padded
-from .linear import PANEL
-from .quantized_native import NativeWeights
-from .select import device_of, select
 
 
 class QuantizedLinear(nn.Module):

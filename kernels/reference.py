@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .plan import AttentionPlan
+from .metadata import AttentionPlan
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

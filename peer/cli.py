@@ -26,12 +26,12 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from ..protocol.checkpoint import CheckpointError
-from ..protocol.directory import DirectoryError
-from ..protocol.folders import data_dir
+from ..protocol.checkpoint.layout import CheckpointError
+from ..protocol.directory.directory import DirectoryError
+from ..protocol.paths import data_dir
 from ..protocol.private import ENVIRONMENT
+from .limits.quotas import NO_QUOTAS, Quotas
 from .options import DTYPES, QUANTS, ServeOptions
-from .quotas import NO_QUOTAS, Quotas
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..protocol.folders import data_dir
 from ..protocol.host import outward_host
-from .quotas import NO_QUOTAS, Quotas
+from ..protocol.paths import data_dir
+from .limits.quotas import NO_QUOTAS, Quotas
 
 DTYPES = ("float32", "bf16")
 QUANTS = ("none", "int8", "int4", "nf4", "gguf", "aqlm", "spqr")

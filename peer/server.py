@@ -11,29 +11,30 @@ from dataclasses import dataclass
 import grpc
 import torch
 
-from ..kernels import native
+from ..kernels.cpu import build as native
 from ..protocol import petal_pb2 as pb
-from ..protocol.checkpoint import Checkpoint, open_checkpoint
-from ..protocol.dht import DhtDirectory
-from ..protocol.directory import DirectoryError, DirectoryService
-from ..protocol.gate import Gate
-from ..protocol.identity import Identity
-from ..protocol.limits import DIRECTORY_OPTIONS, MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
+from ..protocol.checkpoint.checkpoint import Checkpoint
+from ..protocol.checkpoint.open import open_checkpoint
+from ..protocol.directory.dht import DhtDirectory
+from ..protocol.directory.directory import DirectoryError, DirectoryService
+from ..protocol.directory.publisher import Publisher
 from ..protocol.petal_pb2_grpc import DirectoryStub, add_DirectoryServicer_to_server, add_PeerServicer_to_server
 from ..protocol.private.gossip import GossipDirectory
 from ..protocol.private.joining import join
 from ..protocol.private.membership import Membership
-from ..protocol.publisher import Publisher
-from ..protocol.trust import PublicTrust, Trust
-from .admission import Admission
-from .engine import Engine
-from .holding import NONE, Holding, choose_holding, fitting_blocks, holding_of, span_bytes
+from ..protocol.trust.identity import Identity
+from ..protocol.trust.interceptor import Gate
+from ..protocol.trust.trust import PublicTrust, Trust
+from ..protocol.wire.limits import DIRECTORY_OPTIONS, MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
+from .engine.engine import Engine
+from .engine.kv_cache import KVPool
+from .limits.admission import Admission
+from .model import Span, load_span
+from .model.precision import NONE, Holding, choose_holding, fitting_blocks, holding_of, span_bytes
 from .options import ServeOptions
 from .placement import choose_span
-from .pool import KVPool
-from .service import FEATURES, PeerService, ServiceInfo
-from .span import Span, load_span
-from .speed import MEMORY_SHARE, decode_rows_per_s, free_bytes
+from .rpc.service import FEATURES, PeerService, ServiceInfo
+from .throughput import MEMORY_SHARE, decode_rows_per_s, free_bytes
 
 log = logging.getLogger(__name__)
 

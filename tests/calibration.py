@@ -16,7 +16,7 @@ from petal.client.distill.target import LocalTarget
 from petal.client.distill.turns import turns_of
 from torch import Tensor
 
-from .reference import demo_checkpoint
+from .support.reference import demo_checkpoint
 
 _BETWEEN_DOCUMENTS = "<|endoftext|>"
 _FRAME = re.compile(r"<\|im_start\|>(user|assistant|system)?\n?|<\|im_end\|>|<\|endoftext\|>")

@@ -25,7 +25,7 @@ TESTS = (
     "tests/protocol/test_checkpoint.py",
     "tests/protocol/test_dht.py",
     "tests/protocol/test_hub.py",
-    "tests/test_exact_mode.py",
+    "tests/end_to_end/test_exact_mode.py",
 )
 
 

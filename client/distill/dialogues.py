@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...protocol.sampling import SamplingParams, TokenCounts
-from ...protocol.sampling import draw as draw_as_tail
+from ...protocol.wire.sampling import SamplingParams, TokenCounts
+from ...protocol.wire.sampling import draw as draw_as_tail
 from .device import compiled
 from .target import LocalTarget
 from .texts import Texts

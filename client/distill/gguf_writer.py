@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ...protocol.gguf_config import DRAFTER_KEYS, FAMILIES
+from ...protocol.checkpoint.gguf_config import DRAFTER_KEYS, FAMILIES
 from .shape import GROUP, DistillError
 
 _ALIGNMENT = 32

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from ...protocol.checkpoint import open_checkpoint
-from ...protocol.tokenizer import Tokenizer
+from ...protocol.checkpoint.open import open_checkpoint
+from ...protocol.checkpoint.tokenizer import Tokenizer
 from .gguf_writer import write_gguf
 
 _TIED = "lm_head.weight"

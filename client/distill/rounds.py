@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from ...protocol.sampling import SamplingParams
-from ...protocol.tree import walk
-from ..drafting.growth import GrowingTree, Ints
-from ..drafting.noise import score_children
+from ...protocol.wire.sampling import SamplingParams
+from ...protocol.wire.tree import walk
+from ..drafting.candidates import score_children
+from ..drafting.tree_builder import GrowingTree, Ints
 
 _CANDIDATES = 128
 _BRANCH = 24

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from ...protocol.checkpoint import Checkpoint, open_checkpoint
-from ...protocol.sampling import SamplingParams
+from ...protocol.checkpoint.checkpoint import Checkpoint
+from ...protocol.checkpoint.open import open_checkpoint
+from ...protocol.wire.sampling import SamplingParams
 from . import dialogues
 from .corpus import Corpus
 from .device import Scale, best_device, free_bytes, scale_for

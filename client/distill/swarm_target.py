@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...protocol.limits import TOP_LOGPROBS
-from ...protocol.sampling import SamplingParams
+from ...protocol.wire.limits import TOP_LOGPROBS
+from ...protocol.wire.sampling import SamplingParams
 from ..swarm import AsyncSwarmModel
 from .dialogues import TEMPERATURES
 from .loss import completed

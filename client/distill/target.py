@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from ...protocol.checkpoint import Checkpoint, CheckpointError
-from ...protocol.checkpoint_layout import text_config
+from ...protocol.checkpoint.checkpoint import Checkpoint
+from ...protocol.checkpoint.layout import CheckpointError, text_config
 from .device import compiled
 from .texts import Texts
 

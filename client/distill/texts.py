@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...protocol.tokenizer import Tokenizer
+from ...protocol.checkpoint.tokenizer import Tokenizer
 from .shape import DistillError
 
 

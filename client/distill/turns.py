@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...protocol.tokenizer import Tokenizer
-from ...protocol.tokenizer_chat import ChatTemplateError
+from ...protocol.checkpoint.tokenizer import Tokenizer
+from ...protocol.checkpoint.tokenizer_chat import ChatTemplateError
 from .shape import DistillError
 
 _FREE = -1

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...protocol.sampling import SamplingParams
-from ...protocol.tree import DraftTree
+from ...protocol.wire.sampling import SamplingParams
+from ...protocol.wire.tree import DraftTree
 
 
 class DrafterError(ValueError):

@@ -1,7 +1,7 @@
 """A small language model as drafter: any causal LM that transformers knows, with the target's vocabulary.
 
-Runs on `peer/span.py`, which builds models and knows neither sockets nor sessions: the one thing that a client takes
-from `peer/`.
+Runs on `peer/model`, which builds models and knows neither sockets nor sessions: the one thing that a client takes from
+`peer/`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.linear import PackedLinear
-from ...kernels.topk import topk
-from ...peer.span import Holding, Span, load_span
-from ...protocol.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from ...protocol.sampling import SamplingParams, TokenCounts
-from ...protocol.tokenizer import Tokenizer
-from .cache import TreeCache
+from ...kernels.cpu.linear import PackedLinear
+from ...kernels.cpu.topk import topk
+from ...peer.model import Holding, Span, load_span
+from ...protocol.checkpoint.checkpoint import Checkpoint
+from ...protocol.checkpoint.layout import CheckpointError
+from ...protocol.checkpoint.open import open_checkpoint
+from ...protocol.checkpoint.tokenizer import Tokenizer
+from ...protocol.wire.sampling import SamplingParams, TokenCounts
+from .candidates import score_children
 from .drafter import Drafter, DrafterError, ScoredTree
-from .growth import GrowingTree, Ints
-from .noise import score_children
+from .tree_builder import GrowingTree, Ints
+from .tree_cache import TreeCache
 
 # Nodes of one forward, children a node, and candidates: greedy ones, and those among which noise may choose.
 BEAMS = 12

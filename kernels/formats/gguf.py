@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cpu.interleave import DEPTH, LANE, MIDDLE, by_lanes, by_rows, take_rows
 from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, matrix, padded
-from .lanes import DEPTH, LANE, MIDDLE, by_lanes, by_rows, take_rows
 
 SMALL = 32  # neighbours of a block of the types without "K"
 

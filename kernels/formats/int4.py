@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import lanes
+from ..cpu import interleave as lanes
+from ..cpu.interleave import DEPTH, LANE, RUN, by_lanes, by_rows, take_rows
 from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
-from .lanes import DEPTH, LANE, RUN, by_lanes, by_rows, take_rows
 from .nibbles import pair, split
 
 ROW = 0  # the group size that is the whole row

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cpu.interleave import DEPTH, LANE, MIDDLE, RUN, by_lanes, by_rows, take_rows
 from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
-from .lanes import DEPTH, LANE, MIDDLE, RUN, by_lanes, by_rows, take_rows
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import lanes
+from ..cpu import interleave as lanes
+from ..cpu.interleave import DEPTH, LANE, by_lanes, by_rows
 from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
-from .lanes import DEPTH, LANE, by_lanes, by_rows
 
 BLOCK, NESTED = 64, 256
 _TINY = 1e-38

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..span_plain import PlainBlock
+from ..model.trainable_block import PlainBlock
 from .covariance import Covariance, relative_error
 from .method import Method, Parts
 from .tuning import tune

@@ -28,7 +28,7 @@ def quantize(
     try:
         import torch
 
-        from ...protocol.checkpoint import CheckpointError
+        from ...protocol.checkpoint.layout import CheckpointError
         from .run import Options
         from .run import quantize as run
     except ImportError as error:

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...protocol.checkpoint import Checkpoint, CheckpointError, TensorInfo
-from ...protocol.safetensors import SafetensorsFile
+from ...protocol.checkpoint.checkpoint import Checkpoint
+from ...protocol.checkpoint.layout import CheckpointError, TensorInfo
+from ...protocol.checkpoint.safetensors import SafetensorsFile
 
 _DENSE = {"F32", "F16", "BF16"}
 Describe = Callable[[Mapping[str, Sequence[int]]], dict[str, Any]]

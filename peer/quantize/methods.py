@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...protocol.checkpoint import CheckpointError
+from ...protocol.checkpoint.layout import CheckpointError
 from .aqlm import AqlmMethod
 from .int4 import Int4Method
 from .method import Method

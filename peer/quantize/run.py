@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ...protocol.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from ..span import load_ends
-from ..span_ends import Ends
-from ..span_plain import PlainBlock
+from ...protocol.checkpoint.checkpoint import Checkpoint
+from ...protocol.checkpoint.layout import CheckpointError
+from ...protocol.checkpoint.open import open_checkpoint
+from ..model import load_ends
+from ..model.ends import Ends
+from ..model.trainable_block import PlainBlock
 from .block_work import quantize_block, through
 from .folder import Folder, unquantized
 from .method import Method

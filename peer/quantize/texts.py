@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...protocol.checkpoint import CheckpointError
-from ...protocol.tokenizer import Tokenizer
+from ...protocol.checkpoint.layout import CheckpointError
+from ...protocol.checkpoint.tokenizer import Tokenizer
 
 _HELD_OUT = 0.1
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..span_plain import PlainBlock
+from ..model.trainable_block import PlainBlock
 from .method import Parts
 
 _EPOCHS = 12

@@ -7,17 +7,17 @@ import asyncio
 import grpc
 
 from .. import petal_pb2 as pb
-from ..directory import DirectoryService
-from ..gate import Gate
-from ..leaf import name_of, pem_of, self_signed
-from ..limits import SERVER_OPTIONS
+from ..directory.directory import DirectoryService
 from ..petal_pb2_grpc import AdminServicer, add_AdminServicer_to_server, add_DirectoryServicer_to_server
-from ..trust import TrustError
+from ..trust.interceptor import Gate
+from ..trust.tls_key import name_of, pem_of, self_signed
+from ..trust.trust import TrustError
+from ..wire.limits import SERVER_OPTIONS
 from .authority import Authority
 from .gossip import GossipDirectory
 from .invites import InviteError
 from .membership import LOOK_S, Membership
-from .shown import Shown, credentials_of
+from .rotating_credentials import Shown, credentials_of
 
 REDEEM = "/petal.v1.Admin/Redeem"
 MAX_KNOWN = 16

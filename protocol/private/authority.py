@@ -12,11 +12,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from .. import petal_pb2 as pb
-from ..folders import data_dir
-from ..identity import verify
-from ..leaf import X509_ERRORS, LeafKey, is_p256, name_of, pem_of, public_bytes
-from ..private_file import write_private
-from ..trust import TrustError
+from ..paths import data_dir
+from ..trust.identity import verify
+from ..trust.private_file import write_private
+from ..trust.tls_key import X509_ERRORS, LeafKey, is_p256, name_of, pem_of, public_bytes
+from ..trust.trust import TrustError
 from .certificates import der_of, fingerprint, issue_admin, issue_member, make_root, verify_chain
 from .invites import Invite, InviteError, verify_token
 from .ledger import Issue, Ledger

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from ..leaf import X509_ERRORS, LeafKey, alternative_names, parse_certificate
-from ..trust import TrustError, server_name
+from ..trust.tls_key import X509_ERRORS, LeafKey, alternative_names, parse_certificate
+from ..trust.trust import TrustError, server_name
 
 ROLES = ("peer", "client", "admin")
 DAY = datetime.timedelta(days=1)

@@ -15,11 +15,11 @@ from functools import partial
 import grpc
 
 from .. import petal_pb2 as pb
-from ..directory import Connect, Directory, DirectoryError, Peers, RecordBook
-from ..identity import Identity
-from ..limits import DIRECTORY_OPTIONS
+from ..directory.directory import Connect, Directory, DirectoryError, Peers, RecordBook
+from ..directory.records import RecordError, sign_record, tombstone
 from ..petal_pb2_grpc import DirectoryStub
-from ..records import RecordError, sign_record, tombstone
+from ..trust.identity import Identity
+from ..wire.limits import DIRECTORY_OPTIONS
 from .membership import Membership
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 
 import jwt
 
-from ..leaf import LeafKey, name_of
-from ..records import is_address
+from ..directory.records import is_address
+from ..trust.tls_key import LeafKey, name_of
 from .certificates import ROLES
 
 MAX_USES = 10_000

@@ -11,12 +11,12 @@ import grpc
 from cryptography import x509
 
 from .. import petal_pb2 as pb
-from ..folders import data_dir
-from ..identity import Identity
-from ..leaf import X509_ERRORS, LeafKey, name_of, parse_certificate, public_bytes
-from ..limits import DIRECTORY_OPTIONS
+from ..paths import data_dir
 from ..petal_pb2_grpc import AdminStub
-from ..trust import DIAL_S, TrustError, pinned, presented
+from ..trust.identity import Identity
+from ..trust.tls_key import X509_ERRORS, LeafKey, name_of, parse_certificate, public_bytes
+from ..trust.trust import DIAL_S, TrustError, pinned, presented
+from ..wire.limits import DIRECTORY_OPTIONS
 from .authority import Authority, folder_of
 from .certificates import fingerprint, verify_chain
 from .invites import Invite, InviteError, read_token

@@ -17,15 +17,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
 from .. import petal_pb2 as pb
-from ..identity import Identity
-from ..leaf import LeafKey, name_of, parse_certificate, pem_of
-from ..limits import CHANNEL_OPTIONS, DIRECTORY_OPTIONS
 from ..petal_pb2_grpc import AdminStub
-from ..private_file import write_private
-from ..trust import AuthContext, Caller, Options, Trust, TrustError, client_id_of, server_name
+from ..trust.identity import Identity
+from ..trust.private_file import write_private
+from ..trust.tls_key import LeafKey, name_of, parse_certificate, pem_of
+from ..trust.trust import AuthContext, Caller, Options, Trust, TrustError, client_id_of, server_name
+from ..wire.limits import CHANNEL_OPTIONS, DIRECTORY_OPTIONS
 from .certificates import ANY_MEMBER, MEMBER_LIFETIME, Member, chain_of_pem, der_of, verify_chain
 from .revocations import RevocationLists
-from .shown import Shown, credentials_of
+from .rotating_credentials import Shown, credentials_of
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from google.protobuf.message import DecodeError
 
 from .. import petal_pb2 as pb
-from ..leaf import X509_ERRORS, LeafKey, is_p256, name_of, parse_certificate, public_bytes
-from ..private_file import write_private
-from ..trust import TrustError
+from ..trust.private_file import write_private
+from ..trust.tls_key import X509_ERRORS, LeafKey, is_p256, name_of, parse_certificate, public_bytes
+from ..trust.trust import TrustError
 from .certificates import Member
 
 MAX_LIST_BYTES = 256 << 10

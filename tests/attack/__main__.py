@@ -16,10 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.private_swarms import private_swarm
-from tests.swarms import local_swarm
-from tests.tiny import tiny_llama
-from tests.wire import Wire, released
+from tests.support.private_swarms import private_swarm
+from tests.support.swarms import local_swarm
+from tests.support.tiny import tiny_llama
+from tests.support.wire import Wire, released
 
 from . import live
 from .forgeries import forge

@@ -9,16 +9,16 @@ from pathlib import Path
 import jwt
 from cryptography import x509
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.directory import RecordBook
-from petal.protocol.identity import Identity
-from petal.protocol.leaf import LeafKey, name_of
+from petal.protocol.directory.directory import RecordBook
+from petal.protocol.directory.records import RecordError, parse_signed, sign_record, tombstone, verify_record
 from petal.protocol.private.authority import Authority
 from petal.protocol.private.certificates import der_of, issue_admin, issue_member, make_root, verify_chain
 from petal.protocol.private.invites import InviteError
 from petal.protocol.private.membership import request_for
 from petal.protocol.private.revocations import sign_list
-from petal.protocol.records import RecordError, parse_signed, sign_record, tombstone, verify_record
-from petal.protocol.trust import PublicTrust, TrustError
+from petal.protocol.trust.identity import Identity
+from petal.protocol.trust.tls_key import LeafKey, name_of
+from petal.protocol.trust.trust import PublicTrust, TrustError
 
 from tests.protocol.records_for_tests import good_record, signed_record
 

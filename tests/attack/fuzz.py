@@ -14,20 +14,20 @@ import grpc
 import numpy as np
 from google.protobuf.message import Message
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.checkpoint_layout import CheckpointError
-from petal.protocol.codec import CodecError, decode
-from petal.protocol.gguf import GgufFile
-from petal.protocol.identity import Identity
-from petal.protocol.leaf import LeafKey, name_of, parse_certificate, self_signed
+from petal.protocol.checkpoint.gguf import GgufFile
+from petal.protocol.checkpoint.layout import CheckpointError
+from petal.protocol.checkpoint.safetensors import SafetensorsFile
+from petal.protocol.directory.records import RecordError, parse_signed, verify_record
 from petal.protocol.private.invites import InviteError, read_token
-from petal.protocol.records import RecordError, parse_signed, verify_record
-from petal.protocol.safetensors import SafetensorsFile
-from petal.protocol.trust import pinned, server_name
+from petal.protocol.trust.identity import Identity
+from petal.protocol.trust.tls_key import LeafKey, name_of, parse_certificate, self_signed
+from petal.protocol.trust.trust import pinned, server_name
+from petal.protocol.wire.codec import CodecError, decode
 
-from tests.private_swarms import PrivateSwarm
 from tests.protocol.records_for_tests import signed_record
-from tests.tiny import tiny_llama
-from tests.wire import Wire
+from tests.support.private_swarms import PrivateSwarm
+from tests.support.tiny import tiny_llama
+from tests.support.wire import Wire
 
 from .hostile import altered
 from .tally import Tally

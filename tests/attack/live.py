@@ -8,19 +8,19 @@ import ssl
 
 import grpc
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.identity import Identity
-from petal.protocol.leaf import LeafKey, pem_of
-from petal.protocol.limits import DIRECTORY_OPTIONS
 from petal.protocol.petal_pb2_grpc import AdminStub, DirectoryStub
 from petal.protocol.private.certificates import ANY_MEMBER
 from petal.protocol.private.invites import InviteError
 from petal.protocol.private.joining import join
 from petal.protocol.private.membership import Membership, request_for
-from petal.protocol.trust import PublicTrust, Trust
+from petal.protocol.trust.identity import Identity
+from petal.protocol.trust.tls_key import LeafKey, pem_of
+from petal.protocol.trust.trust import PublicTrust, Trust
+from petal.protocol.wire.limits import DIRECTORY_OPTIONS
 
-from tests.private_swarms import PrivateSwarm, private_swarm
-from tests.tiny import tiny_llama
-from tests.wire import ANSWER_S, CALLER, Wire
+from tests.support.private_swarms import PrivateSwarm, private_swarm
+from tests.support.tiny import tiny_llama
+from tests.support.wire import ANSWER_S, CALLER, Wire
 
 from .tally import Tally
 

@@ -8,15 +8,15 @@ from contextlib import closing
 from pathlib import Path
 
 import jwt
-from petal.client.pins import Pins
-from petal.protocol.checkpoint import open_checkpoint
-from petal.protocol.checkpoint_layout import CheckpointError
+from petal.client.routing.pins import Pins
+from petal.protocol.checkpoint.layout import CheckpointError
+from petal.protocol.checkpoint.open import open_checkpoint
+from petal.protocol.checkpoint.safetensors import SafetensorsFile
 from petal.protocol.private.authority import Authority, folder_of
 from petal.protocol.private.invites import InviteError, read_token
-from petal.protocol.safetensors import SafetensorsFile
 
-from tests.private_swarms import home
-from tests.tiny import tiny_llama
+from tests.support.private_swarms import home
+from tests.support.tiny import tiny_llama
 
 from .tally import Tally
 

@@ -6,10 +6,10 @@ import asyncio
 
 import grpc
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.limits import FRAME_BYTES, HEADER_BYTES, KEEPALIVE_S, SILENT_S
+from petal.protocol.wire.limits import FRAME_BYTES, HEADER_BYTES, KEEPALIVE_S, SILENT_S
 
-from tests.half_open import HALF_A_HELLO, PREFACE, SETTINGS, until_closed
-from tests.wire import ANSWER_S, RawStream, Wire
+from tests.support.half_open import HALF_A_HELLO, PREFACE, SETTINGS, until_closed
+from tests.support.wire import ANSWER_S, RawStream, Wire
 
 from .tally import Tally
 

@@ -22,18 +22,19 @@ from petal.client.distill.loss import agreement as agree
 from petal.client.distill.target import LocalTarget
 from petal.client.distill.texts import Texts
 from petal.client.distill.turns import turns_of
-from petal.client.drafting.cache import TreeCache
-from petal.client.drafting.choice import shipped_drafter
 from petal.client.drafting.model import BEAMS, DraftModel, ModelDrafter
-from petal.protocol.checkpoint import Checkpoint, open_checkpoint
-from petal.protocol.sampling import SamplingParams, TokenCounts, draw
-from petal.protocol.tree import walk
+from petal.client.drafting.registry import shipped_drafter
+from petal.client.drafting.tree_cache import TreeCache
+from petal.protocol.checkpoint.checkpoint import Checkpoint
+from petal.protocol.checkpoint.open import open_checkpoint
+from petal.protocol.wire.sampling import SamplingParams, TokenCounts, draw
+from petal.protocol.wire.tree import walk
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from tests.reference import DATA, GREEDY, NEW_TOKENS, PROMPTS, greedy, load_reference
+from tests.support.reference import DATA, GREEDY, NEW_TOKENS, PROMPTS, greedy, load_reference
 
 BUDGET = 32
 CONTEXT, REPEATS = 256, 60

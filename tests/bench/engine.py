@@ -17,10 +17,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 from petal.client.swarm import AsyncSwarmModel
-from petal.kernels import native
-from petal.peer.pool import PAGE
+from petal.kernels.cpu import build as native
+from petal.peer.engine.kv_cache import PAGE
 
-from tests.swarms import LocalSwarm, local_swarm, spans
+from tests.support.swarms import LocalSwarm, local_swarm, spans
 
 from .swarm import percentile, report
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from petal.kernels.attention import attend
+from petal.kernels.cpu.attention import attend
+from petal.kernels.cpu.linear import PackedLinear, arithmetic
 from petal.kernels.formats.registry import FORMATS
-from petal.kernels.linear import PackedLinear, arithmetic
 from petal.kernels.quantized import QuantizedLinear
 from rich.console import Console
 from rich.table import Table

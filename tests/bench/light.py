@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 CLIENT = """
 import json, sys, time
 began = time.time()
-from tests.light_client import PEERS_NEED, hide
+from tests.support.light_client import PEERS_NEED, hide
 hide(PEERS_NEED)
 from petal.client import SwarmModel, entrance
 imported = time.time()

@@ -21,8 +21,8 @@ BAR_S, BAR_OVERHEAD_MB = 5.0, 400.0
 
 def measure(path: str) -> dict[str, float]:
     """Open and load in this process."""
-    from petal.peer.span import load_span
-    from petal.protocol.checkpoint import open_checkpoint
+    from petal.peer.model import load_span
+    from petal.protocol.checkpoint.open import open_checkpoint
 
     imports_mb = _resident_mb("VmRSS")
     started = time.perf_counter()
@@ -54,7 +54,7 @@ def save_safetensors(folder: Path) -> None:
     """The demo model as transformers would save it, in bfloat16."""
     import torch
 
-    from tests.reference import demo_reference
+    from tests.support.reference import demo_reference
 
     demo_reference().to(torch.bfloat16).save_pretrained(folder)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 from petal.peer import cli, server
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.trust import Options, PublicTrust
+from petal.protocol.trust.trust import Options, PublicTrust
 
 
 class PlainTrust(PublicTrust):

@@ -24,16 +24,17 @@ import torch
 from petal.kernels.formats.base import Format
 from petal.kernels.formats.int4 import Int4
 from petal.kernels.formats.registry import format_of
+from petal.peer.model.quantized_checkpoint import storage_of
 from petal.peer.quantize.run import Options, quantize
-from petal.peer.stored import storage_of
-from petal.protocol.checkpoint import Checkpoint, open_checkpoint
+from petal.protocol.checkpoint.checkpoint import Checkpoint
+from petal.protocol.checkpoint.open import open_checkpoint
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..byte_llama import new_llama, save, train
-from ..k_quants import encode
-from ..reference import DATA, demo_checkpoint, load_reference
+from ..support.byte_llama import new_llama, save, train
+from ..support.k_quants import encode
+from ..support.reference import DATA, demo_checkpoint, load_reference
 
 EVALUATION, CALIBRATION = DATA / "evaluation.txt", DATA / "calibration.txt"
 CALIBRATED = ("int4", "spqr", "aqlm")

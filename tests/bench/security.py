@@ -19,17 +19,17 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import pytest
-from petal.client import demo
-from petal.client.demo import N_BLOCKS, ChildPeer, split
-from petal.client.session import Session
-from petal.client.stream import PeerError
+from petal.client.cli.demo import N_BLOCKS, ChildPeer, split
+from petal.client.cli.main import demo
+from petal.client.session.session import Session
+from petal.client.session.stream import PeerError
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol.private.admin import AdminServer
 from petal.protocol.private.authority import Authority
-from petal.protocol.sampling import SamplingParams
-from petal.protocol.tree import DraftTree
+from petal.protocol.wire.sampling import SamplingParams
+from petal.protocol.wire.tree import DraftTree
 
-from tests.private_swarms import free_ports, home
+from tests.support.private_swarms import free_ports, home
 
 from .plain_peer import PlainTrust
 from .swarm import console, report, wait_ready
@@ -113,7 +113,7 @@ async def plain(folder: Path) -> AsyncIterator[AsyncSwarmModel]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "peer_program", lambda: str(program))
         async with children(folder) as peers:
-            patch.setattr("petal.client.entrance.PublicTrust", PlainTrust)
+            patch.setattr("petal.client.routing.connect.PublicTrust", PlainTrust)
             client = await AsyncSwarmModel.connect("demo", [peers[0].address], wait_s=20)
             yield client
             await client.close()

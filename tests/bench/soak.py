@@ -11,10 +11,10 @@ import random
 import time
 
 import psutil
-from petal.client.stream import PeerError
+from petal.client.session.stream import PeerError
 
-from tests.swarms import LocalSwarm, local_swarm, spans
-from tests.tiny import VOCAB, tiny_llama
+from tests.support.swarms import LocalSwarm, local_swarm, spans
+from tests.support.tiny import VOCAB, tiny_llama
 
 from .swarm import report
 

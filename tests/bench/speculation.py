@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import NamedTuple
 
-from petal.client.drafting.choice import load_drafter
 from petal.client.drafting.drafter import Drafter, ScoredTree
+from petal.client.drafting.registry import load_drafter
 from petal.client.swarm import SwarmModel
-from petal.protocol.sampling import SamplingParams
+from petal.protocol.wire.sampling import SamplingParams
 
-from tests.reference import PROMPTS, demo_checkpoint
+from tests.support.reference import PROMPTS, demo_checkpoint
 
 from .swarm import EmulatedLink, console, peer_processes, report
 
@@ -152,7 +152,7 @@ def answer(
 
 
 def shipped() -> str:
-    from petal.client.drafting.choice import shipped_drafter
+    from petal.client.drafting.registry import shipped_drafter
 
     found = shipped_drafter(bytes.fromhex(demo_checkpoint().digest()))
     assert found is not None

@@ -15,14 +15,14 @@ from collections.abc import Callable
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in a peer
 
 import torch
-from petal.kernels.linear import arithmetic
-from petal.peer.executor import Executor, Segment
-from petal.peer.pool import KVPool
-from petal.peer.span import Holding, load_span
-from petal.protocol.tree import chain, depths
+from petal.kernels.cpu.linear import arithmetic
+from petal.peer.engine.kv_cache import KVPool
+from petal.peer.engine.runner import Executor, Segment
+from petal.peer.model import Holding, load_span
+from petal.protocol.wire.tree import chain, depths
 from transformers import DynamicCache
 
-from tests.reference import demo_checkpoint, load_reference
+from tests.support.reference import demo_checkpoint, load_reference
 
 from .swarm import interleave, report
 

@@ -16,12 +16,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from petal.client.demo import N_BLOCKS, ChildPeer, split
+from petal.client.cli.demo import N_BLOCKS, ChildPeer, split
 from petal.client.swarm import SwarmModel
 from rich.console import Console
 from rich.table import Table
 
-from tests.reference import demo_checkpoint, demo_reference
+from tests.support.reference import demo_checkpoint, demo_reference
 
 PROMPT = "Explain how a bicycle stays upright."
 console = Console(stderr=True)
@@ -106,7 +106,7 @@ class EmulatedLink:
 @contextmanager
 def emulated_link(port: int, delay_ms: float, seconds: int = 7200) -> Iterator[EmulatedLink]:
     """A proxy in front of a peer: one-way delay in each direction."""
-    command = [sys.executable, "-m", "tests.emulator", "--listen", "0", "--to", f"127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "tests.support.emulator", "--listen", "0", "--to", f"127.0.0.1:{port}"]
     command += ["--delay-ms", str(delay_ms), "--seconds", str(seconds)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.swarms import local_swarm
-from tests.tiny import VOCAB, tiny_llama
+from tests.support.swarms import local_swarm
+from tests.support.tiny import VOCAB, tiny_llama
 
 SAMPLING: list[dict[str, Any]] = [
     {},
@@ -50,7 +50,7 @@ def tiny() -> Model:
 
 def demo() -> Model:
     """SmolLM2-135M-Instruct on the prompts of the benchmarks."""
-    from tests.reference import demo_checkpoint
+    from tests.support.reference import demo_checkpoint
 
     tokenizer = demo_checkpoint().tokenizer()
     texts = [json.loads(line)["text"] for line in PROMPTS.read_text().splitlines()]

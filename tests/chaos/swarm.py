@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from petal.client.status import swarm_status
+from petal.client.cli.status import swarm_status
 from petal.client.swarm import AsyncSwarmModel
-from petal.protocol.directory import GrpcDirectory
-from petal.protocol.trust import PublicTrust
+from petal.protocol.directory.directory import GrpcDirectory
+from petal.protocol.trust.trust import PublicTrust
 
-from tests.emulator import Link
-from tests.private_swarms import home
-from tests.swarms import spans
+from tests.support.emulator import Link
+from tests.support.private_swarms import home
+from tests.support.swarms import spans
 
 from .cases import Model
 from .peer_process import PeerProcess

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from petal.client.failover import Failover
 from petal.client.generation import generate
-from petal.client.session import Session
+from petal.client.session.failover import Failover
+from petal.client.session.session import Session
 from petal.client.swarm import AsyncSwarmModel
 
-from tests.test_exactness import RandomDrafter
+from tests.end_to_end.test_exactness import RandomDrafter
 
 from .cases import Case
 from .plan import SILENT, Plan

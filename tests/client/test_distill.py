@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from petal.client.cli import app
+from petal.client.cli.main import app
 from petal.client.distill import run as run_module
 from petal.client.distill.run import Options, distill
 from petal.client.distill.shape import DistillError, shape_for
@@ -15,8 +15,8 @@ from petal.client.distill.student import new_student
 from petal.client.distill.train import Trainer
 from petal.client.drafting.drafter import DrafterError
 from petal.client.drafting.model import DraftModel, ModelDrafter
-from petal.protocol.checkpoint import open_checkpoint
-from petal.protocol.sampling import SamplingParams
+from petal.protocol.checkpoint.open import open_checkpoint
+from petal.protocol.wire.sampling import SamplingParams
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -24,12 +24,13 @@ from petal.client.distill.target import LocalTarget
 from petal.client.distill.texts import Texts
 from petal.client.distill.turns import ASSISTANT, TurnKeeper, turns_of
 from petal.client.distill.world import World, together
-from petal.client.drafting.choice import shipped_drafter
-from petal.protocol.checkpoint import CheckpointError, open_checkpoint
-from petal.protocol.sampling import SamplingParams
+from petal.client.drafting.registry import shipped_drafter
+from petal.protocol.checkpoint.layout import CheckpointError
+from petal.protocol.checkpoint.open import open_checkpoint
+from petal.protocol.wire.sampling import SamplingParams
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tests.swarms import local_swarm
+from tests.support.swarms import local_swarm
 
 from .distill_target import VOCAB, write_target
 

@@ -11,10 +11,10 @@ import math
 
 import numpy as np
 import pytest
-from petal.client.drafting.growth import GrowingTree
-from petal.client.drafting.noise import score_children
-from petal.protocol.sampling import SamplingParams, TokenCounts, draw
-from petal.protocol.tree import walk
+from petal.client.drafting.candidates import score_children
+from petal.client.drafting.tree_builder import GrowingTree
+from petal.protocol.wire.sampling import SamplingParams, TokenCounts, draw
+from petal.protocol.wire.tree import walk
 
 V = 4
 UNLIKELY = 1e-6

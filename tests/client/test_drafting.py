@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from petal.client.drafting.candidates import score_children
 from petal.client.drafting.drafter import ScoredTree, merge
-from petal.client.drafting.growth import DECAY, MAX_DEPTH, GrowingTree
 from petal.client.drafting.ngram import NgramDrafter, SuffixAutomaton
-from petal.client.drafting.noise import score_children
-from petal.protocol.sampling import SamplingParams, TokenCounts, draw
+from petal.client.drafting.tree_builder import DECAY, MAX_DEPTH, GrowingTree
+from petal.protocol.wire.sampling import SamplingParams, TokenCounts, draw
 
 VOCAB = 6
 

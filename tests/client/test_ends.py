@@ -1,9 +1,9 @@
 import pytest
-from petal.client.ends import TrustedEnds
-from petal.client.explain import explain
-from petal.client.route import NoRoute, choose_route
+from petal.client.cli.explain import explain
+from petal.client.routing.route import NoRoute, choose_route
+from petal.client.routing.trusted_ends import TrustedEnds
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.trust import PublicTrust
+from petal.protocol.trust.trust import PublicTrust
 
 
 class Labelled(PublicTrust):

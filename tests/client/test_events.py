@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from petal.client import cli
-from petal.client.failover import Failover
+from petal.client.cli import main as cli
 from petal.client.generation import Piece
-from petal.client.route import NoRoute
+from petal.client.routing.route import NoRoute
+from petal.client.session.failover import Failover
 
 EVENT = Failover("peer AAAA [0:5]: Socket closed", ("BBBB [0:3]", "CCCC [3:5]"), 0.4142)
 SENTENCE = "peer AAAA [0:5]: Socket closed; BBBB [0:3] and CCCC [3:5] took over after 0.41 s"

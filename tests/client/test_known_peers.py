@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from petal.client import known_peers
-from petal.client.known_peers import ConnectError, KnownPeers
-from petal.client.route import NoRoute
+from petal.client.routing import peers as known_peers
+from petal.client.routing.peers import ConnectError, KnownPeers
+from petal.client.routing.route import NoRoute
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.directory import Directory, DirectoryError, Pong
-from petal.protocol.trust import PublicTrust
+from petal.protocol.directory.directory import Directory, DirectoryError, Pong
+from petal.protocol.trust.trust import PublicTrust
 
 
 class Book(Directory):

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from petal.client import pins
-from petal.client.known_peers import ConnectError, KnownPeers
-from petal.client.pins import Pins, forget
-from petal.client.route import NoRoute, Stop
-from petal.client.weights import agreeing, weights_of
+from petal.client.routing import pins
+from petal.client.routing.digests import agreeing, weights_of
+from petal.client.routing.peers import ConnectError, KnownPeers
+from petal.client.routing.pins import Pins, forget
+from petal.client.routing.route import NoRoute, Stop
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.trust import PublicTrust
+from petal.protocol.trust.trust import PublicTrust
 
 from .test_known_peers import Book, Network, names
 

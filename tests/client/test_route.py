@@ -4,7 +4,7 @@ import math
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from petal.client.route import (
+from petal.client.routing.route import (
     DEFAULT_BLOCK_S,
     DEFAULT_RTT_S,
     NoRoute,

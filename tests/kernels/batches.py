@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass, replace
 
 import torch
-from petal.kernels.plan import AttentionPlan
+from petal.kernels.metadata import AttentionPlan
 from torch import Tensor
 
 

@@ -3,7 +3,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from petal.kernels import native, select
+from petal.kernels.cpu import build as native
+from petal.kernels.cpu import select
 
 CACHES = (native.library, native.function, select.device_of)
 PETAL_NATIVE = {"native": "1", "portable": "portable", "torch": "0"}

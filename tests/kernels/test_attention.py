@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from petal.kernels import native, reference
-from petal.kernels.attention import attend, move_rows, paged_attention, write_kv
+from petal.kernels import reference
+from petal.kernels.cpu import build as native
+from petal.kernels.cpu.attention import attend, move_rows, paged_attention, write_kv
 from torch import Tensor
 
 from tests.kernels.batches import Batch, batch_of, chain, plan_of, tree

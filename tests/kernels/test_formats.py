@@ -15,7 +15,7 @@ from petal.kernels.formats.registry import FORMATS, format_of
 from petal.kernels.quantized import QuantizedLinear
 from torch import Tensor
 
-from ..public_formats import AQLM, AQLM_SHAPE, NF4_SHAPES, recorded
+from ..support.public_formats import AQLM, AQLM_SHAPE, NF4_SHAPES, recorded
 from .quantized_weights import random_tensors
 
 SHAPES = [(64, 64), (1, 256), (51, 40), (100, 576), (48, 768)]

@@ -1,8 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from petal.kernels import native, reference
-from petal.kernels.linear import PackedLinear, arithmetic
+from petal.kernels import reference
+from petal.kernels.cpu import build as native
+from petal.kernels.cpu.linear import PackedLinear, arithmetic
 from torch import Tensor
 
 SHAPES = [(64, 64), (1, 1), (37, 51), (576, 100), (2100, 33)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from petal.kernels import native
+from petal.kernels.cpu import build as native
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_no_compiler_is_one_warning(
 
 def test_switched_off_by_environment():
     code = (
-        "import torch; from petal.kernels import native; from petal.kernels.linear import PackedLinear;"
+        "import torch; from petal.kernels import native; from petal.kernels.cpu.linear import PackedLinear;"
         "assert native.library() is None; x = torch.randn(3, 40); w = torch.randn(50, 40);"
         "torch.testing.assert_close(PackedLinear(w)(x), x @ w.T)"
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from petal.kernels import norm
-from petal.kernels.norm import RMSNorm
+from petal.kernels.cpu import norm
+from petal.kernels.cpu.norm import RMSNorm
 from torch import nn
 
 

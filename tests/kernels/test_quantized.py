@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from petal.kernels import native
 from petal.kernels.adapter import LowRank
+from petal.kernels.cpu import build as native
+from petal.kernels.cpu.linear import PackedLinear
+from petal.kernels.cpu.select import KERNELS, Device, device_of, select
 from petal.kernels.formats.aqlm import Aqlm
 from petal.kernels.formats.base import Format
 from petal.kernels.formats.int4 import ROW, Int4
 from petal.kernels.formats.nf4 import Nf4
 from petal.kernels.formats.registry import FORMATS
-from petal.kernels.linear import PackedLinear
 from petal.kernels.quantized import QuantizedLinear
-from petal.kernels.select import KERNELS, Device, device_of, select
 from torch import Tensor
 
 from .conftest import fresh_kernels

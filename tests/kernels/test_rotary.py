@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from petal.kernels.rotary import rotate
+from petal.kernels.cpu.rotary import rotate
 from torch import Tensor
 
 

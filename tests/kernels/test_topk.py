@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from petal.kernels.topk import topk
+from petal.kernels.cpu.topk import topk
 
 
 @pytest.mark.parametrize(

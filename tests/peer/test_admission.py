@@ -1,8 +1,8 @@
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from petal.peer.admission import Admission, Refused
-from petal.peer.pool import PAGE
+from petal.peer.engine.kv_cache import PAGE
+from petal.peer.limits.admission import Admission, Refused
 
 
 def test_reservations_are_whole_pages():
@@ -72,7 +72,7 @@ def test_who_stopped_asking_holds_nobody_up(monkeypatch):
     admission.release(b"a")
     with pytest.raises(Refused, match="others wait"):
         admission.reserve(b"a", PAGE, "large")
-    monkeypatch.setattr("petal.peer.admission.PATIENCE_S", 0.0)
+    monkeypatch.setattr("petal.peer.limits.admission.PATIENCE_S", 0.0)
     admission.reserve(b"a", PAGE, "large")
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 
-from petal.peer.engine import Engine
-from petal.peer.job import StepInput
-from petal.peer.pool import KVPool
-from petal.peer.scheduler import Tenant
-from petal.peer.span import load_span
+from petal.peer.engine.engine import Engine
+from petal.peer.engine.kv_cache import KVPool
+from petal.peer.engine.scheduler import Tenant
+from petal.peer.engine.step import StepInput
+from petal.peer.model import load_span
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.checkpoint import open_checkpoint
+from petal.protocol.checkpoint.open import open_checkpoint
 
-from ..tiny import tiny_llama
+from ..support.tiny import tiny_llama
 
 
 def _step(commit=None) -> StepInput:

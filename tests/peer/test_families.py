@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from petal.peer.span import Span
+from petal.peer.model import Span
 
-from .. import families
-from ..families import CACHED, RAGGED, REFUSED, TABLE, try_family
-from ..family_configs import FAMILIES
+from ..support import families
+from ..support.families import CACHED, RAGGED, REFUSED, TABLE, try_family
+from ..support.family_configs import FAMILIES
 
 QUICK = {
     RAGGED: """

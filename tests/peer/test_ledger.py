@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from petal.peer.ledger import Ledger
-from petal.peer.session_spec import SessionFailed, SessionSpec
+from petal.peer.session.spec import SessionFailed, SessionSpec
+from petal.peer.session.state import Ledger
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.step import StepHeader, header_of
+from petal.protocol.wire.step import StepHeader, header_of
 
 SPEC = SessionSpec(b"s" * 16, b"c" * 16, pb.FLOAT32, 64, 512, 16, 100, range(2), 4, "peer")
 

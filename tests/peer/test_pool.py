@@ -16,9 +16,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from petal.peer.pool import DROPPED, PAGE, KVPool, PoolExhausted, RewindRefused, SessionCache
-from petal.peer.span import LayerSpec
-from petal.protocol.tree import DraftTree, chain
+from petal.peer.engine.kv_cache import DROPPED, PAGE, KVPool, PoolExhausted, RewindRefused, SessionCache
+from petal.peer.model import LayerSpec
+from petal.protocol.wire.tree import DraftTree, chain
 
 WINDOW = 20
 LAYERS = [LayerSpec(1, 2, 1, None), LayerSpec(2, 1, 1, WINDOW), LayerSpec(1, 1, 3, None)]

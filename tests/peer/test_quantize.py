@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from petal.kernels.formats import aqlm, int4, spqr
+from petal.peer.model import holding_of, load_span
+from petal.peer.model.hooks import choose_attention
+from petal.peer.model.quantized_checkpoint import storage_of
+from petal.peer.model.trainable_block import PlainBlock
 from petal.peer.quantize import cli
 from petal.peer.quantize.additive import Additive, fit_codebooks, fit_scales
 from petal.peer.quantize.aqlm import AqlmMethod
@@ -24,16 +28,13 @@ from petal.peer.quantize.int4_grid import Int4Grid
 from petal.peer.quantize.run import Options, quantize
 from petal.peer.quantize.spqr import SpqrMethod
 from petal.peer.quantize.spqr_grid import leave_one_out
-from petal.peer.span import holding_of, load_span
-from petal.peer.span_plain import PlainBlock
-from petal.peer.span_run import choose_attention
-from petal.peer.stored import storage_of
-from petal.protocol.checkpoint import CheckpointError, open_checkpoint
+from petal.protocol.checkpoint.layout import CheckpointError
+from petal.protocol.checkpoint.open import open_checkpoint
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ..byte_llama import new_llama, save, train
-from ..tiny import tiny_llama
+from ..support.byte_llama import new_llama, save, train
+from ..support.tiny import tiny_llama
 
 DATA = Path(__file__).parents[1] / "data"
 CPU = torch.device("cpu")
@@ -246,7 +247,7 @@ def run_command(model: Path, out: Path) -> list[str]:
     command = [
         sys.executable,
         "-c",
-        "from petal.client.cli import main; main()",
+        "from petal.client.cli.main import main; main()",
         "quantize",
         str(model),
         "--format",

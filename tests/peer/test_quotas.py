@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from petal.peer.admission import Refused
-from petal.peer.quotas import Allowance, Allowances, Quota, Quotas
-from petal.protocol.trust import Caller
+from petal.peer.limits.admission import Refused
+from petal.peer.limits.quotas import Allowance, Allowances, Quota, Quotas
+from petal.protocol.trust.trust import Caller
 
 OXFORD = Caller("a" * 52, "client", (("lab", "oxford"),))
 STRANGER = Caller("b" * 52)
@@ -81,7 +81,7 @@ def test_who_comes_again_finds_what_it_had_used():
 
 
 def test_clients_that_are_gone_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr("petal.peer.quotas._KNOWN", 10)
+    monkeypatch.setattr("petal.peer.limits.quotas._KNOWN", 10)
     allowances = Allowances(Quotas())
     allowances.of(OXFORD).open(b"1", 1)
     for number in range(50):

@@ -6,8 +6,8 @@ import itertools
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
-from petal.peer.frames import replay_frames, whole_rows
-from petal.peer.replay import ReplayBudget, ReplayLog
+from petal.peer.session.frames import replay_frames, whole_rows
+from petal.peer.session.replay import ReplayBudget, ReplayLog
 
 ROW = 4
 _serial = itertools.count()

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from petal.peer.scheduler import Budget, Gathering, Ready, Scheduler, Tenant
+from petal.peer.engine.scheduler import Budget, Gathering, Ready, Scheduler, Tenant
 
 BUDGET = Budget(rows=64, rows_beside_decode=8, context_scale=100, decode_memory_s=1.0)
 # One row costs one, whatever its context: then shares can be counted in rows.

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from petal.peer.span import Holding, Span, load_span
-from petal.protocol.checkpoint import CheckpointError, open_checkpoint
+from petal.peer.model import Holding, Span, load_span
+from petal.protocol.checkpoint.layout import CheckpointError
+from petal.protocol.checkpoint.open import open_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from ..families import TOLERANCE, expected_logits, reference, save_tiny, served_logits
-from ..tiny import tiny_llama
+from ..support.families import TOLERANCE, expected_logits, reference, save_tiny, served_logits
+from ..support.tiny import tiny_llama
 
 State = dict[str, Tensor]
 UP = "model.layers.2.mlp.up_proj.weight"

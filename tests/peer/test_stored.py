@@ -15,18 +15,19 @@ from petal.kernels.formats.int4 import ROW, Int4
 from petal.kernels.formats.nf4 import LEVELS, Nf4
 from petal.kernels.formats.registry import FORMATS
 from petal.kernels.quantized import QuantizedLinear
-from petal.peer.holding import choose_holding, fitting_blocks, holding_of, span_bytes
+from petal.peer.model import Span, load_span
+from petal.peer.model.precision import choose_holding, fitting_blocks, holding_of, span_bytes
 from petal.peer.options import QUANTS
-from petal.peer.span import Span, load_span
-from petal.protocol.checkpoint import CheckpointError, open_checkpoint
+from petal.protocol.checkpoint.layout import CheckpointError
+from petal.protocol.checkpoint.open import open_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from ..families import expected_logits, served_logits
 from ..kernels.quantized_weights import random_tensors
 from ..protocol.gguf_maker import write_gguf
-from ..tiny import tiny_llama
+from ..support.families import expected_logits, served_logits
+from ..support.tiny import tiny_llama
 
 TOLERANCE = 0.04  # relative, Frobenius: products of bfloat16 through four blocks with large weights
 UP = "model.layers.2.mlp.up_proj"

@@ -4,9 +4,9 @@ import time
 from functools import cache
 
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.identity import Identity
-from petal.protocol.records import sign_record
-from petal.protocol.trust import PublicTrust
+from petal.protocol.directory.records import sign_record
+from petal.protocol.trust.identity import Identity
+from petal.protocol.trust.trust import PublicTrust
 
 
 @cache

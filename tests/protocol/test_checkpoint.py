@@ -11,9 +11,9 @@ import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from petal.protocol.checkpoint import CheckpointError, open_checkpoint
-from petal.protocol.checkpoint_layout import arrange
-from petal.protocol.records import DIGEST_BYTES
+from petal.protocol.checkpoint.layout import CheckpointError, arrange
+from petal.protocol.checkpoint.open import open_checkpoint
+from petal.protocol.directory.records import DIGEST_BYTES
 from safetensors.torch import save_file
 from tokenizers.models import WordLevel
 from transformers import (

@@ -4,8 +4,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from petal.protocol.codec import CODECS, CodecError, decode, encode, from_bf16, row_bytes, to_bf16
 from petal.protocol.petal_pb2 import BF16, CODEC_UNSPECIFIED, FLOAT32, INT8
+from petal.protocol.wire.codec import CODECS, CodecError, decode, encode, from_bf16, row_bytes, to_bf16
 
 WIDTHS = [1, 2, 63, 64, 65, 128, 130, 576]
 FINITE = st.floats(width=32, min_value=-(2.0**120), max_value=2.0**120)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from hivemind.dht.node import DHTNode
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.dht import DhtDirectory, OwnedRecords
-from petal.protocol.directory import DirectoryError
-from petal.protocol.identity import Identity
-from petal.protocol.publisher import Publisher
-from petal.protocol.records import sign_record, tombstone
+from petal.protocol.directory.dht import DhtDirectory, OwnedRecords
+from petal.protocol.directory.directory import DirectoryError
+from petal.protocol.directory.publisher import Publisher
+from petal.protocol.directory.records import sign_record, tombstone
+from petal.protocol.trust.identity import Identity
 
 from .records_for_tests import good_record, signed_record
 

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from petal.protocol import petal_pb2 as pb
 from petal.protocol import petal_pb2_grpc as rpc
-from petal.protocol.directory import (
+from petal.protocol.directory.directory import (
     DirectoryError,
     DirectoryService,
     GrpcDirectory,
@@ -15,9 +15,9 @@ from petal.protocol.directory import (
     ping,
     ping_all,
 )
-from petal.protocol.identity import Identity
-from petal.protocol.limits import DIRECTORY_OPTIONS
-from petal.protocol.records import RecordError, sign_record, tombstone
+from petal.protocol.directory.records import RecordError, sign_record, tombstone
+from petal.protocol.trust.identity import Identity
+from petal.protocol.wire.limits import DIRECTORY_OPTIONS
 
 from .records_for_tests import good_record, signed_record, trust_of
 
@@ -120,7 +120,7 @@ class TestBook:
         assert book.list() == []
 
     def test_is_bounded(self, monkeypatch):
-        monkeypatch.setattr("petal.protocol.directory.MAX_PEERS", 1)
+        monkeypatch.setattr("petal.protocol.directory.directory.MAX_PEERS", 1)
         book = RecordBook()
         assert book.add(signed_record(ALICE))
         assert not book.add(signed_record(BOB))
@@ -139,7 +139,7 @@ async def test_lists_what_a_peer_serves(serve):
 
 
 async def test_a_reply_is_bounded_and_names_the_bootstrap(serve, monkeypatch):
-    monkeypatch.setattr("petal.protocol.directory.MAX_REPLY_BYTES", 3500)
+    monkeypatch.setattr("petal.protocol.directory.directory.MAX_REPLY_BYTES", 3500)
     address = await serve(*(signed_record(identity) for identity in (ALICE, BOB, EVE)))
     async with TRUST.dial(address, DIRECTORY_OPTIONS) as channel:
         reply = await rpc.DirectoryStub(channel).List(pb.ListRequest())

@@ -12,10 +12,11 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from petal.protocol import gguf_quants
-from petal.protocol.checkpoint import DEMO_MODEL, CheckpointError, open_checkpoint
-from petal.protocol.gguf import GgufFile
-from petal.protocol.gguf_quants import GGML_TYPES
+from petal.protocol.checkpoint import gguf_quants
+from petal.protocol.checkpoint.gguf import GgufFile
+from petal.protocol.checkpoint.gguf_quants import GGML_TYPES
+from petal.protocol.checkpoint.layout import CheckpointError
+from petal.protocol.checkpoint.open import DEMO_MODEL, open_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -191,7 +192,7 @@ def test_types_without_a_decoder_are_listed_and_refused(tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
     write_gguf(path, built(FAMILIES[0]), Kind.Q8_0)
     coded = {**GGML_TYPES, 8: gguf_quants.GgmlType("Q8_X", 32, 34)}
-    monkeypatch.setattr("petal.protocol.gguf.GGML_TYPES", coded)
+    monkeypatch.setattr("petal.protocol.checkpoint.gguf.GGML_TYPES", coded)
     checkpoint = open_checkpoint(path)
     with pytest.raises(CheckpointError, match="Q8_X"):
         checkpoint.read("lm_head.weight")

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from petal.protocol.checkpoint import CheckpointError, open_checkpoint
-from petal.protocol.hub import HubFolder
-from petal.protocol.hub_cache import HubCache
-from petal.protocol.safetensors_model import SafetensorsCheckpoint
+from petal.protocol.checkpoint.hub import HubFolder
+from petal.protocol.checkpoint.hub_cache import HubCache
+from petal.protocol.checkpoint.layout import CheckpointError
+from petal.protocol.checkpoint.open import open_checkpoint
+from petal.protocol.checkpoint.safetensors_model import SafetensorsCheckpoint
 
 from .fake_hub import COMMIT, FakeHub, fake_hub
 from .test_checkpoint import llama
@@ -154,7 +155,7 @@ def test_a_full_disk_leaves_nothing_behind(hub: FakeHub, cache: HubCache, monkey
 
 def test_a_disk_without_room_is_refused_before_the_download(hub: FakeHub, cache: HubCache, monkeypatch):
     folder = folder_of(hub, cache)
-    monkeypatch.setattr("petal.protocol.hub_cache._MARGIN", 1 << 60)
+    monkeypatch.setattr("petal.protocol.checkpoint.hub_cache._MARGIN", 1 << 60)
     with pytest.raises(CheckpointError, match="make room on that disk"):
         folder.find("config.json")
     assert hub.fetched == []

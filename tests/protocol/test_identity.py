@@ -5,7 +5,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from hivemind.p2p import P2P, PeerID
-from petal.protocol.identity import Identity, peer_id_of, verify
+from petal.protocol.trust.identity import Identity, peer_id_of, verify
 
 
 @pytest.fixture(scope="module")

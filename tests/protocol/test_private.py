@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from petal.client.cli import app
+from petal.client.cli.main import app
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.identity import Identity
-from petal.protocol.leaf import LeafKey
 from petal.protocol.private import membership as members
 from petal.protocol.private.authority import Authority
 from petal.protocol.private.certificates import MEMBER_LIFETIME, der_of, issue_admin, issue_member
 from petal.protocol.private.invites import InviteError, read_token
 from petal.protocol.private.membership import Membership, request_for
 from petal.protocol.private.revocations import sign_list
-from petal.protocol.trust import TrustError
+from petal.protocol.trust.identity import Identity
+from petal.protocol.trust.tls_key import LeafKey
+from petal.protocol.trust.trust import TrustError
 from typer.testing import CliRunner
 
 DAY = datetime.timedelta(days=1)

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.identity import Identity
-from petal.protocol.records import (
+from petal.protocol.directory.records import (
     MAX_BYTES,
     RecordError,
     fresher,
@@ -17,6 +16,7 @@ from petal.protocol.records import (
     tombstone,
     verify_record,
 )
+from petal.protocol.trust.identity import Identity
 
 from .records_for_tests import good_record, signed_record
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from petal.protocol import sampling
-from petal.protocol.sampling import SamplingError, SamplingParams, TokenCounts, candidates, draw, gumbel, uniforms
-from petal.protocol.tree import DraftTree, walk
+from petal.protocol.wire import sampling
+from petal.protocol.wire.sampling import SamplingError, SamplingParams, TokenCounts, candidates, draw, gumbel, uniforms
+from petal.protocol.wire.tree import DraftTree, walk
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from petal.protocol.checkpoint import CheckpointError, open_checkpoint
-from petal.protocol.safetensors_model import LocalFolder
-from petal.protocol.tokenizer import Tokenizer
-from petal.protocol.tokenizer_chat import ChatTemplateError, render_chat
-from petal.protocol.tokenizer_files import folder_tokenizer
-from petal.protocol.tokenizer_gguf import gguf_tokenizer
+from petal.protocol.checkpoint.layout import CheckpointError
+from petal.protocol.checkpoint.open import open_checkpoint
+from petal.protocol.checkpoint.safetensors_model import LocalFolder
+from petal.protocol.checkpoint.tokenizer import Tokenizer
+from petal.protocol.checkpoint.tokenizer_chat import ChatTemplateError, render_chat
+from petal.protocol.checkpoint.tokenizer_files import folder_tokenizer
+from petal.protocol.checkpoint.tokenizer_gguf import gguf_tokenizer
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GemmaTokenizer, Qwen2Tokenizer
 

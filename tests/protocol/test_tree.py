@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from petal.protocol.tree import DraftTree, TreeError, chain, check_parents, check_path, depths, walk
+from petal.protocol.wire.tree import DraftTree, TreeError, chain, check_parents, check_path, depths, walk
 
 
 @st.composite

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from petal.protocol.sampling import SamplingError, SamplingParams, TokenCounts, draw
-from petal.protocol.tree import DraftTree
-from petal.protocol.verdict import TokenHistory, draw_after_prefill, verify
+from petal.protocol.wire.sampling import SamplingError, SamplingParams, TokenCounts, draw
+from petal.protocol.wire.tree import DraftTree
+from petal.protocol.wire.verification import TokenHistory, draw_after_prefill, verify
 
 VOCAB = 12
 PROMPT = [3, 1, 4, 1, 5]

@@ -1,0 +1,55 @@
+"""What a generation cost: speed, drafting, and the way through the peers."""
+
+from __future__ import annotations
+
+from ..generation import Piece
+
+
+def speed_line(pieces: list[Piece]) -> str:
+    """Tokens a second and, where traced, each hop's median time."""
+    tokens = sum(len(piece.ids) for piece in pieces)
+    decode_s = sum(piece.seconds for piece in pieces[1:])
+    line = f"{tokens} tokens, first after {pieces[0].seconds * 1e3:.0f} ms"
+    if decode_s:
+        line += f", then {sum(len(piece.ids) for piece in pieces[1:]) / decode_s:.1f} tokens/s"
+    return "\n".join([line, *draft_lines(pieces), *hop_lines(pieces)])
+
+
+def draft_lines(pieces: list[Piece]) -> list[str]:
+    """Tokens a round, K, share of drafted nodes that were accepted; where the time went, if traced."""
+    rounds = pieces[1:]
+    nodes = sum(piece.nodes for piece in rounds)
+    if not nodes:
+        return []
+    tokens = sum(len(piece.ids) for piece in rounds)
+    line = (
+        f"  drafts: {tokens / len(rounds):.2f} tokens a round, K {_median([piece.nodes for piece in rounds])}, "
+        f"{(tokens - len(rounds)) / nodes:.0%} of {nodes} nodes accepted"
+    )
+    total = sum(piece.seconds for piece in rounds)
+    draft = sum(piece.draft_s for piece in rounds)
+    verify = sum(hop.end_ns - hop.start_ns for piece in rounds for hop in piece.hops) / 1e9
+    if not verify:
+        return [line]
+    shares = {"draft": draft, "network": max(0.0, total - draft - verify), "verify": verify}
+    return [line, "  time: " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in shares.items())]
+
+
+def hop_lines(pieces: list[Piece]) -> list[str]:
+    """Median compute of each peer and median way between peers on one clock, in ms."""
+    traces = [piece.hops for piece in pieces[1:] if piece.hops]
+    if not traces:
+        return []
+    lines = []
+    for i, hop in enumerate(traces[0]):
+        compute = _median([trace[i].end_ns - trace[i].start_ns for trace in traces])
+        line = f"  peer {hop.peer_id[-8:]}: compute {compute / 1e6:.1f} ms"
+        if i:
+            ways = [trace[i].start_ns - trace[i - 1].end_ns - trace[i].queue_ns for trace in traces]
+            line += f", hop from the peer before {_median(ways) / 1e6:.2f} ms"
+        lines.append(line)
+    return lines
+
+
+def _median(values: list[int]) -> float:
+    return sorted(values)[len(values) // 2]

@@ -1,0 +1,84 @@
+"""Which drafters serve a model: by name, by path, or as the caller made them."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...protocol.checkpoint.tokenizer import Tokenizer
+from .drafter import Drafter, DrafterError
+from .ngram import NgramDrafter
+
+# "auto", "none", "ngram", "model", a checkpoint's path or hub id, several with commas between, or instances.
+DrafterChoice = str | Drafter | Sequence[str | Drafter]
+
+SHIPPED = Path(__file__).parent.parent / "drafters"
+
+
+def shipped_drafter(model_digest: bytes) -> Path | None:
+    """The drafter that comes with Petal for this model, if there is one."""
+    registry = json.loads((SHIPPED / "registry.json").read_text())
+    found = registry.get(model_digest.hex())
+    return SHIPPED / found if found else None
+
+
+def load_drafter(source: str, tokenizer: Tokenizer) -> Drafter:
+    """The draft model of a checkpoint (folder, GGUF file or hub id). Raises DrafterError where it does not fit."""
+    try:
+        from .model import DraftModel, ModelDrafter
+    except ImportError as error:
+        raise DrafterError("a draft model needs torch: pip install 'petal-swarm[models]'") from error
+    return ModelDrafter(DraftModel.load(source, tokenizer))
+
+
+class DrafterShelf:
+    """The drafters of one target; each draft model is loaded once."""
+
+    def __init__(self, tokenizer: Tokenizer | None, model_digest: bytes) -> None:
+        self._tokenizer = tokenizer
+        self._digest = model_digest
+        self._loads: dict[str, asyncio.Task[Drafter]] = {}
+
+    async def drafters(self, choice: DrafterChoice) -> list[Drafter]:
+        """Fresh drafters for one sequence. Raises DrafterError for a model that does not fit.
+
+        "auto" is `ngram`, joined by the drafter that comes with Petal for this model as soon as it is loaded.
+        """
+        if isinstance(choice, str):
+            choice = [part.strip() for part in choice.split(",")]
+        found: list[Drafter] = []
+        for part in [choice] if isinstance(choice, Drafter) else choice:
+            found += [part.fresh()] if isinstance(part, Drafter) else await self._named(part)
+        return found
+
+    async def _named(self, name: str) -> list[Drafter]:
+        if name == "none":
+            return []
+        if name == "ngram":
+            return [NgramDrafter()]
+        default = shipped_drafter(self._digest)
+        if name == "auto":
+            return [NgramDrafter(), *self._once_loaded(default)]
+        if name == "model":
+            if default is None:
+                raise DrafterError("no drafter comes with Petal for this model; `petal distill` makes one")
+            name = str(default)
+        return [(await self._load(name)).fresh()]
+
+    def _once_loaded(self, default: Path | None) -> list[Drafter]:
+        """The default drafter, if it is there by now: nobody waits for it."""
+        if default is None or self._tokenizer is None or importlib.util.find_spec("torch") is None:
+            return []
+        load = self._load(str(default))
+        return [load.result().fresh()] if load.done() else []
+
+    def _load(self, source: str) -> asyncio.Task[Drafter]:
+        if self._tokenizer is None:
+            raise DrafterError("a draft model needs the model's tokenizer, to compare vocabularies")
+        if source not in self._loads:
+            work = asyncio.to_thread(load_drafter, source, self._tokenizer)
+            self._loads[source] = asyncio.ensure_future(work)
+        return self._loads[source]

@@ -1,0 +1,120 @@
+"""The model's ends on this machine: what embeds tokens before the swarm's blocks and draws behind them.
+
+Runs on `peer/model`, as draft models do. No token id leaves this machine, and no score comes back: the head peer gets
+embeddings, the tail returns hidden states. That hides nothing from a peer that compares them with the model's weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...peer.model import Ends, holding_of, load_ends
+from ...protocol import petal_pb2 as pb
+from ...protocol.checkpoint.checkpoint import Checkpoint
+from ...protocol.checkpoint.digest import part_digest
+from ...protocol.checkpoint.layout import CheckpointError
+from ...protocol.checkpoint.open import open_checkpoint
+from ...protocol.wire.codec import encode
+from ...protocol.wire.limits import PART_BYTES
+from ...protocol.wire.sampling import Floats, SamplingParams
+from ...protocol.wire.tree import DraftTree, chain, depths
+from ...protocol.wire.verification import Reshape, TokenHistory, Verdict, draw_after_prefill, verify
+
+# transformers' convention: ids [1, n] and scores [1, vocab] in, scores out.
+LogitsProcessor = Callable[[Any, Any], Any]
+
+_DTYPES = ("float32", "bf16")
+
+
+class HeadError(ValueError):
+    """Why this machine cannot hold the model's head, in one sentence."""
+
+
+class LocalHead:
+    """Embedding, final norm, LM head and sampler of one model; one serves all sessions."""
+
+    def __init__(self, ends: Ends) -> None:
+        self._ends = ends
+
+    @classmethod
+    def load(cls, source: str, tail: pb.PeerRecord, exact: bool) -> LocalHead:
+        """As the tail peer holds it: the same weights in the same dtype and quantization, in exact mode bit by bit.
+
+        source: folder, GGUF file or hub id. Raises HeadError.
+        """
+        if tail.dtype not in _DTYPES:
+            raise HeadError(f"peers compute in {tail.dtype}; a head on this machine in {' or '.join(_DTYPES)}")
+        try:
+            with open_checkpoint(source) as checkpoint:
+                holding = holding_of(checkpoint, tail.quantization or "none", tail.dtype)
+                if exact and holding.numerics != tail.numerics:
+                    raise HeadError(
+                        f"exact mode needs one arithmetic: here it is {holding.numerics}, on peers {tail.numerics}"
+                    )
+                _check_weights(checkpoint, tail)
+                return cls(load_ends(checkpoint, holding))
+        except CheckpointError as error:
+            raise HeadError(f"no head in {source}: {error}") from error
+
+    def most_rows(self, row_bytes: int) -> int:
+        """Rows of embeddings that one frame carries."""
+        return PART_BYTES // row_bytes
+
+    async def embed(self, step: pb.Step, codec: pb.Codec) -> None:
+        """Put embeddings in place of a step's token ids."""
+        parents = step.parents or chain(len(step.ids))
+        positions = [step.base + depth for depth in depths(parents)]
+        rows = await asyncio.to_thread(self._ends.embed, torch.tensor(step.ids), torch.tensor(positions))
+        step.embeddings = encode(codec, rows.float().numpy())
+        step.ClearField("ids")
+
+    async def draw(
+        self,
+        hidden: NDArray[np.float32],
+        tree: DraftTree | None,
+        params: SamplingParams,
+        history: TokenHistory,
+        top_logprobs: int,
+        processors: Sequence[LogitsProcessor],
+    ) -> Verdict:
+        """What the tail peer would say of its hidden states [rows, d], of a tree or of a prompt's last chunk.
+
+        Raises SamplingError.
+        """
+        reshape = _reshape(processors) if processors else None
+
+        def work() -> Verdict:
+            rows = hidden[-1:] if tree is None else hidden
+            logits = self._ends.logits(torch.tensor(rows)).float().numpy()
+            if tree is None:
+                return draw_after_prefill(logits[0], params, history, top_logprobs, reshape)
+            return verify(tree, logits, params, history, len(history.ids), top_logprobs, reshape)
+
+        return await asyncio.to_thread(work)
+
+
+def _check_weights(checkpoint: Checkpoint, tail: pb.PeerRecord) -> None:
+    stored = {"norm": tail.norm_digest, "head": tail.head_digest}
+    for part, digest in stored.items():
+        if digest and part_digest(checkpoint, checkpoint.layout.part(part)) != digest.hex():
+            raise HeadError(f"the {part} of {checkpoint.name} here differs from that of the peers; take their file")
+
+
+def _reshape(processors: Sequence[LogitsProcessor]) -> Reshape:
+    def reshape(ids: Sequence[int], values: Floats) -> Floats:
+        said, scores = torch.tensor([list(ids)]), torch.from_numpy(values).float()[None]
+        for processor in processors:
+            scores = processor(said, scores)
+        if scores.shape != (1, len(values)):
+            raise ValueError(
+                f"a logits processor returned scores of shape {list(scores.shape)}, not [1, {len(values)}]"
+            )
+        return scores[0].double().numpy()
+
+    return reshape

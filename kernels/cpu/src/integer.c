@@ -1,0 +1,256 @@
+#include "integer.h"
+
+#include "thread_pool.h"
+
+enum {
+#ifdef __AVX512F__
+    FEW = 4,               /* rows that share a visit to codes */
+#else
+    FEW = 1,               /* more would not fit the registers */
+#endif
+    TALL = 16,             /* rows of a block for the matrix unit */
+    WIDE = 4,              /* panels of a chunk of work */
+    TOO_SMALL = 32 * 1024, /* multiply-adds below which waking a thread costs more than it saves */
+    AHEAD = 2048,          /* bytes; hides memory latency */
+};
+
+static long least(long a, long b) { return a < b ? a : b; }
+
+/* Adds the products of four depths of 16 columns with four of x. */
+INLINE i32x16 dot(i32x16 sums, u8x64 codes, const int8_t *x)
+{
+#ifdef __AVX512VNNI__
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
+#else
+    u32x16 fours = (u32x16)codes;
+    for (int i = 0; i < 4; i++)
+        sums += (i32x16)(fours >> 8 * i & 255) * x[i];
+    return sums;
+#endif
+}
+
+/* The largest magnitude, as bits of a float, whose order is theirs. */
+static uint32_t largest(const float *x, long count)
+{
+    uint32_t top = 0;
+    for (long i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    return top;
+}
+
+typedef struct {
+    int32_t all, high;
+} sums_t;
+
+/* Neighbours of a row, within one unit of depth. */
+INLINE sums_t round_run(const codes_t codes, const float *x, long count, float inverse, int8_t *high, int8_t *low)
+{
+    const int bits = codes == EIGHT_BITS ? 8 : 4;
+    sums_t sums = {0};
+    for (long i = 0; i < count; i++) {
+        int32_t value = (int32_t)rintf(x[i] * inverse), upper = (value + (1 << (bits - 1))) >> bits;
+        high[i] = (int8_t)upper;
+        low[i] = (int8_t)(value - (upper << bits));
+        sums.all += value;
+        sums.high += upper;
+    }
+    return sums;
+}
+
+/* A chunk of one row, zeros before. A row with an infinity or no number gets a scale that is none. */
+INLINE number_t round_chunk(const codes_t codes, const integers_t *x, const float *from, long k, long count, long block,
+                            long m)
+{
+    const float tiny = 0x1p-100f;
+    uint32_t top = largest(from, count);
+    float most;
+    memcpy(&most, &top, sizeof most);
+    if (!(most < INFINITY))
+        return (number_t){.scale = NAN};
+    if (most < tiny)
+        return (number_t){0};
+    number_t number = {.scale = most / (float)finest(codes)};
+    sums_t sums = {0};
+    for (long i = 0; i < count; i += x->unit) {
+        int8_t *high = (int8_t *)parts_at(x, block, k + i) + m * 64;
+        sums_t more = round_run(codes, from + i, least(x->unit, count - i), (float)finest(codes) / most, high, high + x->apart);
+        sums.all += more.all;
+        sums.high += more.high;
+    }
+    if (codes == FOUR_BITS)
+        number.shift = number.scale * (float)sums.all;
+    else
+        number.sum = MIDDLE * sums.all + (codes == LEVELS ? SLIGHT * sums.high : 0);
+    return number;
+}
+
+static void round_block(void *job, long block)
+{
+    product_t *p = job;
+    const linear_t *c = &p->call;
+    const integers_t *x = &p->x;
+    const codes_t codes = codes_of((kind_t)c->packed->kind);
+    long rows = least(x->height, c->rows - block * x->height);
+    if (rows < x->height || c->in < x->depth)
+        for (long k = 0; k < x->depth; k += x->unit)
+            memset((int8_t *)parts_at(x, block, k), 0, (size_t)(2 * x->height * x->unit));
+    for (long m = 0; m < rows; m++) {
+        const float *from = c->x + (block * x->height + m) * c->in;
+        number_t *number = x->numbers + block * x->height + m;
+        for (long k = 0, deep; k < c->in; k += deep, number += x->blocks * x->height) {
+            deep = chunk_depth(c->packed, x->depth, k);
+            long count = least(deep, c->in - k);
+            switch (codes) {
+            case FOUR_BITS:
+                *number = round_chunk(FOUR_BITS, x, from + k, k, count, block, m);
+                break;
+            case EIGHT_BITS:
+                *number = round_chunk(EIGHT_BITS, x, from + k, k, count, block, m);
+                break;
+            case LEVELS:
+                *number = round_chunk(LEVELS, x, from + k, k, count, block, m);
+            }
+        }
+    }
+}
+
+/* Few rows of a block and 16 columns: codes meet x in registers. */
+INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long block, long lane)
+{
+    const linear_t *c = &p->call;
+    const integers_t *x = &p->x;
+    const weights_t w = *c->packed;
+    const codes_t codes = codes_of(kind);
+    const uint8_t *from = w.codes + lane * w.row_bytes * LANE;
+    const number_t *numbers = x->numbers + block * x->height;
+    f32x16 y[FEW];
+    for (int m = 0; m < rows; m++)
+        y[m] = *(const f32x16 *)(c->bias + lane * LANE);
+    for (long k = 0, deep; k < c->in; k += deep, numbers += x->blocks * x->height) {
+        deep = chunk_depth(&w, x->depth, k);
+        i32x16 high[FEW][2] = {0}, low[FEW][2] = {0}; /* in turn: a sum waits for the one before */
+        for (long j = k; j < k + deep; j += SHARE, from += share_bytes(codes)) {
+            const int8_t *parts = parts_at(x, block, j);
+            for (long line = 0; line < share_bytes(codes); line += 64)
+                __builtin_prefetch(from + AHEAD + line, 0, 3);
+#pragma GCC unroll 8
+            for (int i = 0; i < SHARE / 4; i++) {
+                u8x64 u[2];
+                read_codes(codes, from, i, p->levels, u);
+#pragma GCC unroll 4
+                for (int m = 0; m < rows; m++) {
+                    const int8_t *upper = parts + m * 64 + i * 4, *lower = upper + x->apart;
+                    high[m][i % 2] = dot(high[m][i % 2], u[0], upper);
+                    low[m][i % 2] = dot(low[m][i % 2], u[codes == FOUR_BITS], lower);
+                    if (codes == LEVELS)
+                        low[m][1 - i % 2] = dot(low[m][1 - i % 2], u[1], upper);
+                }
+            }
+        }
+        group_t g = group_of(kind, &w, lane, k / w.group);
+        for (int m = 0; m < rows; m++) {
+            i32x16 first = high[m][0] + high[m][1], second = low[m][0] + low[m][1];
+            if (codes == FOUR_BITS)
+                first += second;
+            y[m] = combine(codes, y[m], first, second, &g, numbers[m]);
+        }
+    }
+    for (int m = 0; m < rows; m++)
+        finish_row(c, y[m], block * x->height + m, lane);
+}
+
+INLINE void run_kind(const kind_t kind, const product_t *p, long block, long lane)
+{
+    switch (FEW == 1 ? 1 : least(p->x.height, p->call.rows - block * p->x.height)) {
+    case 1:
+        return run_rows(kind, 1, p, block, lane);
+    case 2:
+        return run_rows(kind, 2, p, block, lane);
+    case 3:
+        return run_rows(kind, 3, p, block, lane);
+    default:
+        return run_rows(kind, FEW, p, block, lane);
+    }
+}
+
+static void run_lane(const product_t *p, long block, long lane)
+{
+    switch ((kind_t)p->call.packed->kind) {
+    case INT8:
+        return run_kind(INT8, p, block, lane);
+    case INT4:
+        return run_kind(INT4, p, block, lane);
+    case NF4:
+        return run_kind(NF4, p, block, lane);
+    case Q4_0:
+        return run_kind(Q4_0, p, block, lane);
+    case Q4_1:
+        return run_kind(Q4_1, p, block, lane);
+    default:
+        return run_kind(Q8_0, p, block, lane);
+    }
+}
+
+static void run_chunk(void *job, long chunk)
+{
+    const product_t *p = job;
+    part_t part = part_of(&p->call, chunk);
+    long lanes = least(part.to * PANEL / LANE, (p->call.out + LANE - 1) / LANE);
+    for (long lane = part.from * PANEL / LANE; lane < lanes; lane++)
+        for (long block = 0; block < p->x.blocks; block++)
+            run_lane(p, block, lane);
+}
+
+static void read_levels(product_t *p)
+{
+    const float *levels = (const float *)p->call.packed->more + 1;
+    for (int i = 0; i < 16; i++) {
+        int level = (int)rintf(levels[i] * (float)finest(LEVELS)), high = (level + SLIGHT) >> 4;
+        p->levels[0][i] = (uint8_t)(high + MIDDLE);
+        p->levels[1][i] = (uint8_t)(level - 16 * high + SLIGHT);
+    }
+}
+
+/* Decides how x is laid out; false where memory lacks. */
+static bool lay_out(product_t *p, bool unit)
+{
+    integers_t *x = &p->x;
+    long rows = p->call.rows, tallest = unit ? TALL : FEW;
+    x->unit = p->call.packed->group < 64 ? 32 : 64;
+    x->blocks = (rows + tallest - 1) / tallest;
+    x->height = (rows + x->blocks - 1) / x->blocks;
+    x->depth = (p->call.in + x->unit - 1) / x->unit * x->unit;
+    x->apart = x->unit == 32 ? 32 : x->height * 64;
+    long padded = x->blocks * x->height, bytes = 2 * padded * x->depth;
+    x->parts = scratch(ROWS, bytes + x->depth / x->unit * padded * (long)sizeof *x->numbers);
+    x->numbers = (number_t *)(x->parts + bytes);
+    return x->parts;
+}
+
+/* Nonzero, with y unfinished, where memory lacks. bias is padded to whole panels. */
+int petal_integer(float *y, const float *x, const weights_t *w, const float *bias, long rows, long threads)
+{
+    product_t p = {.call = {.y = y, .x = x, .packed = w, .bias = bias, .rows = rows, .in = w->in, .out = w->out}};
+    bool unit = rows > FEW && amx_ready();
+    if (!rows)
+        return 0;
+    if (!lay_out(&p, unit))
+        return 1;
+    threads = rows * w->in * w->out < TOO_SMALL ? 1 : threads;
+    if (w->kind == NF4)
+        read_levels(&p);
+    p.call.wide = WIDE;
+    p.call.height = rows;
+    crew_run(threads, p.x.blocks, round_block, &p);
+    if (unit)
+        amx_run_integer(&p, threads);
+    else
+        crew_run(threads, count_parts(&p.call), run_chunk, &p);
+    return 0;
+}

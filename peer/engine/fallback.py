@@ -1,0 +1,49 @@
+"""A step through a span that runs cached: transformers' own cache is laid out anew for each level of a tree.
+
+All rows of a level have pasts of equal length, so that they make one batch, and a row's past is its own path, so that
+slots are positions: whatever a family does with either (biases, learned positions), it does as in plain decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..model import Span
+from .kv_cache import KVPool, SessionCache
+
+
+def forward(
+    span: Span, pool: KVPool, cache: SessionCache, rows: Tensor, parents: Sequence[int], blocks: range
+) -> Tensor:
+    """Rows of one step, ids [n] or hidden states [n, d] -> hidden states [n, d].
+
+    Their slots, the last len(rows) pending ones of `cache`, receive keys and values.
+    """
+    base = cache.length + cache.pending - len(rows)
+    result = rows.new_empty(len(rows), span.hidden_size, dtype=torch.float32)
+    layers = range(blocks.start - span.start, blocks.stop - span.start)
+    for batch, past in _batches(parents, base):
+        seen = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in (pool.read(cache, at, past) for at in layers)]
+        hidden, made = span.forward_cached(rows[batch], seen, blocks)
+        for layer, (keys, values) in zip(layers, made, strict=True):
+            pool.write(cache, layer, base + batch, keys.transpose(1, 2), values.transpose(1, 2))
+        result[batch] = hidden
+    return result
+
+
+def _batches(parents: Sequence[int], base: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows [B, n] that can go at once, and the slots of each one's past [B, length], parents first."""
+    committed = list(range(base))
+    if list(parents) == list(range(-1, len(parents) - 1)):
+        yield torch.arange(len(parents))[None], torch.tensor([committed], dtype=torch.long)
+        return
+    paths: list[list[int]] = []
+    for row, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), row])
+    for depth in range(1, max(map(len, paths)) + 1):
+        level = [path for path in paths if len(path) == depth]
+        past = [committed + [base + row for row in path[:-1]] for path in level]
+        yield torch.tensor([path[-1:] for path in level]), torch.tensor(past, dtype=torch.long)

@@ -1,0 +1,113 @@
+"""How a peer holds its weights: dense, as the checkpoint stores them, or quantized while they are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ...kernels.cpu.linear import arithmetic
+from ...kernels.formats.base import Format
+from ...kernels.formats.registry import FORMATS
+from ...protocol.checkpoint.checkpoint import Checkpoint
+from ...protocol.checkpoint.layout import CheckpointError
+from .quantized_checkpoint import storage_of
+
+NONE = "none"
+# What can be made of any weights in one pass over them.
+AT_LOAD = ("int8", "int4", "nf4")
+TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Holding:
+    """`keep`: matrices stay in the format in which they are stored; else `format` is made of the linears in blocks.
+
+    dtype: float32 or bfloat16, of whatever stays dense.
+    """
+
+    dtype: torch.dtype = torch.float32
+    keep: bool = False
+    format: Format | None = None
+    quant: str = NONE
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the products of blocks round their factors to."""
+        return self.dtype if self.quant == NONE else torch.bfloat16
+
+    @property
+    def dtype_name(self) -> str:
+        return next(name for name, dtype in TORCH_DTYPES.items() if dtype == self.dtype)
+
+    @property
+    def numerics(self) -> str:
+        """Who computes the same bits with the same weights says the same."""
+        quant = "" if self.quant == NONE else f"{self.quant}/"
+        return f"{quant}{self.dtype_name}/{arithmetic(self.precision)}"
+
+
+DENSE = Holding()
+
+
+def holding_of(checkpoint: Checkpoint, quant: str, dtype: str | None = None) -> Holding:
+    """`--quant` and `--dtype`; dense weights beside quantized ones are bfloat16 unless told. Raises CheckpointError."""
+    stored = storage_of(checkpoint).quant
+    kind = TORCH_DTYPES[dtype or ("float32" if quant == NONE else "bf16")]
+    if quant == NONE:
+        return Holding(kind)
+    if quant == stored:
+        return Holding(kind, keep=True, quant=quant)
+    if quant in AT_LOAD:
+        return Holding(kind, format=FORMATS[quant], quant=quant)
+    ways = ", ".join((NONE, *AT_LOAD, *({stored} - {NONE, *AT_LOAD})))
+    raise CheckpointError(f"{checkpoint.name} does not store {quant} weights: choose --quant {ways}.")
+
+
+def choose_holding(checkpoint: Checkpoint, dtype: str | None, blocks: int | None, free: int, native: bool) -> Holding:
+    """What a peer holds where `--quant` does not say: as stored where the kernels are as fast, else as fine as fits.
+
+    blocks: how many it must hold, all by default; free: bytes; native: whether the C kernels are at hand.
+    """
+    stored = storage_of(checkpoint).quant
+    if stored != NONE and native and dtype is None:
+        return holding_of(checkpoint, stored)
+    ways = [holding_of(checkpoint, quant, dtype) for quant in (NONE, "int8", "int4")]
+    wanted = blocks or checkpoint.n_blocks
+    return next((way for way in ways if fitting_blocks(checkpoint, way, free) >= wanted), ways[-1])
+
+
+def fitting_blocks(checkpoint: Checkpoint, holding: Holding, free: int) -> int:
+    """Blocks whose weights fit `free` bytes beside embedding and head."""
+    shared = {name for names in checkpoint.shared_tensors().values() for name in names}
+    rest = free - held_bytes(checkpoint, holding, shared, inside=False)
+    block = max(
+        held_bytes(checkpoint, holding, checkpoint.block_tensors(b), inside=True) for b in range(checkpoint.n_blocks)
+    )
+    return max(0, min(checkpoint.n_blocks, int(rest // block)))
+
+
+def span_bytes(checkpoint: Checkpoint, holding: Holding, blocks: range) -> int:
+    """Bytes of the weights of a span, with embedding and head where it has them."""
+    shared = checkpoint.shared_tensors()
+    around = set(shared["embedding"] if blocks.start == 0 else [])
+    around |= set(shared["norm"] + shared["head"] if blocks.stop == checkpoint.n_blocks else [])
+    inside = [name for block in blocks for name in checkpoint.block_tensors(block)]
+    return held_bytes(checkpoint, holding, inside, inside=True) + held_bytes(checkpoint, holding, around, inside=False)
+
+
+def held_bytes(checkpoint: Checkpoint, holding: Holding, names: Iterable[str], *, inside: bool) -> int:
+    """Bytes that stored tensors take once they are held; `inside` blocks linears are quantized."""
+    storage = storage_of(checkpoint)
+    total = 0
+    for name in storage.names(names):
+        shape = storage.shape(checkpoint, name)
+        if holding.keep and name in storage.matrices:
+            total += storage.nbytes(checkpoint, name)
+        elif len(shape) == 2 and inside and holding.format is not None:
+            total += holding.format.bytes((shape[0], shape[1]))
+        else:
+            total += math.prod(shape) * (holding.dtype.itemsize if len(shape) > 1 else 4)
+    return total

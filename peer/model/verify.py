@@ -1,0 +1,267 @@
+"""A fresh span compares itself with transformers' own way to run its modules, and settles how it will be run.
+
+Nothing here knows a family. A span that gives other hidden states when its rows are cut in two, when its blocks run one
+by one, or behind another prompt needs more than hidden states, keys and values, and is refused. One whose rows give the
+same in a ragged row as in transformers' own attention runs ragged, any other runs cached.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from ...protocol.checkpoint.layout import CheckpointError
+from .fused import FAMILIES, FusedSpan
+from .hooks import EAGER, RAGGED, Attend, Run, choose_attention, current, ragged_attention
+from .span import LayerSpec, NoKeysValues, Span, attention_options
+
+log = logging.getLogger(__name__)
+
+_PROBE = "petal-probe"
+_ROWS = 6
+# Largest difference as a share of what the blocks change. Wrong attention differs by tenths.
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
+_MASKED = -1e30
+# The kinds of `layer_types` that cache keys and values of their own.
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_PIECES = 0  # the window of a pattern that has none
+
+
+class _NotRagged(Exception):
+    """Why a span cannot run ragged."""
+
+
+def settle(span: Span, prologue: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Fill in `span.layers`, `span.ragged` and `span.fused`.
+
+    prologue: modules that work before the first block. dtype: of the weights.
+
+    Raises CheckpointError for a span that cannot be served.
+    """
+    family = type(span.model).__name__
+    # What modules of any author may raise is without number.
+    try:
+        sample = _Sample(span, prologue, _TOLERANCE[dtype])
+        sample.check_cuts()
+    except CheckpointError:
+        raise
+    except NoKeysValues as error:
+        raise _stateful(family) from error
+    except Exception as error:
+        if kinds := set(getattr(span.model.config.get_text_config(), "layer_types", None) or ()) - _KINDS:
+            raise CheckpointError(
+                f"{family} cannot be served: it has blocks of the kind {', '.join(sorted(kinds))}, which remember by "
+                "more than keys and values."
+            ) from error
+        raise CheckpointError(
+            f"{family} cannot be served: a pass over transformers' cache fails ({type(error).__name__}: {error})."
+        ) from error
+    try:
+        sample.check_ragged()
+    except Exception as error:
+        log.debug("%s runs cached: %s: %s", family, type(error).__name__, error)
+        choose_attention(span.model, EAGER)
+        span.layers, span.ragged = sample.specs, False
+        return
+    try:
+        sample.try_fused()
+    except Exception as error:
+        log.debug("%s runs module by module: %s: %s", family, type(error).__name__, error)
+        span.fused = None
+
+
+class _Sample:
+    """A few rows that go through a span in every way that should not matter."""
+
+    def __init__(self, span: Span, prologue: Sequence[nn.Module], tolerance: float) -> None:
+        self.span, self.prologue, self.tolerance = span, prologue, tolerance
+        self.positions = torch.arange(_ROWS)
+        self.rows, self.others = self._rows(0), self._rows(1)
+        self.entry = self._through(Run(range(0)), self.rows)
+        self.whole, cached = span.forward_cached(self.rows[None], [])
+        self.plain = True  # attention has neither a softcap nor sinks
+        self.specs = [LayerSpec(k.shape[1], k.shape[3], v.shape[3], None) for k, v in cached]
+
+    def check_cuts(self) -> None:
+        """Raise CheckpointError unless rows and blocks may be cut anywhere."""
+        span, cut = self.span, _ROWS // 2
+        _, past = span.forward_cached(self.rows[None, :cut], [])
+        second, _ = span.forward_cached(self.rows[None, cut:], past)
+        if self._differs(second[0], slice(cut, None)):
+            raise _stateful(type(span.model).__name__)
+        hidden = self.entry
+        with _other_weights(self.prologue):
+            for block in range(span.start, span.end):
+                hidden = self._through(Run(range(block, block + 1), hidden[None]), self.others)
+        if self._differs(hidden):
+            raise _stateful(type(span.model).__name__)
+
+    def check_ragged(self) -> None:
+        """Settle the span as ragged, or raise whatever tells that it is not."""
+        span = self.span
+        span.layers = self._probe()
+        span.ragged = True
+        choose_attention(span.model, RAGGED)
+        self._check_rows()
+
+    def try_fused(self) -> None:
+        """Settle the span as one of few calls, or raise whatever tells that it is not."""
+        if self.plain and self.span.model.config.model_type in FAMILIES:
+            self.span.fused = FusedSpan(self.span)
+            self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Rows in any order, and a stranger far away in the same forward."""
+        order = torch.tensor([0, 3, 1, 5, 2, 4, 0])
+        session = torch.tensor([0] * _ROWS + [1])
+        positions = self.positions[order]
+        positions[-1] = self.span.context_length - 1
+        hidden = self.span.forward(self.rows[order], positions, _attention(session, positions))
+        if self._differs(hidden[order[:-1].argsort()]):
+            raise _NotRagged("rows of a ragged row differ from transformers' own attention")
+
+    def _rows(self, seed: int) -> Tensor:
+        noise = torch.Generator().manual_seed(seed)
+        if self.span.start == 0:
+            return torch.randint(self.span.vocab_size, (_ROWS,), generator=noise)
+        return torch.randn(_ROWS, self.span.hidden_size, generator=noise)
+
+    @torch.inference_mode()
+    def _through(self, run: Run, rows: Tensor) -> Tensor:
+        return self.span.through(run, rows[None])[0]
+
+    def _differs(self, hidden: Tensor, rows: slice = slice(None)) -> bool:
+        change = (self.whole[0] - self.entry).abs().max()
+        return not bool((hidden - self.whole[0, rows]).abs().max() <= self.tolerance * change)
+
+    def _probe(self) -> list[LayerSpec]:
+        """What each block caches, and its window by the mask that its model makes; raises _NotRagged for a bias."""
+        span, found = self.span, dict[int, LayerSpec]()
+        attend = _attention(torch.zeros(_ROWS), self.positions)
+        run = Run(range(span.start, span.end))
+
+        def record(
+            block: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+        ) -> Tensor:
+            if block in found:
+                raise _NotRagged("a block attends twice")
+            if mask is None:
+                raise _NotRagged("a block attends without a mask")
+            window = run.windows[round(mask.min().item() / _MASKED) - 1]
+            if window == _PIECES:
+                raise _NotRagged("a row sees positions in pieces")
+            distance = self.positions[:, None] - self.positions
+            seen = (distance >= 0) & (distance < (window or _ROWS))
+            if not torch.equal(mask == 0, seen.expand_as(mask)):
+                raise _NotRagged("a block adds a bias to its scores")
+            self.plain &= options.get("softcap") is None and options.get("s_aux") is None
+            found[block] = LayerSpec(key.shape[1], key.shape[2], value.shape[2], window)
+            return attend(block, query, key, value, window=window, **attention_options(query, options))
+
+        run.attend = record
+        choose_attention(span.model, _PROBE)
+        self._through(run, self.rows)
+        if len(found) != span.end - span.start:
+            raise _NotRagged("blocks do not use the attention interface")
+        return [found[block] for block in range(span.start, span.end)]
+
+
+@contextmanager
+def _other_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Ones in place of all parameters: what depends on them shows."""
+    saved = [dict(module._parameters) for module in modules]
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                ones = torch.ones((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(ones, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, parameters in zip(modules, saved, strict=True):
+            module._parameters.update(parameters)
+
+
+def _stateful(family: str) -> CheckpointError:
+    return CheckpointError(
+        f"{family} cannot be served: its blocks need more than hidden states and keys and values of their own, as "
+        "state-space, linear-attention, bidirectional and cache-sharing layers do."
+    )
+
+
+def _attention(session: Tensor, positions: Tensor) -> Attend:
+    """Plain attention of rows in any order: a row sees rows of its session up to its own position."""
+
+    def attend(
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        group = query.shape[1] // key.shape[1]
+        scores = torch.einsum("nhd,mhd->hnm", query, key.repeat_interleave(group, 1)) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = positions[:, None] - positions
+        seen = (session[:, None] == session) & (distance >= 0) & (distance < (window or torch.inf))
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(query), 1)), 2)
+        weights = scores.softmax(2)[:, :, : len(key)]
+        return torch.einsum("hnm,mhd->nhd", weights, value.repeat_interleave(group, 1)).contiguous()
+
+    return attend
+
+
+def _note_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """transformers' mask interface: the mask, in values that tell which of the run's masks it is."""
+    assert mask_function is not None
+    run = current()
+    run.windows.append(_window_of(mask_function, options["config"].get_text_config()))
+    rows, columns = torch.arange(q_length) + q_offset, torch.arange(kv_length) + kv_offset
+    seen = _seen(mask_function, rows, columns)
+    return torch.where(seen, 0.0, _MASKED * len(run.windows)).expand(batch_size, 1, q_length, kv_length)
+
+
+def _window_of(mask_function: Callable[..., Tensor], config: Any) -> int | None:
+    """How many positions back a row sees, itself included: None for all, _PIECES where that is no number."""
+    last = (getattr(config, "max_position_embeddings", None) or 2048) - 1
+    windows = set()
+    for row in {last, last // 2, last // 3}:
+        seen = _seen(mask_function, torch.tensor([row]), torch.arange(row + 1))[0]
+        first = int(seen.int().argmax())
+        if not seen[first:].all():
+            return _PIECES
+        windows.add(row + 1 - first if first else None)
+    if len(windows - {None}) > 1:
+        return _PIECES
+    return max(windows, key=lambda window: window or 0)
+
+
+def _seen(mask_function: Callable[..., Tensor], rows: Tensor, columns: Tensor) -> Tensor:
+    zero = torch.zeros((), dtype=torch.long)
+    return mask_function(zero, zero, rows[:, None], columns[None]).expand(len(rows), len(columns))
+
+
+AttentionInterface.register(_PROBE, ragged_attention)
+AttentionMaskInterface.register(_PROBE, _note_mask)

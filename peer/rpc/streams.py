@@ -1,0 +1,91 @@
+"""The gRPC side of a stream: frames in, frames out, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from ...protocol import petal_pb2 as pb
+from ...protocol.wire.limits import SILENT_S, UNREAD_S
+from ..session.spec import SessionFailed, invalid
+
+Frame = TypeVar("Frame")
+
+
+class Writer:
+    """Frames for one stream: `put` never waits; a slow reader holds up only its own stream."""
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+        self._frames: deque[pb.PeerFrame | pb.LinkReply] = deque()
+        self._wake = asyncio.Event()
+        self._queued = 0
+        self._writing_since = math.inf
+
+    def put(self, frame: pb.PeerFrame | pb.LinkReply) -> int:
+        """Queue a frame; returns the bytes that wait."""
+        self._frames.append(frame)
+        self._queued += frame.ByteSize()
+        self._wake.set()
+        return self._queued
+
+    async def run(self) -> None:
+        while True:
+            while self._frames:
+                frame = self._frames.popleft()
+                self._writing_since = time.monotonic()
+                await self._context.write(frame)
+                self._writing_since = math.inf
+                self._queued -= frame.ByteSize()
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def watch(self) -> None:
+        """Raises SessionFailed once the other end has not read for too long."""
+        while time.monotonic() - self._writing_since < UNREAD_S:  # noqa: ASYNC110 (a frame must not pay for a timer)
+            await asyncio.sleep(UNREAD_S / 4)
+        raise SessionFailed(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing was read for {UNREAD_S:g} s")
+
+
+async def start_answering(context: grpc.aio.ServicerContext) -> None:
+    """Send the headers, which a first frame would take along: cut short in that, no stream can be ended any more."""
+    await context.send_initial_metadata(())
+
+
+async def first_of(requests: AsyncIterator[Frame]) -> Frame | None:
+    """The frame that a stream starts with; None where it ends at once. Raises SessionFailed where none comes."""
+    try:
+        return await asyncio.wait_for(anext(requests, None), SILENT_S)
+    except asyncio.TimeoutError:
+        raise SessionFailed(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came within {SILENT_S:g} s") from None
+
+
+async def frames_of(requests: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
+    """The frames of a stream. Raises SessionFailed for bytes that are no frame."""
+    try:
+        async for frame in requests:
+            yield frame
+    except DecodeError as error:
+        raise invalid("what arrived is not a message of this protocol") from error
+
+
+def failure_of(tasks: Iterable[asyncio.Future[None]]) -> SessionFailed | None:
+    """Why a stream's task ended: None where the client closed it or its connection broke."""
+    for task in (task for task in tasks if task.done()):
+        error = task.exception()
+        if isinstance(error, SessionFailed):
+            return error
+        if error and not isinstance(error, (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError)):
+            raise error
+    return None
+
+
+async def abort(context: grpc.aio.ServicerContext, failure: SessionFailed) -> None:
+    await context.abort(failure.code, str(failure))

@@ -1,0 +1,57 @@
+"""What a session agreed on when it opened, and how one ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+
+from ...protocol import petal_pb2 as pb
+from ...protocol.wire.codec import row_bytes
+from ...protocol.wire.limits import MAX_ROWS, WINDOW_BYTES
+
+
+class SessionFailed(Exception):
+    """Ends one session with a gRPC status and a sentence for its client."""
+
+    def __init__(self, code: grpc.StatusCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def invalid(reason: str) -> SessionFailed:
+    return SessionFailed(grpc.StatusCode.INVALID_ARGUMENT, reason)
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """What was agreed when the session opened."""
+
+    session_id: bytes
+    client_id: bytes
+    codec: pb.Codec
+    reserve_tokens: int
+    context_length: int
+    hidden_size: int
+    vocab_size: int
+    blocks: range
+    n_blocks: int
+    peer_id: str
+    max_nodes: int = MAX_ROWS - 1
+
+    @property
+    def is_head(self) -> bool:
+        return self.blocks.start == 0
+
+    @property
+    def is_tail(self) -> bool:
+        return self.blocks.stop == self.n_blocks
+
+    @property
+    def row_bytes(self) -> int:
+        return row_bytes(self.codec, self.hidden_size)
+
+    @property
+    def max_rows(self) -> int:
+        """Half a window must hold a step, so that another can follow while its credit is on the way."""
+        return min(MAX_ROWS, WINDOW_BYTES // 2 // self.row_bytes)

@@ -1,0 +1,120 @@
+"""The counters of one session: which step comes next and how many rows are cached. Every refusal is a SessionFailed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+
+from ...protocol import petal_pb2 as pb
+from ...protocol.wire.limits import ANSWER_BYTES
+from ...protocol.wire.step import StepHeader
+from ...protocol.wire.tree import TreeError, check_path, depths
+from .spec import SessionFailed, SessionSpec, invalid
+
+# What the client brought of a step: token ids, or a digest of embeddings in their place.
+Rows = tuple[int, ...] | bytes
+
+
+@dataclass
+class Entry:
+    """An accepted step: what a repeat must equal, and its answer once there is one."""
+
+    header: StepHeader
+    rows: Rows
+    finished: bool = False
+    answer: list[pb.PeerFrame] | list[pb.LinkFrame] | None = None
+
+
+class Ledger:
+    """What client and peer have agreed on. `missing`: rows of before that are still to be replayed."""
+
+    def __init__(self, spec: SessionSpec) -> None:
+        self.step = 0
+        self.length = 0
+        self.missing = 0
+        self.newest: Entry | None = None
+        self._spec = spec
+
+    def adopt(self, parent: Ledger) -> None:
+        """Start as a fork of a session whose newest step must have finished."""
+        if parent.missing or (parent.newest and not parent.newest.finished):
+            raise SessionFailed(grpc.StatusCode.FAILED_PRECONDITION, "a session forks only between two steps")
+        self.step, self.length = parent.step, parent.length
+        self.newest = parent.newest and Entry(parent.newest.header, parent.newest.rows, finished=True)
+
+    def resume(self, step: int, length: int, missing: int) -> None:
+        """Be as behind `step`, with `length` rows cached, the `missing` last of them yet to come."""
+        self.step, self.length, self.missing, self.newest = step, length, missing, None
+
+    def replay(self, header: StepHeader) -> None:
+        """Take in replayed rows, which must be the next that are missing."""
+        at = self.length - self.missing
+        if header.step != self.step or header.base != at or header.rows > self.missing:
+            raise invalid(
+                f"a replay of rows {header.base} to {header.base + header.rows - 1} behind step {header.step}; "
+                f"rows {at} to {self.length - 1} behind step {self.step} are missing"
+                if self.missing
+                else "a replay, but no row is missing"
+            )
+        self._check_rows(header)
+        self.missing -= header.rows
+
+    def accept(self, header: StepHeader, rows: Rows) -> Entry | None:
+        """Advance by a new step; None for a repeat of the newest."""
+        newest = self.newest
+        if newest and header.step == newest.header.step:
+            if (header.content, rows) != (newest.header.content, newest.rows):
+                raise invalid(f"step {header.step} was repeated with other content; a repeat must be the same")
+            return None
+        if header.step != self.step + 1:
+            word = "stale" if header.step <= self.step else "ahead"
+            raise invalid(f"step {header.step} is {word}; step {self.step + 1} comes next")
+        if self.missing:
+            raise invalid(f"step {header.step} came before the {self.missing} rows that are still to be replayed")
+        length = self._committed(header)
+        if header.base != length:
+            raise invalid(f"base is {header.base}, but {length} rows are cached")
+        self._check_room(header)
+        self.step, self.length = header.step, length + header.rows if header.prefill else length
+        self.newest = Entry(header, rows)
+        return self.newest
+
+    def _committed(self, header: StepHeader) -> int:
+        """Rows cached before this step, after its commit and rewind."""
+        length, newest = self.length, self.newest
+        if newest and not newest.header.prefill:
+            if not newest.finished:
+                raise invalid("one tree is in flight a session; wait for its result")
+            try:
+                check_path(newest.header.parents, header.commit)
+            except TreeError as error:
+                raise invalid(f"bad commit: {error}") from error
+            length += len(header.commit)
+        elif header.commit:
+            raise invalid("the step before left nothing to commit")
+        if header.rewind is not None:
+            if header.rewind > length:
+                raise invalid(f"cannot rewind to {header.rewind}: only {length} rows are cached")
+            length = header.rewind
+        return length
+
+    def _check_room(self, header: StepHeader) -> None:
+        spec, end = self._spec, header.base + header.rows
+        if end > spec.reserve_tokens:
+            raise SessionFailed(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{end} rows exceed the {spec.reserve_tokens} that this session reserved",
+            )
+        if header.base + max(depths(header.parents)) >= spec.context_length:
+            raise invalid(f"the model's context ends at position {spec.context_length - 1}")
+        self._check_rows(header)
+
+    def _check_rows(self, header: StepHeader) -> None:
+        spec = self._spec
+        if header.want_logits and header.rows * spec.vocab_size * 4 > ANSWER_BYTES:
+            raise invalid(f"logits of {header.rows} rows exceed an answer of {ANSWER_BYTES} bytes; ask for fewer rows")
+        if not header.prefill and header.rows - 1 > spec.max_nodes:
+            raise invalid(f"a tree of {header.rows - 1} nodes; your quota here is {spec.max_nodes}")
+        if header.rows > spec.max_rows:
+            raise invalid(f"a step of {header.rows} rows; this peer takes up to {spec.max_rows}")

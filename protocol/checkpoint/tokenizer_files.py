@@ -1,0 +1,64 @@
+"""The tokenizer of a model folder: tokenizer.json, with roles and chat template from the files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+
+from .json_files import Finder, read_json
+from .layout import CheckpointError, text_config
+from .tokenizer import Specials, Tokenizer
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def folder_tokenizer(folder: Finder, config: Mapping[str, Any]) -> Tokenizer:
+    """Load the tokenizer; raises CheckpointError if tokenizer.json is missing or broken."""
+    path = folder.find("tokenizer.json")
+    if path is None:
+        raise CheckpointError(f"{folder} has no tokenizer.json: save the model with a fast tokenizer.")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    # The library raises bare Exception.
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read, {error}: download it again.") from error
+    backend.no_truncation()
+    backend.no_padding()
+    settings = read_json(folder, "tokenizer_config.json") or {}
+    named = {role: text for role in _ROLES if (text := _token_text(settings.get(role)))}
+    bos = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
+    specials = Specials(bos, _eos_ids(folder, config, backend, named.get("eos_token")), named)
+    return Tokenizer(backend, specials, _chat_template(folder, settings))
+
+
+def _eos_ids(
+    folder: Finder, config: Mapping[str, Any], backend: tokenizers.Tokenizer, eos_token: str | None
+) -> frozenset[int]:
+    """All ids that end a text: the generation config's, else the config's, and the tokenizer's own."""
+    generation = read_json(folder, "generation_config.json") or {}
+    listed = generation.get("eos_token_id", text_config(config).get("eos_token_id"))
+    ids = {id for id in (listed if isinstance(listed, list) else [listed]) if isinstance(id, int)}
+    own = backend.token_to_id(eos_token) if eos_token else None
+    return frozenset(ids if own is None else ids | {own})
+
+
+def _chat_template(folder: Finder, settings: Mapping[str, Any]) -> str | None:
+    path = folder.find("chat_template.jinja")
+    if path is not None:
+        try:
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read as UTF-8 text: download it again.") from error
+    stored = (read_json(folder, "chat_template.json") or settings).get("chat_template")
+    if isinstance(stored, list):
+        named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
+        stored = named.get("default")
+    return stored if isinstance(stored, str) else None
+
+
+def _token_text(token: Any) -> str | None:
+    """A token is written as text or as an object with its text."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None

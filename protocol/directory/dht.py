@@ -1,0 +1,264 @@
+"""The directory in the DHT. The only module that imports hivemind, which takes seconds, as hivemind loads torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar
+
+from hivemind.dht.node import DHTNode
+from hivemind.dht.protocol import ValidationError
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
+from hivemind.utils.multiaddr import Multiaddr
+from hivemind.utils.serializer import MSGPackSerializer
+
+from .. import petal_pb2 as pb
+from ..trust.identity import Identity
+from .directory import MAX_REPLY_BYTES, Directory, DirectoryError, Peers, RecordBook
+from .records import (
+    CLOCK_SKEW_S,
+    MAX_LIFETIME_S,
+    RecordError,
+    authenticate,
+    parse_signed,
+    sign_record,
+    tombstone,
+    verify_record,
+)
+
+logger = logging.getLogger(__name__)
+DAEMON_START_S = 60.0  # slow machines need most of it
+ANSWER_S = 15.0
+GREET_S = 30.0
+_INDEX = "petal 1 models"
+_T = TypeVar("_T")
+_Start = Callable[[], Awaitable[tuple[P2P, DHTNode]]]
+
+
+class OwnedRecords(RecordValidatorBase):
+    """Refuses whatever is not a peer's signed record in that peer's own place.
+
+    A validator sees the hash of a key, the packed subkey and the packed value. The hash cannot be read back, so the
+    value tells which keys it may stand under. hivemind throws a whole dictionary away for one bad entry: a record that
+    expired on its way is therefore no fault here; readers drop it.
+    """
+
+    def validate(self, record: DHTRecord) -> bool:
+        try:
+            peer = authenticate(parse_signed(_unpack(record.value)))
+        except RecordError as error:
+            logger.debug("Refused a DHT value: %s", error)
+            return False
+        return (
+            record.subkey == MSGPackSerializer.dumps(peer.peer_id)
+            and record.key in (DHTID.generate(key).to_bytes() for key in (_INDEX, _model_key(peer.model)))
+            and record.expiration_time == peer.expires_at
+            and peer.expires_at < time.time() + MAX_LIFETIME_S + CLOCK_SKEW_S
+        )
+
+
+class DhtDirectory(Directory):
+    """A node of the DHT in this event loop (with a daemon process of its own), and the records seen through it."""
+
+    def __init__(self, start: _Start, p2p: P2P, node: DHTNode, initial_peers: Sequence[str]) -> None:
+        self.book = RecordBook()
+        self._start = start
+        self._p2p = p2p
+        self._node = node
+        self._initial_peers = {_peer_of(address): address for address in initial_peers}
+        self._greeted_at = time.monotonic()
+        self._greeting: asyncio.Task[bool] | None = None
+        self._restarting = asyncio.Lock()
+
+    @classmethod
+    async def create(
+        cls,
+        identity_path: str | os.PathLike[str] | None = None,
+        *,
+        initial_peers: Sequence[str] = (),
+        listen: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
+        announce: Sequence[str] = (),
+        client_mode: bool = False,
+        relay: bool = False,
+    ) -> DhtDirectory:
+        """Join the DHT through `initial_peers` (multiaddrs), or start one if there are none but this node itself.
+
+        DirectoryError if none of them answers. A client only reads: it listens nowhere and stores nothing for others.
+        With `relay` the daemon passes others' traffic on, and is reached through others that do.
+        """
+        own = None if identity_path is None else Identity.load_or_create(identity_path).peer_id
+        others = [address for address in initial_peers if _peer_of(address) != own]
+        start = partial(_start_node, identity_path, others, listen, announce, client_mode, relay)
+        return cls(start, *await start(), others)
+
+    @property
+    def peer_id(self) -> str:
+        """The node's libp2p id: the identity's, if it has one."""
+        return str(self._p2p.peer_id.to_base58())
+
+    async def list(self, model: str | None = None) -> Peers:
+        """See Directory; one look-up. DirectoryError if nobody in the DHT answers."""
+        await self._stay_joined()
+        found = await _bounded(self._node.get(_INDEX if model is None else _model_key(model), latest=True))
+        for data, _ in found.value.values() if found else ():
+            with suppress(RecordError):  # expired on its way
+                self.book.add(parse_signed(data))
+        return self.book.list(model)
+
+    async def publish(self, signed: pb.SignedRecord) -> None:
+        """Store a record under its model and in the index; it must expire later than the one it replaces."""
+        record = verify_record(signed)
+        self.book.add(signed)
+        await self._stay_joined()
+        keys = [_model_key(record.model), _INDEX]
+        stored = await _bounded(
+            self._node.store_many(
+                keys, [signed.SerializeToString()] * 2, record.expires_at, subkeys=[record.peer_id] * 2
+            )
+        )
+        if not all(stored.values()):
+            raise DirectoryError(
+                f"The DHT did not take the record of {record.peer_id}: it holds one that expires later, "
+                "or its nodes do not answer."
+            )
+
+    async def withdraw(self, identity: Identity, record: pb.PeerRecord) -> None:
+        """Replace `record`, the last one published, by a tombstone."""
+        await self.publish(sign_record(identity, tombstone(record)))
+
+    def hear(self, request: pb.ListRequest) -> None:
+        """Nothing: what a caller tells is not in the DHT."""
+
+    async def multiaddrs(self) -> Sequence[str]:
+        """Where others can join the DHT through this node, addresses of this machine only last."""
+        addresses = [str(address) for address in await self._node.get_visible_maddrs(latest=True)]
+        return sorted(addresses, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1/")))
+
+    async def close(self) -> None:
+        """Leave the DHT and end the daemon."""
+        if self._greeting is not None:
+            self._greeting.cancel()
+        await _stop_node(self._p2p, self._node)
+
+    async def _stay_joined(self) -> None:
+        """Restart a daemon that died; greet lost initial peers, whom hivemind forgets, lest the swarm stay split."""
+        async with self._restarting:
+            if self._p2p._child.returncode is not None:
+                logger.warning("The DHT daemon died: starting it again")
+                await _stop_node(self._p2p, self._node)
+                self._p2p, self._node = await self._start()
+        table = self._node.protocol.routing_table
+        lost = [peer for peer in self._initial_peers if table.get(peer_id=peer) is None]
+        alone = not table.uid_to_peer_id
+        due = time.monotonic() - self._greeted_at > GREET_S
+        if lost and (alone or due) and (self._greeting is None or self._greeting.done()):
+            self._greeted_at = time.monotonic()
+            self._greeting = asyncio.create_task(self._greet(lost))
+        if lost and alone and self._greeting is not None and not await asyncio.shield(self._greeting):
+            raise _unreachable(list(self._initial_peers.values()))
+
+    async def _greet(self, peers: Sequence[PeerID]) -> bool:
+        answers = await asyncio.gather(*(self._node.protocol.call_ping(peer) for peer in peers))
+        await asyncio.sleep(0)  # the ping's own task enters the peer into the routing table
+        return any(answers)
+
+
+async def _start_node(
+    identity_path: str | os.PathLike[str] | None,
+    initial_peers: Sequence[str],
+    listen: Sequence[str],
+    announce: Sequence[str],
+    client_mode: bool,
+    relay: bool,
+) -> tuple[P2P, DHTNode]:
+    p2p = await _start_daemon(identity_path, initial_peers, listen, announce, client_mode, relay)
+    try:
+        node = await DHTNode.create(
+            p2p=p2p,
+            initial_peers=initial_peers,
+            client_mode=client_mode,
+            record_validator=OwnedRecords(),
+            backoff_rate=1.0,  # else a peer that was away for long is shunned for long
+            cache_locally=False,  # records live for seconds: a cache would only serve old ones
+            cache_nearest=0,
+            cache_on_store=False,
+        )
+    except (RuntimeError, ValidationError) as error:
+        await p2p.shutdown()
+        if isinstance(error, RuntimeError):  # no ping was answered
+            raise _unreachable(initial_peers) from error
+        raise DirectoryError(f"The DHT refuses this node, open its port and set its clock: {error}.") from error
+    return p2p, node
+
+
+async def _stop_node(p2p: P2P, node: DHTNode) -> None:
+    node.is_alive = False  # its own shutdown waits forever for a daemon that died
+    await p2p.shutdown()
+
+
+async def _start_daemon(
+    identity_path: str | os.PathLike[str] | None,
+    initial_peers: Sequence[str],
+    listen: Sequence[str],
+    announce: Sequence[str],
+    client_mode: bool,
+    relay: bool,
+) -> P2P:
+    role = {"dht_mode": "client", "no_listen": True} if client_mode else {"host_maddrs": list(listen)}
+    try:
+        return await P2P.create(
+            initial_peers=list(initial_peers),
+            identity_path=None if identity_path is None else os.fspath(identity_path),
+            announce_maddrs=list(announce),
+            startup_timeout=DAEMON_START_S,
+            persistent_conn_max_msg_size=MAX_REPLY_BYTES,
+            use_relay=relay,
+            use_auto_relay=relay,
+            check_if_identity_free=False,  # it starts a second daemon, and takes a peer that just crashed for alive
+            **role,
+        )
+    except P2PDaemonError as error:
+        if "bootstrap" in str(error):
+            raise _unreachable(initial_peers) from error
+        raise DirectoryError(f"The DHT daemon did not start, check the listen addresses {listen}: {error}.") from error
+
+
+async def _bounded(call: Awaitable[_T]) -> _T:
+    try:
+        return await asyncio.wait_for(call, ANSWER_S)
+    except asyncio.TimeoutError:
+        raise DirectoryError(f"The DHT did not answer within {ANSWER_S:.0f} s: check your network.") from None
+
+
+def _unreachable(initial_peers: Sequence[str]) -> DirectoryError:
+    return DirectoryError(
+        f"None of the DHT's initial peers answers ({', '.join(initial_peers)}): check that one of them runs, "
+        "that its address and peer id are current, and that no firewall is between."
+    )
+
+
+def _peer_of(address: str) -> PeerID:
+    try:
+        return PeerID.from_base58(Multiaddr(address)["p2p"])
+    except (ValueError, LookupError):
+        raise DirectoryError(f"{address!r} is no peer's multiaddr such as /ip4/1.2.3.4/tcp/31337/p2p/Qm...") from None
+
+
+def _model_key(model: str) -> str:
+    return f"petal 1 model {model}"
+
+
+def _unpack(value: bytes) -> bytes:
+    """The bytes inside their msgpack form, the only one that hivemind makes."""
+    header = {b"\xc4": 2, b"\xc5": 3, b"\xc6": 5}.get(value[:1], 0)
+    data = value[header:]
+    if MSGPackSerializer.dumps(data) != value:
+        raise RecordError("A DHT value holds no bytes.")
+    return data

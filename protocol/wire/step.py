@@ -1,0 +1,110 @@
+"""The part of a step that every peer of a route sees, checked before anything uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import petal_pb2 as pb
+from .limits import MAX_ROWS, TOP_LOGPROBS
+from .tree import TreeError, chain, check_parents
+
+
+class StepError(ValueError):
+    """A step that breaks the session protocol; the message says what is wrong and what is allowed."""
+
+
+@dataclass(frozen=True)
+class StepHeader:
+    """Counters, commit and tree of one step. `commit` is empty after a prefill, whose rows are all accepted."""
+
+    step: int
+    epoch: int
+    base: int
+    commit: tuple[int, ...]
+    rewind: int | None
+    parents: tuple[int, ...]
+    prefill: bool
+    sample: bool
+    top_logprobs: int
+    want_logits: bool
+    want_hidden: bool
+    trace: bool
+    deadline_ms: int
+    replay: bool
+
+    @property
+    def rows(self) -> int:
+        return len(self.parents)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """Tells a repeated step from an altered one; route epoch, tracing and deadline may differ between repeats."""
+        return (
+            self.step,
+            self.base,
+            self.commit,
+            self.rewind,
+            self.parents,
+            self.prefill,
+            self.sample,
+            self.top_logprobs,
+            self.want_logits,
+            self.want_hidden,
+        )
+
+
+def header_of(message: pb.Step | pb.Activations, rows: int) -> StepHeader:
+    """Read and check a header; a message without parents carries a chain of `rows`. Raises StepError."""
+    if not 0 < rows <= MAX_ROWS:
+        raise StepError(f"a step of {rows} rows; from 1 to {MAX_ROWS} are allowed")
+    parents = tuple(message.parents) or chain(rows)
+    if len(parents) != rows:
+        raise StepError(f"{rows} rows but {len(parents)} parents")
+    try:
+        check_parents(parents)
+    except TreeError as error:
+        raise StepError(str(error)) from error
+    if message.prefill and parents != chain(rows):
+        raise StepError("a prefill chunk is a chain, not a tree")
+    if message.replay and (message.sample or not message.prefill or message.commit or message.HasField("rewind")):
+        raise StepError("replayed rows are a prefill that samples, commits and rewinds nothing")
+    if message.want.top_logprobs > TOP_LOGPROBS:
+        raise StepError(f"top_logprobs is {message.want.top_logprobs}; at most {TOP_LOGPROBS} are returned")
+    return StepHeader(
+        step=message.step,
+        epoch=message.route_epoch,
+        base=message.base,
+        commit=tuple(message.commit),
+        rewind=message.rewind if message.HasField("rewind") else None,
+        parents=parents,
+        prefill=message.prefill,
+        sample=message.sample,
+        top_logprobs=message.want.top_logprobs,
+        want_logits=message.want.logits,
+        want_hidden=message.want.hidden,
+        trace=message.trace,
+        deadline_ms=message.deadline_ms,
+        replay=message.replay,
+    )
+
+
+def activations_of(header: StepHeader) -> pb.Activations:
+    """The same header on its way to the next peer: no token ids."""
+    plain_chain = header.parents == chain(header.rows)
+    message = pb.Activations(
+        step=header.step,
+        route_epoch=header.epoch,
+        base=header.base,
+        commit=header.commit,
+        rewind=header.rewind,
+        parents=() if plain_chain else header.parents,
+        rows=header.rows,
+        prefill=header.prefill,
+        sample=header.sample,
+        trace=header.trace,
+        deadline_ms=header.deadline_ms,
+    )
+    if header.top_logprobs or header.want_logits or header.want_hidden:
+        want = pb.Want(top_logprobs=header.top_logprobs, logits=header.want_logits, hidden=header.want_hidden)
+        message.want.CopyFrom(want)
+    return message

@@ -1,0 +1,95 @@
+"""Connections that never become calls, streams that say nothing, clients that read nothing: all of them end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import pytest_asyncio
+from petal.peer.rpc import streams
+from petal.protocol import petal_pb2 as pb
+from petal.protocol.wire.limits import KEEPALIVE_S, SILENT_S
+
+from ..support.half_open import HALF_A_HELLO, PREFACE, SETTINGS, until_closed
+from ..support.swarms import LocalSwarm, local_swarm
+from ..support.tiny import VOCAB, tiny_llama
+from ..support.wire import RawSession, Wire, released
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+Code = grpc.StatusCode
+# Of a machine that is busy with other things.
+LATE_S = 4.0
+# Rows of logits, half a megabyte an answer; enough of them to fill whatever buffers there are.
+ROWS, ANSWERS = 500, 60
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def swarm() -> AsyncIterator[LocalSwarm]:
+    async with local_swarm(tiny_llama(), [range(0, 4)]) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def wire(swarm: LocalSwarm) -> AsyncIterator[Wire]:
+    async with Wire(swarm.peers[0]) as wire:
+        yield wire
+
+
+async def test_half_open_connections_are_closed(wire: Wire) -> None:
+    kinds = [(b"", False), (HALF_A_HELLO, False), (b"", True), (PREFACE[:10], True)]
+    waits = (until_closed(wire.peer.address, said, tls, SILENT_S + LATE_S) for said, tls in kinds)
+    assert max(await asyncio.gather(*waits)) < SILENT_S + LATE_S
+
+
+async def test_who_answers_no_ping_is_gone(wire: Wire) -> None:
+    said = PREFACE + SETTINGS
+    seconds = await until_closed(wire.peer.address, said, True, KEEPALIVE_S + LATE_S)
+    assert KEEPALIVE_S / 2 < seconds < KEEPALIVE_S + LATE_S
+
+
+async def test_who_answers_pings_may_be_silent_for_as_long_as_it_wants(wire: Wire) -> None:
+    """The negative control: an idle gRPC connection outlives both limits."""
+    await wire.channel.channel_ready()
+    await asyncio.sleep(KEEPALIVE_S + LATE_S)
+    assert wire.channel.get_state() == grpc.ChannelConnectivity.READY
+
+
+@pytest.mark.parametrize("kind", ["session", "link"])
+async def test_a_stream_that_says_nothing_ends(wire: Wire, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "SILENT_S", 0.3)
+    stream = wire.stream() if kind == "session" else wire.link()
+    await stream.call.wait_for_connection()
+    await stream.refused(Code.DEADLINE_EXCEEDED, "nothing came within 0.3 s")
+
+
+async def asking_much(wire: Wire) -> RawSession:
+    """A session that has asked for one answer again and again, far more than buffers hold, and has read one."""
+    session, _ = await wire.session(reserve_tokens=512)
+    for number in range(ANSWERS + 1):
+        await session.step(1, [7] * ROWS, prefill=True, sample=True, want=pb.Want(logits=True))
+        if number == 0:
+            await session.result()
+    return session
+
+
+async def test_who_reads_nothing_is_cut_and_its_pages_are_free(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "UNREAD_S", 1.0)
+    session = await asking_much(wire)
+    assert wire.peer.admission.sessions == 1
+    await released(wire.peer)
+    await session.refused(Code.DEADLINE_EXCEEDED, "nothing was read for 1 s")
+    neighbour, token = await wire.prefilled([1, 5, 9])
+    assert 0 <= token < VOCAB, "others are served"
+    neighbour.close()
+
+
+async def test_who_reads_slowly_is_not_cut(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: it takes much longer than the limit, but reads on."""
+    monkeypatch.setattr(streams, "UNREAD_S", 1.0)
+    session = await asking_much(wire)
+    for _ in range(ANSWERS):
+        assert len((await session.result()).logits) == 4 * ROWS * VOCAB
+        await asyncio.sleep(0.05)
+    session.close()

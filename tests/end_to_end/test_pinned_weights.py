@@ -1,0 +1,50 @@
+"""A real swarm whose weights change under the same name, config and tensor names: only their bytes tell."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from petal.client.cli.main import app
+from petal.client.routing.peers import ConnectError
+from typer.testing import CliRunner
+
+from ..support.swarms import local_swarm
+from ..support.tiny import tiny_llama
+
+PROMPT = [1, 5, 9, 4, 77]
+
+
+def altered(model: Path, folder: Path) -> Path:
+    """The same model but for its last stored byte."""
+    copy = shutil.copytree(model, folder / model.name)
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    return copy
+
+
+async def test_other_bytes_are_refused_until_they_are_accepted(tmp_path: Path) -> None:
+    model = tiny_llama()
+    async with local_swarm(model, [range(0, 4)]) as swarm, swarm.connect() as client:
+        await client.generate(PROMPT, max_new_tokens=2)
+    async with local_swarm(altered(model, tmp_path), [range(0, 4)]) as swarm:
+        with pytest.raises(ConnectError, match=f"known weights of {model.name}; 1 of its peers .* `petal forget"):
+            await swarm.connect(wait_s=0).__aenter__()
+        done = CliRunner().invoke(app, ["forget", model.name])
+        assert done.exit_code == 0
+        async with swarm.connect() as client:
+            assert len(await client.generate(PROMPT, max_new_tokens=2)) == len(PROMPT) + 2
+
+
+async def test_a_route_goes_round_the_peer_that_contradicts_two_others(tmp_path: Path) -> None:
+    model = tiny_llama()
+    async with (
+        local_swarm(model, [range(0, 2), range(2, 4), range(0, 4)]) as swarm,
+        local_swarm(altered(model, tmp_path), [range(0, 4)], join=swarm.address) as others,
+        swarm.connect() as client,
+    ):
+        await others.peers[0].directory.list()
+        assert len(await client._known.look()) == 3
+        assert others.peers[0].identity.peer_id not in {stop.peer.peer_id for stop in await client.route()}
