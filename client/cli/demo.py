@@ -22,8 +22,8 @@ from rich.table import Table
 
 from ..routing.peers import ConnectError
 from ..swarm import SwarmModel
-from .main import converse, peer_program, show
 from .report import speed_line
+from .terminal import converse, peer_program, show
 
 MODEL = "demo"
 N_BLOCKS = 30

@@ -25,14 +25,15 @@ import json, sys, time
 began = time.time()
 from tests.support.light_client import PEERS_NEED, hide
 hide(PEERS_NEED)
-from petal.client import SwarmModel, entrance
+from petal.client import SwarmModel
+from petal.client.routing import connect
 imported = time.time()
-open_directory = entrance.open_directory
+open_directory = connect.open_directory
 def stamped(peers, trust):
     global opened
     opened = time.time()
     return open_directory(peers, trust)
-entrance.open_directory = stamped
+connect.open_directory = stamped
 with SwarmModel.connect("demo", [sys.argv[1]]) as model:
     connected = time.time()
     next(iter(model.stream(sys.argv[2])))

@@ -19,8 +19,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import pytest
+from petal.client.cli import demo
 from petal.client.cli.demo import N_BLOCKS, ChildPeer, split
-from petal.client.cli.main import demo
 from petal.client.session.session import Session
 from petal.client.session.stream import PeerError
 from petal.client.swarm import AsyncSwarmModel

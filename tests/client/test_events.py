@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from petal.client.cli import main as cli
+from petal.client.cli import terminal
 from petal.client.generation import Piece
 from petal.client.routing.route import NoRoute
 from petal.client.session.failover import Failover
@@ -32,7 +32,7 @@ def test_an_event_names_the_fault_the_replacements_and_the_pause() -> None:
 
 @pytest.mark.parametrize("verbose", [True, False])
 def test_only_the_verbose_hear_of_it(capsys: pytest.CaptureFixture[str], verbose: bool) -> None:
-    cli.show(pieces(), verbose)
+    terminal.show(pieces(), verbose)
     printed = capsys.readouterr()
     assert printed.out == "Once upon.\n"
     assert (SENTENCE in printed.err.replace("\n", "")) == verbose
@@ -40,11 +40,11 @@ def test_only_the_verbose_hear_of_it(capsys: pytest.CaptureFixture[str], verbose
 
 def test_the_text_so_far_and_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(NoRoute):
-        cli._print_json(pieces(breaks=True))
+        terminal.print_json(pieces(breaks=True))
     answer = json.loads(capsys.readouterr().out)
     assert (answer["text"], answer["ids"], answer["finish_reason"]) == ("Once upon", [1, 2], None)
     assert answer["error"].startswith("nobody who can be reached hosts blocks 0-4")
     assert answer["events"] == [SENTENCE]
     with pytest.raises(NoRoute):
-        cli.show(pieces(breaks=True))
+        terminal.show(pieces(breaks=True))
     assert capsys.readouterr().out == "Once upon\n"

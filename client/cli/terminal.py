@@ -1,0 +1,105 @@
+"""What people see and type: answers as they come, conversations, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ...protocol.directory.directory import DirectoryError
+from ...protocol.wire.sampling import SamplingError
+from ..generation import Piece
+from ..routing.peers import ConnectError
+from ..routing.route import NoRoute
+from ..session.stream import PeerError
+from ..swarm import SwarmModel
+from .report import speed_line
+
+console = Console(stderr=True)
+
+EXPECTED = (ConnectError, DirectoryError, NoRoute, PeerError, SamplingError, ValueError)
+
+
+def peer_program() -> str | None:
+    """Where `petal-serve` is: in this Python's environment, or on the path."""
+    beside = os.path.join(os.path.dirname(sys.executable), "petal-serve")
+    return beside if os.access(beside, os.X_OK) else shutil.which("petal-serve")
+
+
+def show(pieces: Iterator[Piece], verbose: bool = False) -> list[Piece]:
+    """Print the text as it comes; with `verbose` also which peers failed, and who took over."""
+    shown = []
+    try:
+        for piece in pieces:
+            shown.append(piece)
+            for event in piece.events if verbose else ():
+                console.print(f"\n[dim]{escape(str(event))}[/dim]", highlight=False, soft_wrap=True)
+            print(piece.text, end="", flush=True)
+    finally:
+        print(flush=True)
+    return shown
+
+
+def converse(swarm: SwarmModel, settings: dict[str, Any], system: str | None, verbose: bool) -> None:
+    """A conversation in the terminal."""
+    talk = swarm.chat(system=system)
+    console.print(f"[dim]Talking with {swarm.name}. /regen answers again, /exit or Ctrl-D ends.[/dim]")
+    try:
+        while True:
+            text = console.input("[b cyan]you>[/b cyan] ").strip()
+            if text == "/exit":
+                return
+            if not text:
+                continue
+            if text == "/regen":
+                settings = {**settings, "seed": settings["seed"] + 1}
+                pieces = talk.regenerate(trace=verbose, **settings)
+            else:
+                pieces = talk.send(text, trace=verbose, **settings)
+            shown = show(pieces, verbose)
+            if verbose:
+                console.print(speed_line(shown))
+    except EOFError:
+        console.print()
+    finally:
+        talk.close()
+
+
+def print_json(pieces: Iterator[Piece]) -> None:
+    """One object, also where the generation breaks off: then with the text so far and the reason."""
+    collected: list[Piece] = []
+    broken: Exception | None = None
+    try:
+        for piece in pieces:
+            collected.append(piece)
+    except EXPECTED as error:
+        broken = error
+    answer = {
+        "text": "".join(piece.text for piece in collected),
+        "ids": [token for piece in collected for token in piece.ids],
+        "finish_reason": collected[-1].finish_reason if collected else None,
+        "seconds": sum(piece.seconds for piece in collected),
+        "events": [str(event) for piece in collected for event in piece.events],
+    }
+    print(json.dumps(answer if broken is None else {**answer, "error": str(broken)}))
+    if broken:
+        raise broken
+
+
+def guarded(run: Callable[[], None]) -> None:
+    """One-line errors that say what to do; a stack trace would help nobody."""
+    try:
+        run()
+    except EXPECTED as error:
+        # What is in an error is never markup, and a line is a line however narrow the terminal is.
+        console.print(f"[red]petal:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
