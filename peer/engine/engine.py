@@ -24,10 +24,12 @@ from ...protocol.wire.sampling import SamplingError, SamplingParams
 from ...protocol.wire.tree import DraftTree, chain, depths
 from ...protocol.wire.verification import TokenHistory, Verdict, draw_after_prefill, verify
 from ..model import Span
+from .batching_window import BatchingWindow
 from .decode import decode_rows
+from .fair_queue import Tenant
 from .kv_cache import KVPool, PoolExhausted, RewindRefused, SessionCache
 from .runner import Executor, Segment
-from .scheduler import Budget, Gathering, Ready, Scheduler, Slice, Tenant
+from .scheduler import Budget, Chunk, Ready, Scheduler
 from .step import BadStep, DeadlinePassed, Done, StepFailed, StepInput, StepOutput
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ MOST_COMMANDS = 256
 
 @dataclass
 class _Job:
-    """A step on its way through the scheduler; a prefill collects the hidden states of its slices."""
+    """A step on its way through the scheduler; a prefill collects the hidden states of its chunks."""
 
     step: StepInput
     done: Done
@@ -79,7 +81,7 @@ class Engine:
         self._scheduler: Scheduler[bytes] = Scheduler(budget or Budget())
         self._sessions: dict[bytes, _Session] = {}
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._gathering = Gathering()
+        self._batching = BatchingWindow()
         self._iteration_end_ns = 0
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -144,7 +146,7 @@ class Engine:
                 commands = 0
                 continue
             if busy:
-                wait = self._gathering.wait(time.monotonic(), self._scheduler.decodes)
+                wait = self._batching.wait(time.monotonic(), self._scheduler.decodes)
             else:
                 wait = None if checked else IDLE_S
             try:
@@ -263,34 +265,34 @@ class Engine:
         now = time.monotonic()
         for late in self._scheduler.expired(now):
             self._fail(late.key, DeadlinePassed("the step's deadline passed before its turn"))
-        slices = self._scheduler.take(now)
-        if not slices:
+        chunks = self._scheduler.take(now)
+        if not chunks:
             return
         started_ns = time.monotonic_ns()
         try:
-            outputs = self._executor.run([self._segment(piece) for piece in slices])
+            outputs = self._executor.run([self._segment(chunk) for chunk in chunks])
         except Exception as error:
             # The thread outlives whatever one batch of strangers' steps may do to it.
-            log.exception("an iteration of %d steps failed", len(slices))
-            for piece in slices:
-                self._fail(piece.step.key, StepFailed(f"compute failed: {error}"))
+            log.exception("an iteration of %d steps failed", len(chunks))
+            for chunk in chunks:
+                self._fail(chunk.step.key, StepFailed(f"compute failed: {error}"))
             return
         ended_ns = time.monotonic_ns()
-        for piece, hidden in zip(slices, outputs, strict=True):
-            self._collect(piece, hidden, started_ns, ended_ns)
-        self._answer([piece.step.key for piece in slices if piece.last])
+        for chunk, hidden in zip(chunks, outputs, strict=True):
+            self._collect(chunk, hidden, started_ns, ended_ns)
+        self._answer([chunk.step.key for chunk in chunks if chunk.last])
         self._iteration_end_ns = time.monotonic_ns()
-        self._gathering.ran(now, time.monotonic(), sum(not piece.step.prefill for piece in slices))
+        self._batching.ran(now, time.monotonic(), sum(not chunk.step.prefill for chunk in chunks))
 
-    def _segment(self, piece: Slice[bytes]) -> Segment:
-        session = self._sessions[piece.step.key]
+    def _segment(self, chunk: Chunk[bytes]) -> Segment:
+        session = self._sessions[chunk.step.key]
         assert session.job is not None
-        parents = chain(piece.stop - piece.start) if session.job.step.prefill else session.job.step.parents
-        rows = session.job.rows[piece.start : piece.stop]
+        parents = chain(chunk.stop - chunk.start) if session.job.step.prefill else session.job.step.parents
+        rows = session.job.rows[chunk.start : chunk.stop]
         return Segment(session.cache, rows, parents, depths(parents), session.blocks)
 
-    def _collect(self, piece: Slice[bytes], hidden: Tensor, started_ns: int, ended_ns: int) -> None:
-        session = self._sessions[piece.step.key]
+    def _collect(self, chunk: Chunk[bytes], hidden: Tensor, started_ns: int, ended_ns: int) -> None:
+        session = self._sessions[chunk.step.key]
         job = session.job
         assert job is not None
         if not job.hidden:

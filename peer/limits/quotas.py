@@ -19,12 +19,16 @@ _KNOWN = 4096
 
 @dataclass(frozen=True)
 class Quota:
-    """Limits of one client; None is none. `tree_nodes`: drafted tokens of one step."""
+    """Limits of one client; None is none. `tree_nodes`: drafted tokens of one step.
+
+    priority: the highest that counts against other clients; above it, a client orders its own sessions only.
+    """
 
     sessions: int | None = None
     tokens_per_minute: int | None = None
     cache_tokens: int | None = None
     tree_nodes: int | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ...protocol.trust.channels import Channels
 from ...protocol.trust.trust import Caller, Trust, TrustError, client_id_of
 from ...protocol.wire.limits import MAX_ROWS, PROTOCOL, PROTOCOL_MIN, WINDOW_BYTES
 from ..engine.engine import Engine
-from ..engine.scheduler import Tenant
+from ..engine.fair_queue import Tenant
 from ..limits.admission import Admission, Refused
 from ..limits.quotas import NO_QUOTAS, Allowance, Allowances, Quota, Quotas
 from ..session.next_hop import LinkFailed
@@ -166,7 +166,7 @@ class PeerService(PeerServicer):
         except SessionFailed:
             self._release(session)
             raise
-        tenant = Tenant(caller.name, caller.share, allowance.weight)
+        tenant = Tenant(caller.name, caller.share, allowance.weight, allowance.quota.priority)
         self._engine.open(
             session.key, tenant, spec.codec, spec.blocks, message.priority, parent.key if parent else None
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 
 from petal.peer.engine.engine import Engine
+from petal.peer.engine.fair_queue import Tenant
 from petal.peer.engine.kv_cache import KVPool
-from petal.peer.engine.scheduler import Tenant
 from petal.peer.engine.step import StepInput
 from petal.peer.model import load_span
 from petal.protocol import petal_pb2 as pb

@@ -16,13 +16,14 @@ def allowance(**limits: int) -> Allowance:
 def test_the_first_rule_that_fits_counts(tmp_path):
     rules = [
         {"label": "lab=oxford", "role": "client", "sessions": 4},
-        {"role": "peer", "sessions": 9},
+        {"role": "peer", "sessions": 9, "priority": 3},
         {"sessions": 1, "tree_nodes": 8},
     ]
     path = tmp_path / "quotas.json"
     path.write_text(json.dumps({"quotas": rules, "weights": {"oxford": 2}}))
     quotas = Quotas.read(path)
     assert quotas.of(OXFORD) == Quota(sessions=4)
+    assert quotas.of(Caller("c" * 52, "peer")) == Quota(sessions=9, priority=3)
     assert quotas.of(STRANGER) == Quota(sessions=1, tree_nodes=8)
     assert (quotas.weight(OXFORD.share), quotas.weight(STRANGER.share)) == (2.0, 1.0)
 

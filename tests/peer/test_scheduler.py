@@ -6,24 +6,30 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from petal.peer.engine.scheduler import Budget, Gathering, Ready, Scheduler, Tenant
+from petal.peer.engine.batching_window import BatchingWindow
+from petal.peer.engine.fair_queue import Tenant
+from petal.peer.engine.scheduler import Budget, Ready, Scheduler
 
 BUDGET = Budget(rows=64, rows_beside_decode=8, context_scale=100, decode_memory_s=1.0)
 # One row costs one, whatever its context: then shares can be counted in rows.
 EVEN = Budget(rows=100, rows_beside_decode=10, context_scale=10**30)
 
 
-def tenant(client: bytes, weight: float = 1.0) -> Tenant:
+# The highest priority that the wire can carry.
+TOP = 2**31 - 1
+
+
+def tenant(client: bytes, weight: float = 1.0, granted: int = 0) -> Tenant:
     """A client that shares its turn with nobody."""
-    return Tenant(client.decode(), client.decode(), weight)
+    return Tenant(client.decode(), client.decode(), weight, granted)
 
 
 def decode(key, client=b"a", rows=1, context=0, **more):
     return Ready(key, tenant(client), rows, context, **more)
 
 
-def prefill(key, client=b"a", rows=1000, context=0, **more):
-    return Ready(key, tenant(client), rows, context, prefill=True, **more)
+def prefill(key, client=b"a", rows=1000, context=0, granted=0, **more):
+    return Ready(key, tenant(client, granted=granted), rows, context, prefill=True, **more)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -42,13 +48,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows=st.one_of(st.integers(1, 10), st.integers(1, 300)),
         context=st.integers(0, 500),
         is_prefill=st.booleans(),
-        priority=st.integers(-1, 1),
+        priority=st.integers(-1, 2),
         patience=st.one_of(st.none(), st.floats(0, 5)),
     )
     def add(self, client, rows, context, is_prefill, priority, patience):
         key = len(self.ran)
         deadline = None if patience is None else self.now + patience
-        step = Ready(key, tenant(client), rows, context, is_prefill, priority, deadline)
+        granted = {b"a": 0, b"b": 1, b"c": 2}[client]
+        step = Ready(key, tenant(client, granted=granted), rows, context, is_prefill, priority, deadline)
         self.ready[key], self.ran[key] = replace(step), 0
         self.scheduler.add(step)
 
@@ -77,13 +84,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def take(self):
-        slices = self.scheduler.take(self.now)
-        assert [piece.step.prefill for piece in slices] == sorted(piece.step.prefill for piece in slices)
-        assert len({piece.step.key for piece in slices}) == len(slices)
+        chunks = self.scheduler.take(self.now)
+        assert [piece.step.prefill for piece in chunks] == sorted(piece.step.prefill for piece in chunks)
+        assert len({piece.step.key for piece in chunks}) == len(chunks)
         before = dict(self.ran)
-        decodes = [piece for piece in slices if not piece.step.prefill]
-        prefills = [piece for piece in slices if piece.step.prefill]
-        for piece in slices:
+        decodes = [piece for piece in chunks if not piece.step.prefill]
+        prefills = [piece for piece in chunks if piece.step.prefill]
+        for piece in chunks:
             step = self.ready[piece.step.key]
             assert piece.start == self.ran[step.key]
             assert piece.start < piece.stop <= step.rows
@@ -92,7 +99,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._check_budget(decodes, prefills)
         for kind, pieces in ((False, decodes), (True, prefills)):
             self._check_choice(kind, {piece.step.key for piece in pieces}, before)
-        for piece in slices:
+        for piece in chunks:
             if piece.last:
                 del self.ready[piece.step.key]
 
@@ -115,21 +122,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert bool(of_kind) == bool(chosen), "each class goes on in every iteration"
         for key in of_kind.keys() - chosen:
             assert self.ran[key] == before[key]
-            assert of_kind[key].priority <= min(of_kind[other].priority for other in chosen)
+            left = of_kind[key]
+            assert left.precedence <= min(of_kind[other].precedence for other in chosen)
+            peers = [of_kind[other] for other in chosen if of_kind[other].tenant == left.tenant]
+            assert all(left.priority <= mine.priority for mine in peers), "a client's own order"
 
     @invariant()
     def both_agree_on_what_is_ready(self):
         assert len(self.scheduler) == len(self.ready)
         assert all(key in self.scheduler for key in self.ready)
-        # Accounts exist only where something waits, and nobody is remembered for nothing.
-        accounts = self.scheduler._accounts
-        assert accounts.keys() == {(step.priority, step.prefill) for step in self.ready.values()}
-        for (priority, is_prefill), account in accounts.items():
-            clients = [
-                s.tenant.client for s in self.ready.values() if (s.priority, s.prefill) == (priority, is_prefill)
-            ]
-            assert account.clients.waiting == {client: clients.count(client) for client in clients}
-            assert account.clients.served.keys() >= set(clients)
+        # Queues exist only where something waits, and nobody is remembered for nothing.
+        queues = self.scheduler._queues
+        assert queues.keys() == {(step.precedence, step.prefill) for step in self.ready.values()}
+        for kind, queue in queues.items():
+            clients = [s.tenant.client for s in self.ready.values() if (s.precedence, s.prefill) == kind]
+            assert queue.clients.waiting == {client: clients.count(client) for client in clients}
+            assert queue.clients.served.keys() >= set(clients)
 
     def teardown(self):
         for _ in range(100_000):
@@ -138,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.now += 10
             self.take()
         assert not len(self.scheduler)
-        assert not self.scheduler._accounts
+        assert not self.scheduler._queues
         assert self.scheduler.take(self.now) == []
 
 
@@ -202,12 +210,35 @@ def test_a_deadline_ends_only_what_has_not_begun():
     assert "patient" in scheduler
 
 
-def test_priority_comes_before_fairness():
+# Priority.
+
+
+def test_a_clients_priority_orders_its_own_steps():
     scheduler = Scheduler(EVEN)
-    scheduler.add(prefill("low", b"a"))
+    scheduler.add(prefill("low", rows=100))
     for i in range(5):
-        scheduler.add(prefill(i, b"b", rows=100, priority=1))
+        scheduler.add(prefill(i, rows=100, priority=1))
     assert [scheduler.take(0.0)[0].step.key for _ in range(6)] == [0, 1, 2, 3, 4, "low"]
+
+
+@pytest.mark.parametrize("make", [decode, prefill])
+def test_a_priority_that_nobody_granted_takes_nothing_from_others(make):
+    """Nor does it win where both were served alike: who came first goes first."""
+    scheduler = Scheduler(EVEN)
+    for turn in range(200):
+        scheduler.add(make(("honest", turn), b"honest", rows=100))
+        scheduler.add(make(("greedy", turn), b"greedy", rows=100, priority=TOP))
+    order = [scheduler.take(0.0)[0].step.key[0] for _ in range(200)]
+    assert order == ["honest", "greedy"] * 100
+
+
+def test_a_priority_that_was_granted_counts_as_far_as_it_was():
+    scheduler = Scheduler(EVEN)
+    scheduler.add(prefill("other", b"a", rows=100))
+    scheduler.add(prefill("higher", b"b", rows=100, priority=2, granted=2))
+    scheduler.add(prefill("granted", b"c", rows=100, priority=TOP, granted=3))
+    scheduler.add(prefill("modest", b"d", rows=100, priority=0, granted=3))
+    assert [scheduler.take(0.0)[0].step.key for _ in range(4)] == ["granted", "higher", "other", "modest"]
 
 
 # Fairness.
@@ -302,18 +333,18 @@ def test_endless_newcomers_do_not_starve_the_old():
         clients.served[b"%d" % i] = 0
         clients.scheduler.add(prefill(-1 - i, b"%d" % i, rows=EVEN.rows))
         clients.run(1)
-    fewest = 300 * EVEN.rows / len(clients.scheduler._accounts[0, True].clients.waiting)
+    fewest = 300 * EVEN.rows / len(clients.scheduler._queues[0, True].clients.waiting)
     assert clients.served[b"old"] >= 0.5 * fewest
 
 
-def test_accounts_of_clients_that_left_do_not_pile_up():
+def test_queues_of_clients_that_left_do_not_pile_up():
     scheduler = Scheduler(EVEN)
     scheduler.add(prefill("endless", b"endless", rows=10**9))
     most = 0
     for i in range(5000):
         scheduler.add(prefill(i, b"%d" % i, rows=40))
         scheduler.take(0.0)
-        most = max(most, len(scheduler._accounts[0, True].clients.served))
+        most = max(most, len(scheduler._queues[0, True].clients.served))
     assert most < 20
 
 
@@ -331,37 +362,37 @@ def test_what_decoding_cost_does_not_delay_a_prompt():
     assert served == {"a": 100, "b": 100}
 
 
-class TestGathering:
+class TestBatchingWindow:
     """Waiting for a batch's sessions pays while they come, and stops costing when they do not."""
 
     def test_waits_for_the_sessions_of_the_last_batch(self) -> None:
-        gathering = Gathering(patience=0.1)
-        gathering.ran(0.0, 1.0, decodes=3)
-        assert gathering.wait(1.0, 1) == pytest.approx(0.1)
-        assert gathering.wait(1.05, 2) == pytest.approx(0.05)
-        assert gathering.wait(1.06, 3) == 0
-        assert gathering.wait(1.06, 0) == 0, "nobody is expected any more"
+        window = BatchingWindow(patience=0.1)
+        window.ran(0.0, 1.0, decodes=3)
+        assert window.wait(1.0, 1) == pytest.approx(0.1)
+        assert window.wait(1.05, 2) == pytest.approx(0.05)
+        assert window.wait(1.06, 3) == 0
+        assert window.wait(1.06, 0) == 0, "nobody is expected any more"
 
     def test_a_prefill_alone_lets_a_decode_come_back_first(self) -> None:
-        gathering = Gathering(patience=0.1)
-        gathering.ran(0.0, 1.0, decodes=1)
-        assert gathering.wait(1.0, 0) > 0
+        window = BatchingWindow(patience=0.1)
+        window.ran(0.0, 1.0, decodes=1)
+        assert window.wait(1.0, 0) > 0
 
     def test_never_waits_without_decodes(self) -> None:
-        gathering = Gathering()
-        gathering.ran(0.0, 1.0, decodes=0)
-        assert gathering.wait(1.0, 0) == 0
+        window = BatchingWindow()
+        window.ran(0.0, 1.0, decodes=0)
+        assert window.wait(1.0, 0) == 0
 
     def test_patience_follows_what_waiting_brought(self) -> None:
-        gathering = Gathering(patience=0.1)
+        window = BatchingWindow(patience=0.1)
         for turn in range(20):
-            gathering.ran(turn, turn + 1, decodes=2)
-            assert gathering.wait(turn + 2, 1) == 0
-        assert gathering.patience == gathering.least
+            window.ran(turn, turn + 1, decodes=2)
+            assert window.wait(turn + 2, 1) == 0
+        assert window.patience == window.least
         for turn in range(20):
-            gathering.ran(turn, turn + 1, decodes=2)
-            assert gathering.wait(turn + 1, 2) == 0
-        assert gathering.patience == gathering.most
+            window.ran(turn, turn + 1, decodes=2)
+            assert window.wait(turn + 1, 2) == 0
+        assert window.patience == window.most
 
 
 @pytest.mark.parametrize(("weight", "share"), [(1.0, 0.5), (3.0, 0.75)])
