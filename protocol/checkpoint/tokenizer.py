@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,7 @@ import tokenizers
 _REPLACEMENT = "\ufffd"
 # A UTF-8 character has at most 4 bytes, so at most 3 stand unfinished at the end of a text.
 _UNFINISHED = 3
+_BYTE = re.compile("<0x[0-9a-fA-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,19 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)
         return found
 
+    def is_silent(self, id: int, skip_special: bool = True) -> bool:
+        """Whether `decode` leaves `id` out, as if it were not there."""
+        return self._backend.id_to_token(id) is None or (skip_special and id in self.special_ids)
+
+    def is_byte(self, id: int) -> bool:
+        """Whether `id` stands for one byte of a character that has no token, as "<0xE6>" does."""
+        return self._has_bytes and _BYTE.fullmatch(self._backend.id_to_token(id) or "") is not None
+
+    @cached_property
+    def _has_bytes(self) -> bool:
+        decoder = self._backend.decoder
+        return decoder is not None and decoder.decode(["<0x61>"]) == "a"
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that `skip_special` leaves out."""
@@ -104,24 +119,32 @@ class Detokenizer:
         self._window: list[int] = []
         self._sent = 0
 
+    @property
+    def pending(self) -> str:
+        """What `flush` would give now: text that further ids may still change."""
+        return self._decode(self._window)[self._sent :]
+
     def add(self, id: int) -> str:
         """The text that `id` completes; never part of a UTF-8 character."""
-        if self._skip_special and id in self._tokenizer.special_ids:
+        if self._tokenizer.is_silent(id, self._skip_special):
             return ""
         self._window.append(id)
+        # Bytes are decoded as one run, which one bad byte spoils as a whole: until it ends, none of it is certain.
+        if self._tokenizer.is_byte(id):
+            return ""
         text = self._decode(self._window)
         whole = text.rstrip(_REPLACEMENT)
         piece = self._take(text, max(len(whole), len(text) - _UNFINISHED))
         alone = self._decode([id])
-        # A token that is text by itself is context enough for the next: decoders look back one token at most.
-        if len(whole) == len(text) and alone and _REPLACEMENT not in alone:
+        # Where a character ends with a token that is text by itself, that token is context enough for the next:
+        # decoders look back one token at most.
+        if len(whole) == len(text) and alone:
             self._window, self._sent = [id], len(alone)
         return piece
 
     def flush(self) -> str:
         """What is held back, at the end of the stream; starts afresh."""
-        text = self._decode(self._window)
-        piece = self._take(text, len(text))
+        piece = self.pending
         self._window, self._sent = [], 0
         return piece
 
