@@ -102,6 +102,8 @@ def config_of(
         else frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
     )
     stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
+    if not all(stops):
+        raise ValueError("a stop string has at least one character: an empty one would stop every answer at once")
     processors = tuple(logits_processor or ())
     return GenerationConfig(
         max_new_tokens, sampling, eos - {-1}, stops, top_logprobs, trace, drafter, budget, processors
@@ -175,8 +177,10 @@ class _Stopper:
     def __init__(self, config: GenerationConfig, tokenizer: Tokenizer | None, limit: int) -> None:
         if config.stop_strings and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
-        self._config = config
         self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+        self._stops = config.stop_strings
+        # Special tokens are no part of the text: where a stop string is one, its id is looked for.
+        self._ends = config.eos_token_ids | (tokenizer.special_ids_of(self._stops) if tokenizer else frozenset())
         self._held = ""
         self.left = limit
 
@@ -185,7 +189,7 @@ class _Stopper:
         for token in ids:
             piece.ids.append(token)
             self.left -= 1
-            if token in self._config.eos_token_ids:
+            if token in self._ends:
                 piece.finish_reason = "stop"
             else:
                 self._held += self._detokenizer.add(token) if self._detokenizer else ""
@@ -201,9 +205,13 @@ class _Stopper:
         return piece
 
     def _cut_at_stop(self, piece: Piece) -> bool:
-        found = [at for stop in self._config.stop_strings if (at := self._held.find(stop)) >= 0]
+        if not self._stops:
+            return False
+        # An answer that ends here says what is pending, too.
+        said = self._held + (self._detokenizer.pending if self._detokenizer else "")
+        found = [at for stop in self._stops if (at := said.find(stop)) >= 0]
         if found:
-            piece.text += self._held[: min(found)]
+            piece.text += said[: min(found)]
         return bool(found)
 
     def _release(self, piece: Piece) -> None:
@@ -217,7 +225,7 @@ class _Stopper:
 
     def _possible_stop(self) -> int:
         longest = 0
-        for stop in self._config.stop_strings:
+        for stop in self._stops:
             for size in range(1, min(len(stop), len(self._held) + 1)):
                 if self._held.endswith(stop[:size]):
                     longest = max(longest, size)

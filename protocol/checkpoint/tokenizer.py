@@ -94,6 +94,10 @@ class Tokenizer:
         """Ids that `skip_special` leaves out."""
         return frozenset(id for id, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
+    def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """Ids of the special tokens among `texts`."""
+        return frozenset(id for text in texts if (id := self.token_id(text)) is not None) & self.special_ids
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
