@@ -23,7 +23,7 @@ from ..protocol.private.gossip import GossipDirectory
 from ..protocol.private.joining import join
 from ..protocol.private.membership import Membership
 from ..protocol.trust.identity import Identity
-from ..protocol.trust.interceptor import Gate
+from ..protocol.trust.interceptor import TrustInterceptor
 from ..protocol.trust.trust import PublicTrust, Trust
 from ..protocol.wire.limits import DIRECTORY_OPTIONS, MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
 from .engine.engine import Engine
@@ -72,7 +72,7 @@ class PeerServer:
         self._set_up_threads()
         self.identity = Identity.load_or_create(options.identity)
         self.trust = await self._trust()
-        self._grpc = grpc.aio.server(interceptors=[Gate(self.trust)], options=SERVER_OPTIONS)
+        self._grpc = grpc.aio.server(interceptors=[TrustInterceptor(self.trust)], options=SERVER_OPTIONS)
         self.port = self._bind(f"{options.host}:{options.port}")
         self.address = options.announced(self.port)
         try:

@@ -196,7 +196,7 @@ def _table(issues: Iterable[Issue]) -> Table:
     for issue in issues:
         labels = " ".join(f"{label}={value}" for label, value in issue.labels.items())
         until = time.strftime("%Y-%m-%d %H:%M", time.localtime(issue.not_after))
-        table.add_row(issue.name[:SHORT], issue.role, labels, until, "[red]revoked[/red]" if issue.barred else "")
+        table.add_row(issue.name[:SHORT], issue.role, labels, until, "[red]revoked[/red]" if issue.revoked else "")
     return table
 
 

@@ -24,7 +24,7 @@ from ...protocol.wire.codec import encode
 from ...protocol.wire.limits import PART_BYTES
 from ...protocol.wire.sampling import Floats, SamplingParams
 from ...protocol.wire.tree import DraftTree, chain, depths
-from ...protocol.wire.verification import Reshape, TokenHistory, Verdict, draw_after_prefill, verify
+from ...protocol.wire.verification import Reshape, TokenHistory, VerificationResult, draw_after_prefill, verify
 
 # transformers' convention: ids [1, n] and scores [1, vocab] in, scores out.
 LogitsProcessor = Callable[[Any, Any], Any]
@@ -82,14 +82,14 @@ class LocalHead:
         history: TokenHistory,
         top_logprobs: int,
         processors: Sequence[LogitsProcessor],
-    ) -> Verdict:
+    ) -> VerificationResult:
         """What the tail peer would say of its hidden states [rows, d], of a tree or of a prompt's last chunk.
 
         Raises SamplingError.
         """
         reshape = _reshape(processors) if processors else None
 
-        def work() -> Verdict:
+        def work() -> VerificationResult:
             rows = hidden[-1:] if tree is None else hidden
             logits = self._ends.logits(torch.tensor(rows)).float().numpy()
             if tree is None:

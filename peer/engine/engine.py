@@ -22,7 +22,7 @@ from ...protocol.petal_pb2 import Codec
 from ...protocol.wire.codec import CodecError, encode
 from ...protocol.wire.sampling import SamplingError, SamplingParams
 from ...protocol.wire.tree import DraftTree, chain, depths
-from ...protocol.wire.verification import TokenHistory, Verdict, draw_after_prefill, verify
+from ...protocol.wire.verification import TokenHistory, VerificationResult, draw_after_prefill, verify
 from ..model import Span
 from .batching_window import BatchingWindow
 from .decode import decode_rows
@@ -366,7 +366,7 @@ class Engine:
             job.queued_ns,
         )
 
-    def _verdict(self, session: _Session, step: StepInput, logits: NDArray[np.float32]) -> Verdict:
+    def _verdict(self, session: _Session, step: StepInput, logits: NDArray[np.float32]) -> VerificationResult:
         if step.prefill:
             return draw_after_prefill(logits[-1], session.sampling, session.history, step.top_logprobs)
         tree = DraftTree(tuple(step.ids), tuple(step.parents))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...protocol.wire.sampling import SamplingParams
-from ...protocol.wire.verification import TokenHistory, Verdict
+from ...protocol.wire.verification import TokenHistory, VerificationResult
 
 
 class StepFailed(RuntimeError):
@@ -50,7 +50,7 @@ class StepOutput:
     tail; and when, in nanoseconds of the monotonic clock. `queued_ns`: how long it was ready while others computed."""
 
     hidden: bytes
-    verdict: Verdict | None
+    verdict: VerificationResult | None
     logits: bytes
     started_ns: int
     ended_ns: int

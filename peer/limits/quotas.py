@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ...protocol.trust.trust import Caller
+from ...protocol.trust.trust import Principal
 from .admission import Refused
 
 # Clients remembered after their last session.
@@ -39,9 +39,9 @@ class Rule:
     role: str | None = None
     label: str | None = None
 
-    def fits(self, caller: Caller) -> bool:
-        labels = {f"{label}={value}" for label, value in caller.labels}
-        return self.role in (None, caller.role) and (self.label is None or self.label in labels)
+    def fits(self, principal: Principal) -> bool:
+        labels = {f"{label}={value}" for label, value in principal.labels}
+        return self.role in (None, principal.role) and (self.label is None or self.label in labels)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Quotas:
             raise ValueError(f"{path} holds quotas and weights above 0 only, not {', '.join(unknown) or weights}")
         return cls(rules, weights)
 
-    def of(self, caller: Caller) -> Quota:
-        return next((rule.quota for rule in self.rules if rule.fits(caller)), Quota())
+    def of(self, principal: Principal) -> Quota:
+        return next((rule.quota for rule in self.rules if rule.fits(principal)), Quota())
 
     def weight(self, share: str) -> float:
         return self.weights.get(share, 1.0)
@@ -78,11 +78,11 @@ class Quotas:
 NO_QUOTAS = Quotas()
 
 
-class Allowance:
+class QuotaUsage:
     """What one client holds and has used, beside what it may."""
 
-    def __init__(self, caller: Caller, quota: Quota, weight: float) -> None:
-        self.caller = caller
+    def __init__(self, principal: Principal, quota: Quota, weight: float) -> None:
+        self.principal = principal
         self.quota = quota
         self.weight = weight
         self._held: dict[bytes, int] = {}
@@ -122,26 +122,26 @@ class Allowance:
         self._tokens -= tokens
 
 
-class Allowances:
+class QuotaUsages:
     """Every client's, also after its last session: who comes again finds what it had used."""
 
     def __init__(self, quotas: Quotas) -> None:
         self._quotas = quotas
-        self._of: dict[str, Allowance] = {}
+        self._of: dict[str, QuotaUsage] = {}
 
-    def of(self, caller: Caller) -> Allowance:
-        """A client's allowance; its labels may have changed with its certificate."""
-        quota = self._quotas.of(caller)
-        known = self._of.pop(caller.name, None)
+    def of(self, principal: Principal) -> QuotaUsage:
+        """A client's usage; its labels may have changed with its certificate."""
+        quota = self._quotas.of(principal)
+        known = self._of.pop(principal.name, None)
         if known is None or known.quota != quota:
-            known = Allowance(caller, quota, self._quotas.weight(caller.share))
-        self._of[caller.name] = known
+            known = QuotaUsage(principal, quota, self._quotas.weight(principal.share))
+        self._of[principal.name] = known
         if len(self._of) > _KNOWN:
             self._forget()
         return known
 
     def _forget(self) -> None:
-        oldest = next((name for name, allowance in self._of.items() if allowance.idle), None)
+        oldest = next((name for name, usage in self._of.items() if usage.idle), None)
         if oldest is not None:
             del self._of[oldest]
 

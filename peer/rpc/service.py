@@ -14,12 +14,12 @@ import grpc
 from ...protocol import petal_pb2 as pb
 from ...protocol.petal_pb2_grpc import PeerServicer
 from ...protocol.trust.channels import Channels
-from ...protocol.trust.trust import Caller, Trust, TrustError, client_id_of
+from ...protocol.trust.trust import Principal, Trust, TrustError, client_id_of
 from ...protocol.wire.limits import MAX_ROWS, PROTOCOL, PROTOCOL_MIN, WINDOW_BYTES
 from ..engine.engine import Engine
 from ..engine.fair_queue import Tenant
 from ..limits.admission import Admission, Refused
-from ..limits.quotas import NO_QUOTAS, Allowance, Allowances, Quota, Quotas
+from ..limits.quotas import NO_QUOTAS, Quota, Quotas, QuotaUsage, QuotaUsages
 from ..session.next_hop import LinkFailed
 from ..session.replay import ReplayBudget
 from ..session.session import PeerSession
@@ -75,10 +75,10 @@ class PeerService(PeerServicer):
         self._resolve = resolve
         self.replay_budget = ReplayBudget(info.replay_bytes)
         self._sessions: dict[bytes, PeerSession] = {}
-        self._uplinks: dict[asyncio.Task[Any], Caller] = {}
+        self._uplinks: dict[asyncio.Task[Any], Principal] = {}
         self._trust = trust
         self._channels = Channels(trust)
-        self._allowances = Allowances(quotas)
+        self._usages = QuotaUsages(quotas)
 
     @property
     def sessions(self) -> int:
@@ -101,10 +101,10 @@ class PeerService(PeerServicer):
         """Cut the streams of whoever is not trusted any more, on either side of this peer."""
         self._channels.sweep()
         for session in self._sessions.values():
-            if not self._trust.trusted(session.allowance.caller.certificates):
+            if not self._trust.trusted(session.usage.principal.certificates):
                 session.fail(_REVOKED)
-        for link, caller in self._uplinks.items():
-            if not self._trust.trusted(caller.certificates):
+        for link, principal in self._uplinks.items():
+            if not self._trust.trusted(principal.certificates):
                 link.cancel()
 
     async def close(self) -> None:
@@ -145,19 +145,19 @@ class PeerService(PeerServicer):
             raise invalid("a session starts with an open frame")
         message = frame.open
         self._check_open(message)
-        caller = self._client(message, context)
+        principal = self._client(message, context)
         parent = self._parent(message)
-        allowance = self._allowances.of(caller)
-        spec = self._spec(message, allowance.quota)
+        usage = self._usages.of(principal)
+        spec = self._spec(message, usage.quota)
         if former := self._sessions.get(spec.session_id):
             self._close(former)
             former.fail(SessionFailed(Status.ABORTED, "this session was opened anew on another stream"))
         try:
-            self._reserve(spec, allowance)
+            self._reserve(spec, usage)
         except Refused as error:
             code = Status.FAILED_PRECONDITION if error.final else Status.RESOURCE_EXHAUSTED
             raise SessionFailed(code, str(error)) from error
-        session = PeerSession(spec, allowance, self._engine, self.replay_budget, message.route_epoch, writer.put)
+        session = PeerSession(spec, usage, self._engine, self.replay_budget, message.route_epoch, writer.put)
         try:
             if parent:
                 session.adopt(parent)
@@ -166,7 +166,7 @@ class PeerService(PeerServicer):
         except SessionFailed:
             self._release(session)
             raise
-        tenant = Tenant(caller.name, caller.share, allowance.weight, allowance.quota.priority)
+        tenant = Tenant(principal.name, principal.share, usage.weight, usage.quota.priority)
         self._engine.open(
             session.key, tenant, spec.codec, spec.blocks, message.priority, parent.key if parent else None
         )
@@ -178,7 +178,7 @@ class PeerService(PeerServicer):
             protocol=PROTOCOL,
             features=sorted(self.info.features),
             revocations=self._trust.revocations,
-            max_nodes=allowance.quota.tree_nodes,
+            max_nodes=usage.quota.tree_nodes,
         )
         writer.put(pb.PeerFrame(opened=opened))
         return session
@@ -217,17 +217,17 @@ class PeerService(PeerServicer):
             if getattr(message, name):
                 raise SessionFailed(Status.UNIMPLEMENTED, f"this peer does not serve {name} yet")
 
-    def _client(self, message: pb.Open, context: grpc.aio.ServicerContext) -> Caller:
+    def _client(self, message: pb.Open, context: grpc.aio.ServicerContext) -> Principal:
         """Who opens a session; sessions belong to whoever can prove their client id."""
         self._trust.learn(message.revocations)
-        caller = self._caller(context, message.hello, message.session_id)
-        if message.client_id != client_id_of(caller.name):
+        principal = self._principal(context, message.hello, message.session_id)
+        if message.client_id != client_id_of(principal.name):
             raise SessionFailed(Status.UNAUTHENTICATED, "client_id is not of the key that the caller has shown")
-        return caller
+        return principal
 
-    def _caller(self, context: grpc.aio.ServicerContext, hello: pb.Hello, session_id: bytes) -> Caller:
+    def _principal(self, context: grpc.aio.ServicerContext, hello: pb.Hello, session_id: bytes) -> Principal:
         try:
-            return self._trust.caller(context.auth_context(), hello, session_id)
+            return self._trust.principal(context.auth_context(), hello, session_id)
         except TrustError as error:
             raise SessionFailed(Status.UNAUTHENTICATED, str(error)) from None
 
@@ -302,7 +302,7 @@ class PeerService(PeerServicer):
                     revocations=self._trust.revocations,
                 )
                 try:
-                    await session.downlink.attach(message.peer_id, self._channels.to(record, address), hello)
+                    await session.next_hop.attach(message.peer_id, self._channels.to(record, address), hello)
                 except LinkFailed as error:
                     reason = f"{address}: {error}"
                     continue
@@ -324,25 +324,25 @@ class PeerService(PeerServicer):
             self._release(session)
             del self._sessions[session_id]
 
-    def _reserve(self, spec: SessionSpec, allowance: Allowance) -> None:
-        allowance.open(spec.session_id, spec.reserve_tokens)
+    def _reserve(self, spec: SessionSpec, usage: QuotaUsage) -> None:
+        usage.open(spec.session_id, spec.reserve_tokens)
         try:
-            share, weight = allowance.caller.share, allowance.weight
+            share, weight = usage.principal.share, usage.weight
             self._admission.reserve(spec.session_id, spec.reserve_tokens, share, weight)
         except Refused:
-            allowance.close(spec.session_id)
+            usage.close(spec.session_id)
             raise
 
     def _release(self, session: PeerSession) -> None:
         self._admission.release(session.spec.session_id)
-        session.allowance.close(session.spec.session_id)
+        session.usage.close(session.spec.session_id)
 
     # The link from the peer before.
 
     async def Link(self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext) -> None:
         requests = frames_of(requests)
         try:
-            session, caller = await self._linked_session(requests, context)
+            session, principal = await self._linked_session(requests, context)
         except SessionFailed as failure:
             await abort(context, failure)
             return
@@ -358,7 +358,7 @@ class PeerService(PeerServicer):
         tasks = [asyncio.ensure_future(part) for part in work]
         link = asyncio.current_task()
         assert link
-        self._uplinks[link] = caller
+        self._uplinks[link] = principal
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             ended = failure_of(tasks)
@@ -371,12 +371,12 @@ class PeerService(PeerServicer):
 
     async def _linked_session(
         self, requests: AsyncIterator[pb.LinkFrame], context: grpc.aio.ServicerContext
-    ) -> tuple[PeerSession, Caller]:
+    ) -> tuple[PeerSession, Principal]:
         frame = await first_of(requests)
         if frame is None or not frame.HasField("hello"):
             raise invalid("a link starts with a hello")
         hello = frame.hello
-        caller = self._caller(context, hello.hello, hello.session_id)
+        principal = self._principal(context, hello.hello, hello.session_id)
         self._trust.learn(hello.revocations)
         session = self._sessions.get(hello.session_id)
         # One answer for an unknown session and for a wrong token: ids cannot be probed.
@@ -387,7 +387,7 @@ class PeerService(PeerServicer):
             raise SessionFailed(
                 Status.FAILED_PRECONDITION, f"route epoch {hello.route_epoch} is {word}; {session.epoch} is current"
             )
-        return session, caller
+        return session, principal
 
 
 async def _read_link(session: PeerSession, requests: AsyncIterator[pb.LinkFrame]) -> None:

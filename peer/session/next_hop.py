@@ -18,7 +18,7 @@ class LinkFailed(ConnectionError):
     """The next peer did not take the link."""
 
 
-class Downlink:
+class NextHop:
     """Sends activations in order as far as the next peer's credit goes; `send` never waits."""
 
     def __init__(self, on_fault: Callable[[str, str], None]) -> None:

@@ -19,9 +19,9 @@ from ...protocol.wire.step import StepHeader
 from ..engine.engine import Engine
 from ..engine.step import BadStep, DeadlinePassed, StepFailed, StepInput, StepOutput
 from ..limits.admission import Refused
-from ..limits.quotas import Allowance
+from ..limits.quotas import QuotaUsage
 from .frames import link_frames, replay_frames, result_frames
-from .next_hop import Downlink
+from .next_hop import NextHop
 from .replay import ReplayBudget, ReplayLog
 from .spec import SessionFailed, SessionSpec, invalid
 from .state import Entry, Ledger, Rows
@@ -39,20 +39,20 @@ class PeerSession:
     def __init__(
         self,
         spec: SessionSpec,
-        allowance: Allowance,
+        usage: QuotaUsage,
         engine: Engine,
         budget: ReplayBudget,
         epoch: int,
         send: Callable[[pb.PeerFrame], int],
     ) -> None:
         self.spec = spec
-        self.allowance = allowance
+        self.usage = usage
         # The engine's name for it: a session that is opened anew shares nothing with the one before.
         self.key = secrets.token_bytes(16)
         self.link_token = secrets.token_bytes(16)
         self.epoch = epoch
         self.failed: asyncio.Future[SessionFailed] = asyncio.get_running_loop().create_future()
-        self.downlink = Downlink(self._link_fault)
+        self.next_hop = NextHop(self._link_fault)
         self.ledger = Ledger(spec)
         self.send = send
         self._last_used = time.monotonic()
@@ -131,7 +131,7 @@ class PeerSession:
         self._last_used = time.monotonic()
         self._client_part.clear()
         self._link_part.clear()
-        self.downlink.restart(iter(()))
+        self.next_hop.restart(iter(()))
         self.link_token = secrets.token_bytes(16)
         self._resuming = message
 
@@ -160,7 +160,7 @@ class PeerSession:
 
     def close(self) -> None:
         self._engine.close(self.key)
-        self.downlink.close()
+        self.next_hop.close()
         if self._log:
             self._log.lose()
 
@@ -218,7 +218,7 @@ class PeerSession:
 
     def _spend(self, tokens: int) -> None:
         try:
-            self.allowance.spend(tokens)
+            self.usage.spend(tokens)
         except Refused as error:
             raise SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
 
@@ -310,7 +310,7 @@ class PeerSession:
             self._log.append(output.hidden)
         if self._passes_replay_on:
             for frame in self._replay_frames(header.step, header.base, [output.hidden]):
-                self.downlink.send(frame)
+                self.next_hop.send(frame)
 
     def _replay_frames(self, step: int, base: int, chunks: Iterable[bytes]) -> Iterator[pb.LinkFrame]:
         return replay_frames(step, self.epoch, base, chunks, self.spec.row_bytes)
@@ -331,7 +331,7 @@ class PeerSession:
         elif self._log:
             self._log.resume(message.length, message.commit)
             if message.replay and not self._log.lost:
-                self.downlink.restart(self._replay_frames(message.step, 0, self._log.chunks))
+                self.next_hop.restart(self._replay_frames(message.step, 0, self._log.chunks))
         lost = message.replay and self._log is not None and self._log.lost
         resumed = pb.Resumed(route_epoch=message.route_epoch, link_token=self.link_token, log_lost=lost)
         self.send(pb.PeerFrame(resumed=resumed))
@@ -344,7 +344,7 @@ class PeerSession:
                 queued = self.send(frame)
             else:
                 frame.activations.route_epoch = self.epoch
-                queued = self.downlink.send(frame)
+                queued = self.next_hop.send(frame)
         if queued > UNREAD_BYTES:
             self.fail(SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{queued} bytes of answers wait to be read"))
 

@@ -9,7 +9,7 @@ import grpc
 from .. import petal_pb2 as pb
 from ..directory.directory import DirectoryService
 from ..petal_pb2_grpc import AdminServicer, add_AdminServicer_to_server, add_DirectoryServicer_to_server
-from ..trust.interceptor import Gate
+from ..trust.interceptor import TrustInterceptor
 from ..trust.tls_key import name_of, pem_of, self_signed
 from ..trust.trust import TrustError
 from ..wire.limits import SERVER_OPTIONS
@@ -17,7 +17,7 @@ from .authority import Authority
 from .gossip import GossipDirectory
 from .invites import InviteError
 from .membership import LOOK_S, Membership
-from .rotating_credentials import Shown, credentials_of
+from .rotating_credentials import KeyAndChain, credentials_of
 
 REDEEM = "/petal.v1.Admin/Redeem"
 MAX_KNOWN = 16
@@ -37,7 +37,7 @@ class AdminServer(AdminServicer):
         """Raises RuntimeError where a port is taken."""
         port = int(self.authority.address.rpartition(":")[2])
         self._server = grpc.aio.server(
-            interceptors=[Gate(self.membership, frozenset({REDEEM}))], options=SERVER_OPTIONS
+            interceptors=[TrustInterceptor(self.membership, frozenset({REDEEM}))], options=SERVER_OPTIONS
         )
         add_AdminServicer_to_server(self, self._server)
         name = self.membership.name
@@ -49,7 +49,7 @@ class AdminServer(AdminServicer):
             revocations=lambda: self.membership.revocations,
         )
         add_DirectoryServicer_to_server(directory, self._server)
-        self._server.add_secure_port(f"{self._host}:{port}", credentials_of(self._shown))
+        self._server.add_secure_port(f"{self._host}:{port}", credentials_of(self._key_and_chain))
         self._server.add_secure_port(f"{self._host}:{port + 1}", self.membership.server_credentials())
         await self._server.start()
         await self.directory.join()
@@ -71,7 +71,7 @@ class AdminServer(AdminServicer):
     async def Renew(self, request: pb.CertificateRequest, context: grpc.aio.ServicerContext) -> pb.Issued:
         """A member's next certificate."""
         try:
-            member = self.membership.caller(context.auth_context(), pb.Hello(), b"")
+            member = self.membership.principal(context.auth_context(), pb.Hello(), b"")
             certificates = self.authority.renew(request, member.name, member.role, dict(member.labels))
             return self._issued(certificates)
         except (InviteError, TrustError) as error:
@@ -96,7 +96,7 @@ class AdminServer(AdminServicer):
             self._certificates = {key.public_key: self_signed(key, name_of(key.public_key))}
         return self._certificates[key.public_key]
 
-    def _shown(self) -> Shown:
+    def _key_and_chain(self) -> KeyAndChain:
         """To joiners it proves itself by the admin's very key, which their token names; a rotation makes a new one."""
         key = self.authority.key
         return key.pem, pem_of([self.certificate])

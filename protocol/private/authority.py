@@ -15,7 +15,7 @@ from .. import petal_pb2 as pb
 from ..paths import data_dir
 from ..trust.identity import verify
 from ..trust.private_file import write_private
-from ..trust.tls_key import X509_ERRORS, LeafKey, is_p256, name_of, pem_of, public_bytes
+from ..trust.tls_key import X509_ERRORS, TlsKey, is_p256, name_of, pem_of, public_bytes
 from ..trust.trust import TrustError
 from .certificates import der_of, fingerprint, issue_admin, issue_member, make_root, verify_chain
 from .invites import Invite, InviteError, verify_token
@@ -44,7 +44,7 @@ class Authority:
         folder = folder or folder_of(swarm)
         if (folder / "root.pem").exists():
             raise ValueError(f"there is a swarm {swarm} already, in {folder}; choose another name")
-        root_key, key = LeafKey.ephemeral(), LeafKey.ephemeral()
+        root_key, key = TlsKey.ephemeral(), TlsKey.ephemeral()
         root = make_root(root_key, swarm)
         root_key.save(folder / "root.key")
         admin = issue_admin(root_key, root, key.key.public_key(), name_of(key.public_key))
@@ -52,7 +52,7 @@ class Authority:
 
     @classmethod
     def store(
-        cls, folder: Path, address: str, key: LeafKey, root: x509.Certificate, admin: x509.Certificate
+        cls, folder: Path, address: str, key: TlsKey, root: x509.Certificate, admin: x509.Certificate
     ) -> Authority:
         """Keep what makes an admin, and make it a member."""
         key.save(folder / "admin.key")
@@ -64,20 +64,20 @@ class Authority:
         return self
 
     @property
-    def key(self) -> LeafKey:
-        return LeafKey.load(self.folder / "admin.key")
+    def key(self) -> TlsKey:
+        return TlsKey.load(self.folder / "admin.key")
 
     @property
     def certificate(self) -> x509.Certificate:
         return x509.load_pem_x509_certificate((self.folder / "admin.pem").read_bytes())
 
     @property
-    def root_key(self) -> LeafKey:
+    def root_key(self) -> TlsKey:
         """Raises InviteError where the root is kept elsewhere, as it should be."""
         path = self.folder / "root.key"
         if not path.exists():
             raise InviteError(f"this needs the root key: bring it back to {path} for a moment")
-        return LeafKey.load(path)
+        return TlsKey.load(path)
 
     @property
     def membership(self) -> Membership:
@@ -86,7 +86,7 @@ class Authority:
 
     def join_own_swarm(self) -> None:
         """Make or renew the admin's own membership."""
-        leaf = LeafKey.ephemeral()
+        leaf = TlsKey.ephemeral()
         name = name_of(self.key.public_key)
         certificate = issue_member(self.key, self.certificate, leaf.key.public_key(), name, "admin", {})
         issued = pb.Issued(
@@ -124,7 +124,7 @@ class Authority:
     def renew(self, request: pb.CertificateRequest, name: str, role: str, labels: Mapping[str, str]) -> list[bytes]:
         """Certificates for a member whose own has been verified. Raises TrustError."""
         key, applicant = _applicant(request)
-        if applicant != name or self.ledger.barred(name):
+        if applicant != name or self.ledger.revoked(name):
             raise TrustError("only a member itself renews its membership, and only while it is not revoked")
         return self._issue(key, name, role, labels)
 
@@ -138,7 +138,7 @@ class Authority:
         lists = self.membership.lists
         signer = name_of(key.public_key)
         serials = lists.serials(signer) | {issue.serial for issue in issues}
-        self.ledger.bar(name)
+        self.ledger.revoke(name)
         lists.add(sign_list(key, issuer, lists.number(signer) + 1, serials))
         return issues
 
@@ -147,7 +147,7 @@ class Authority:
 
         Raises InviteError. Invitations that are out are void: they were signed with the former key.
         """
-        root_key, key = self.root_key, LeafKey.ephemeral()
+        root_key, key = self.root_key, TlsKey.ephemeral()
         admin = issue_admin(root_key, self.root, key.key.public_key(), name_of(key.public_key))
         key.save(self.folder / "admin.key")
         write_private(self.folder / "admin.pem", pem_of([der_of(admin)]))

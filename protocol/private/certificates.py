@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from ..trust.tls_key import X509_ERRORS, LeafKey, alternative_names, parse_certificate
+from ..trust.tls_key import X509_ERRORS, TlsKey, alternative_names, parse_certificate
 from ..trust.trust import TrustError, server_name
 
 ROLES = ("peer", "client", "admin")
@@ -42,14 +42,14 @@ class Member:
     not_after: datetime.datetime
 
 
-def make_root(key: LeafKey, swarm: str) -> x509.Certificate:
+def make_root(key: TlsKey, swarm: str) -> x509.Certificate:
     """A root certificate for a swarm of this name."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, swarm)])
     return _authority(key, subject, key.key.public_key(), subject, 1, ROOT_LIFETIME)
 
 
 def issue_admin(
-    root_key: LeafKey, root: x509.Certificate, public_key: ec.EllipticCurvePublicKey, name: str
+    root_key: TlsKey, root: x509.Certificate, public_key: ec.EllipticCurvePublicKey, name: str
 ) -> x509.Certificate:
     """An intermediate that issues members, and no further intermediates."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -57,7 +57,7 @@ def issue_admin(
 
 
 def issue_member(
-    key: LeafKey,
+    key: TlsKey,
     admin: x509.Certificate,
     public_key: ec.EllipticCurvePublicKey,
     name: str,
@@ -143,7 +143,7 @@ def _member(leaf: x509.Certificate, admin: x509.Certificate) -> Member:
 
 
 def _authority(
-    key: LeafKey,
+    key: TlsKey,
     issuer: x509.Name,
     public_key: ec.EllipticCurvePublicKey,
     subject: x509.Name,

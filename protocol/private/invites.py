@@ -14,7 +14,7 @@ from typing import Any
 import jwt
 
 from ..directory.records import is_address
-from ..trust.tls_key import LeafKey, name_of
+from ..trust.tls_key import TlsKey, name_of
 from .certificates import ROLES
 
 MAX_USES = 10_000
@@ -46,7 +46,7 @@ class Invite:
         cls,
         swarm: str,
         root: str,
-        admin: LeafKey,
+        admin: TlsKey,
         addresses: Sequence[str],
         role: str,
         labels: Mapping[str, str],
@@ -62,7 +62,7 @@ class Invite:
             secrets.token_urlsafe(16), swarm, root, admin_name, tuple(addresses), role, dict(labels), uses, expires_at
         )
 
-    def token(self, admin: LeafKey) -> str:
+    def token(self, admin: TlsKey) -> str:
         """The line to paste."""
         claims = {
             "jti": self.id,
@@ -78,7 +78,7 @@ class Invite:
         return jwt.encode(claims, admin.key, _ALGORITHM)
 
 
-def verify_token(token: str, admin: LeafKey) -> Invite:
+def verify_token(token: str, admin: TlsKey) -> Invite:
     """What this very admin wrote and may redeem. Raises InviteError."""
     invite = _parse(token, admin)
     if invite.admin != name_of(admin.public_key):
@@ -97,7 +97,7 @@ def read_token(text: str) -> tuple[str, Invite]:
     return token, _parse(token, None)
 
 
-def _parse(token: str, admin: LeafKey | None) -> Invite:
+def _parse(token: str, admin: TlsKey | None) -> Invite:
     """Only the admin can check its signature; joiners check the root that a token names."""
     if len(token) > MAX_TOKEN_BYTES:
         raise InviteError(f"an invitation has at most {MAX_TOKEN_BYTES} characters")

@@ -14,7 +14,7 @@ from .. import petal_pb2 as pb
 from ..paths import data_dir
 from ..petal_pb2_grpc import AdminStub
 from ..trust.identity import Identity
-from ..trust.tls_key import X509_ERRORS, LeafKey, name_of, parse_certificate, public_bytes
+from ..trust.tls_key import X509_ERRORS, TlsKey, name_of, parse_certificate, public_bytes
 from ..trust.trust import DIAL_S, TrustError, pinned, presented
 from ..wire.limits import DIRECTORY_OPTIONS
 from .authority import Authority, folder_of
@@ -48,7 +48,7 @@ async def redeem(token: str, invite: Invite, identity: Identity | None, place: P
         raise InviteError("this invitation has expired; ask for a new one")
     if (invite.role == "client" and identity) or (invite.role == "peer" and not identity):
         raise InviteError(f"this invitation is for a {invite.role}")
-    key = LeafKey.ephemeral()
+    key = TlsKey.ephemeral()
     issued = await ask(invite, pb.RedeemRequest(token=token, request=request_for(key, identity)))
     try:
         root = x509.load_der_x509_certificate(issued.root)
@@ -68,7 +68,7 @@ async def join_as_admin(text: str, address: str, folder: Path | None = None) -> 
     folder = folder or folder_of(invite.swarm)
     if (folder / "root.pem").exists():
         raise InviteError(f"this machine administers a swarm {invite.swarm} already, in {folder}")
-    key = LeafKey.ephemeral()
+    key = TlsKey.ephemeral()
     issued = await ask(invite, pb.RedeemRequest(token=token, request=request_for(key, None)))
     try:
         root, admin = x509.load_der_x509_certificate(issued.root), parse_certificate(issued.certificates[0])

@@ -6,7 +6,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,20 +16,20 @@ from .invites import Invite, InviteError
 _TABLES = """
 CREATE TABLE IF NOT EXISTS redeemed (invite TEXT, name TEXT, PRIMARY KEY (invite, name));
 CREATE TABLE IF NOT EXISTS issued (serial TEXT PRIMARY KEY, name TEXT, role TEXT, labels TEXT, not_after REAL);
-CREATE TABLE IF NOT EXISTS barred (name TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS revoked (name TEXT PRIMARY KEY);
 """
 
 
 @dataclass(frozen=True)
 class Issue:
-    """One certificate. `barred`: its owner gets no other."""
+    """One certificate. `revoked`: its owner gets no other."""
 
     name: str
     role: str
     labels: Mapping[str, str]
     serial: int
     not_after: float
-    barred: bool
+    revoked: bool
 
 
 class Ledger:
@@ -38,13 +38,15 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._transaction() as database:
+            with suppress(sqlite3.OperationalError):  # there is no such table but in files of the first version
+                database.execute("ALTER TABLE barred RENAME TO revoked")
             for table in _TABLES.strip().splitlines():
                 database.execute(table)
 
     def redeem(self, invite: Invite, name: str) -> None:
         """Count a use of an invitation by this key; the same key may come again. Raises InviteError."""
         with self._transaction() as database:
-            if self._is_barred(database, name):
+            if self._is_revoked(database, name):
                 raise InviteError("this key was revoked; make a new one and ask for a new invitation")
             names = [row[0] for row in database.execute("SELECT name FROM redeemed WHERE invite = ?", (invite.id,))]
             if name in names:
@@ -66,29 +68,29 @@ class Ledger:
         with self._transaction() as database:
             database.execute("INSERT INTO issued VALUES (?, ?, ?, ?, ?)", row)
 
-    def bar(self, name: str) -> None:
+    def revoke(self, name: str) -> None:
         """Issue nothing to this key any more."""
         with self._transaction() as database:
-            database.execute("INSERT OR IGNORE INTO barred VALUES (?)", (name,))
+            database.execute("INSERT OR IGNORE INTO revoked VALUES (?)", (name,))
 
-    def barred(self, name: str) -> bool:
+    def revoked(self, name: str) -> bool:
         with self._transaction() as database:
-            return self._is_barred(database, name)
+            return self._is_revoked(database, name)
 
     def issues(self) -> list[Issue]:
         """Certificates that have not expired, the newest last."""
         query = "SELECT name, role, labels, serial, not_after FROM issued WHERE not_after > ? ORDER BY not_after"
         with self._transaction() as database:
             rows = database.execute(query, (time.time(),)).fetchall()
-            barred = {row[0] for row in database.execute("SELECT name FROM barred")}
+            revoked = {row[0] for row in database.execute("SELECT name FROM revoked")}
         return [
-            Issue(name, role, json.loads(labels), int(serial, 16), not_after, name in barred)
+            Issue(name, role, json.loads(labels), int(serial, 16), not_after, name in revoked)
             for name, role, labels, serial, not_after in rows
         ]
 
     @staticmethod
-    def _is_barred(database: sqlite3.Connection, name: str) -> bool:
-        return database.execute("SELECT 1 FROM barred WHERE name = ?", (name,)).fetchone() is not None
+    def _is_revoked(database: sqlite3.Connection, name: str) -> bool:
+        return database.execute("SELECT 1 FROM revoked WHERE name = ?", (name,)).fetchone() is not None
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

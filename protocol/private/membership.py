@@ -20,12 +20,12 @@ from .. import petal_pb2 as pb
 from ..petal_pb2_grpc import AdminStub
 from ..trust.identity import Identity
 from ..trust.private_file import write_private
-from ..trust.tls_key import LeafKey, name_of, parse_certificate, pem_of
-from ..trust.trust import AuthContext, Caller, Options, Trust, TrustError, client_id_of, server_name
+from ..trust.tls_key import TlsKey, name_of, parse_certificate, pem_of
+from ..trust.trust import AuthContext, Options, Principal, Trust, TrustError, client_id_of, server_name
 from ..wire.limits import CHANNEL_OPTIONS, DIRECTORY_OPTIONS
 from .certificates import ANY_MEMBER, MEMBER_LIFETIME, Member, chain_of_pem, der_of, verify_chain
 from .revocations import RevocationLists
-from .rotating_credentials import Shown, credentials_of
+from .rotating_credentials import KeyAndChain, credentials_of
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Membership(Trust):
         """The membership kept in `folder`. Raises OSError, ValueError."""
         self.folder = folder
         self.root = x509.load_pem_x509_certificate((folder / "root.pem").read_bytes())
-        self._key = LeafKey.load(folder / "key.pem")
+        self._key = TlsKey.load(folder / "key.pem")
         self._chain = list(chain_of_pem((folder / "chain.pem").read_bytes()))
         self.lists = RevocationLists(self.root, folder / "revocations")
         self._known: dict[tuple[bytes, ...], Member] = {}
@@ -54,7 +54,7 @@ class Membership(Trust):
         self.name = server_name(parse_certificate(self._chain[0]))
 
     @classmethod
-    def store(cls, folder: Path, key: LeafKey, issued: pb.Issued) -> Membership:
+    def store(cls, folder: Path, key: TlsKey, issued: pb.Issued) -> Membership:
         """Keep what an admin has issued, whose certificates the caller has verified."""
         key.save(folder / "key.pem")
         write_private(folder / "root.pem", pem_of([issued.root]))
@@ -102,12 +102,12 @@ class Membership(Trust):
     async def renew(self, identity: Identity | None) -> None:
         """A new key and a new certificate for it from the admin. Raises RpcError, TrustError."""
         # A client's TLS key is its name: it stays.
-        key = LeafKey.ephemeral() if identity else self._key
+        key = TlsKey.ephemeral() if identity else self._key
         async with self.dial(self.admin, DIRECTORY_OPTIONS) as channel:
             issued = await AdminStub(channel).Renew(request_for(key, identity), timeout=RENEW_TIMEOUT_S)
         self.adopt(key, issued.certificates)
 
-    def adopt(self, key: LeafKey, certificates: Sequence[bytes]) -> None:
+    def adopt(self, key: TlsKey, certificates: Sequence[bytes]) -> None:
         """Go over to a new certificate: new connections show it. Raises TrustError."""
         if verify_chain(self.root, certificates, _now()).name != self.name:
             raise TrustError("the admin issued a certificate for somebody else")
@@ -131,7 +131,7 @@ class Membership(Trust):
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Asks every caller for a certificate; what it shows itself is new as soon as the membership is renewed."""
-        return credentials_of(self._shown, pem_of([self.root_der]))
+        return credentials_of(self._key_and_chain, pem_of([self.root_der]))
 
     def channel(self, record: pb.PeerRecord, address: str, options: Options = CHANNEL_OPTIONS) -> grpc.aio.Channel:
         return self._secure(address, server_name(parse_certificate(record.certificates[0])), options)
@@ -142,12 +142,12 @@ class Membership(Trust):
     def hello(self, record: pb.PeerRecord, session_id: bytes) -> None:
         """The certificate says it."""
 
-    def caller(self, context: AuthContext, hello: pb.Hello, session_id: bytes) -> Caller:
-        return self._caller(context)
+    def principal(self, context: AuthContext, hello: pb.Hello, session_id: bytes) -> Principal:
+        return self._principal(context)
 
     def admit(self, context: AuthContext) -> None:
         super().admit(context)
-        self._caller(context)
+        self._principal(context)
 
     def believe(self, record: pb.PeerRecord) -> None:
         if self._member(record.certificates).role != "peer":
@@ -180,16 +180,16 @@ class Membership(Trust):
         with contextlib.suppress(OSError, ValueError):  # it is being written
             chain = list(chain_of_pem((self.folder / "chain.pem").read_bytes()))
             if chain != self._chain:
-                self._key, self._chain = LeafKey.load(self.folder / "key.pem"), chain
+                self._key, self._chain = TlsKey.load(self.folder / "key.pem"), chain
 
-    def _caller(self, context: AuthContext) -> Caller:
+    def _principal(self, context: AuthContext) -> Principal:
         shown = [pem for name in ("x509_pem_cert", "x509_pem_cert_chain") for pem in context.get(name, ())]
         try:
             chain = tuple(dict.fromkeys(der for pem in shown for der in chain_of_pem(pem)))
         except ValueError:
             chain = ()
         member = self._member(chain)
-        return Caller(member.name, member.role, member.labels, chain)
+        return Principal(member.name, member.role, member.labels, chain)
 
     def _member(self, certificates: Sequence[bytes]) -> Member:
         """Who has this chain, if neither expired nor revoked. Raises TrustError."""
@@ -204,7 +204,7 @@ class Membership(Trust):
             raise TrustError("its membership was revoked")
         return member
 
-    def _shown(self) -> Shown:
+    def _key_and_chain(self) -> KeyAndChain:
         return self._key.pem, pem_of(self._chain)
 
     def _secure(self, address: str, name: str, options: Options) -> grpc.aio.Channel:
@@ -212,7 +212,7 @@ class Membership(Trust):
         return grpc.aio.secure_channel(address, credentials, [*options, ("grpc.ssl_target_name_override", name)])
 
 
-def request_for(key: LeafKey, identity: Identity | None) -> pb.CertificateRequest:
+def request_for(key: TlsKey, identity: Identity | None) -> pb.CertificateRequest:
     """Ask for a certificate of `key`, in the name of the identity, where there is one, or of the key itself."""
     name = name_of(identity.public_key if identity else key.public_key)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from .. import petal_pb2 as pb
 from ..trust.private_file import write_private
-from ..trust.tls_key import X509_ERRORS, LeafKey, is_p256, name_of, parse_certificate, public_bytes
+from ..trust.tls_key import X509_ERRORS, TlsKey, is_p256, name_of, parse_certificate, public_bytes
 from ..trust.trust import TrustError
 from .certificates import Member
 
@@ -79,7 +79,7 @@ class RevocationLists:
         return signer
 
 
-def sign_list(key: LeafKey, issuer: x509.Certificate, number: int, serials: Iterable[int]) -> pb.RevocationList:
+def sign_list(key: TlsKey, issuer: x509.Certificate, number: int, serials: Iterable[int]) -> pb.RevocationList:
     """A signer's whole list; `issuer` is its certificate, the root's own or an admin's."""
     now = datetime.datetime.now(datetime.timezone.utc)
     builder = x509.CertificateRevocationListBuilder(issuer.subject, now, now + _NEXT_UPDATE)

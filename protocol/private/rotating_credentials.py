@@ -7,18 +7,18 @@ from collections.abc import Callable
 import grpc
 
 # Key and chain, both PEM.
-Shown = tuple[bytes, bytes]
+KeyAndChain = tuple[bytes, bytes]
 
 
-def credentials_of(current: Callable[[], Shown], root: bytes | None = None) -> grpc.ServerCredentials:
+def credentials_of(current: Callable[[], KeyAndChain], root: bytes | None = None) -> grpc.ServerCredentials:
     """Shows what `current` says, to callers with a certificate of `root` (PEM) only where there is one.
 
     gRPC is told only of what is new: with all that it is told it frees what handshakes of other threads may still use.
     Told at every handshake, it crashed within a thousand of them.
     """
 
-    def configuration(shown: Shown) -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration([shown], root)
+    def configuration(key_and_chain: KeyAndChain) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([key_and_chain], root)
 
     last = current()
 

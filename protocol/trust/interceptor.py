@@ -1,4 +1,4 @@
-"""The gate of a gRPC server: every call is checked before its handler sees it."""
+"""Between a gRPC server and its handlers: every call is checked before its handler sees it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .trust import AuthContext, Trust, TrustError, admit_tls
 Handler = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class TrustInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls of whoever `trust` does not admit; of the `open` methods it asks only for TLS."""
 
     def __init__(self, trust: Trust, open: frozenset[str] = frozenset()) -> None:

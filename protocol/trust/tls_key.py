@@ -34,7 +34,7 @@ _DAY = datetime.timedelta(days=1)
 _PUBLIC_LIFETIME = 3650 * _DAY
 
 
-class LeafKey:
+class TlsKey:
     """An EC P-256 key pair."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
@@ -42,11 +42,11 @@ class LeafKey:
         self.public_key = public_bytes(key.public_key())
 
     @classmethod
-    def ephemeral(cls) -> LeafKey:
+    def ephemeral(cls) -> TlsKey:
         return cls(ec.generate_private_key(ec.SECP256R1()))
 
     @classmethod
-    def load(cls, path: Path) -> LeafKey:
+    def load(cls, path: Path) -> TlsKey:
         """Raises ValueError, OSError."""
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
         if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
@@ -101,7 +101,7 @@ def key_hash(name: str) -> bytes:
     return base64.b32decode(name.upper() + "=" * (-len(name) % 8))
 
 
-def self_signed(leaf: LeafKey, name: str) -> bytes:
+def self_signed(leaf: TlsKey, name: str) -> bytes:
     """The certificate (DER) that a peer of a public swarm shows; the peer's signed record vouches for it."""
     now = datetime.datetime.now(datetime.timezone.utc)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])

@@ -22,7 +22,7 @@ from cryptography import x509
 from .. import petal_pb2 as pb
 from ..wire.limits import CHANNEL_OPTIONS
 from .identity import Identity
-from .tls_key import LeafKey, dns_names, key_hash, name_of, parse_certificate, pem_of, self_signed, verify_leaf
+from .tls_key import TlsKey, dns_names, key_hash, name_of, parse_certificate, pem_of, self_signed, verify_leaf
 
 NONCE_BYTES = 16
 CLIENT_ID_BYTES = 16
@@ -39,7 +39,7 @@ class TrustError(Exception):
 
 
 @dataclass(frozen=True)
-class Caller:
+class Principal:
     """Who is at the other end of a call: the name of its key; in a private swarm its role, labels and certificates."""
 
     name: str
@@ -88,7 +88,7 @@ class Trust(ABC):
         """What a call to that peer begins with."""
 
     @abstractmethod
-    def caller(self, context: AuthContext, hello: pb.Hello, session_id: bytes) -> Caller:
+    def principal(self, context: AuthContext, hello: pb.Hello, session_id: bytes) -> Principal:
         """Who calls. Raises TrustError."""
 
     def admit(self, context: AuthContext) -> None:
@@ -122,7 +122,7 @@ class PublicTrust(Trust):
     """A public swarm: anybody may call; a peer is whoever its signed record says."""
 
     def __init__(self, identity: Identity | None = None) -> None:
-        self._leaf = LeafKey.ephemeral()
+        self._leaf = TlsKey.ephemeral()
         self._presented: dict[str, bytes] = {}
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._certificates = [self_signed(self._leaf, name_of(identity.public_key))] if identity else []
@@ -163,11 +163,11 @@ class PublicTrust(Trust):
         signed = _hello_text(record.certificates[0], record.hello_nonce, session_id)
         return pb.Hello(public_key=self._leaf.public_key, signature=self._leaf.sign(signed))
 
-    def caller(self, context: AuthContext, hello: pb.Hello, session_id: bytes) -> Caller:
+    def principal(self, context: AuthContext, hello: pb.Hello, session_id: bytes) -> Principal:
         signed = _hello_text(self._certificates[0], self._nonce, session_id)
         if not verify_leaf(hello.public_key, hello.signature, signed):
             raise TrustError("the hello is not signed by its EC P-256 key over this peer's certificate and nonce")
-        return Caller(name_of(hello.public_key))
+        return Principal(name_of(hello.public_key))
 
 
 def admit_tls(context: AuthContext) -> None:

@@ -49,7 +49,7 @@ class Logprobs:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerificationResult:
     """Accepted rows (row 0 first) and the token drawn behind the last of them."""
 
     accepted: list[int]
@@ -65,7 +65,7 @@ def verify(
     base: int,
     top_logprobs: int = 0,
     reshape: Reshape | None = None,
-) -> Verdict:
+) -> VerificationResult:
     """Walk the tree with a draw at each row. `logits` is [rows, vocab]: row u predicts position base + depth(u) + 1."""
     counts = history.counts(tree.ids[0]) if params.penalized else TokenCounts()
 
@@ -75,7 +75,7 @@ def verify(
 
     accepted, token = walk(tree, draw_at)
     successors = [tree.ids[row] for row in accepted[1:]] + [token]
-    return Verdict(accepted, token, _logprobs(logits[accepted], successors, top_logprobs))
+    return VerificationResult(accepted, token, _logprobs(logits[accepted], successors, top_logprobs))
 
 
 def draw_after_prefill(
@@ -84,12 +84,12 @@ def draw_after_prefill(
     history: TokenHistory,
     top_logprobs: int = 0,
     reshape: Reshape | None = None,
-) -> Verdict:
+) -> VerificationResult:
     """The first token behind a prompt. `logits` is [vocab], of the prompt's last row."""
     counts = history.counts(None) if params.penalized else TokenCounts()
     shape = reshape and partial(reshape, history.ids)
     token = draw(logits, params, len(history.ids), counts, reshape=shape)
-    return Verdict([], token, _logprobs(logits[None], [token], top_logprobs))
+    return VerificationResult([], token, _logprobs(logits[None], [token], top_logprobs))
 
 
 def _logprobs(logits: NDArray[np.float32], chosen: Sequence[int], top: int) -> list[Logprobs]:

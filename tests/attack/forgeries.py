@@ -17,7 +17,7 @@ from petal.protocol.private.invites import InviteError
 from petal.protocol.private.membership import request_for
 from petal.protocol.private.revocations import sign_list
 from petal.protocol.trust.identity import Identity
-from petal.protocol.trust.tls_key import LeafKey, name_of
+from petal.protocol.trust.tls_key import TlsKey, name_of
 from petal.protocol.trust.trust import PublicTrust, TrustError
 
 from tests.protocol.records_for_tests import good_record, signed_record
@@ -80,12 +80,12 @@ def _parsed(wire: bytes) -> pb.SignedRecord:
 def _private_records(tally: Tally, ours: Authority, theirs: Authority) -> None:
     book, eve = RecordBook(ours.membership), Identity.ephemeral()
     tally.refused("record of a public swarm", lambda: book.add(signed_record(eve)), RecordError)
-    chain = theirs.redeem(theirs.invite("peer", {}, 1, 60), request_for(LeafKey.ephemeral(), eve))
+    chain = theirs.redeem(theirs.invite("peer", {}, 1, 60), request_for(TlsKey.ephemeral(), eve))
     foreign = signed_record(eve, certificates=chain)
     tally.refused("record of a foreign swarm", lambda: book.add(foreign), RecordError)
     mixed = signed_record(eve, certificates=[chain[0], ours.membership.certificates[1]])
     tally.refused("record with our admin's certificate added", lambda: book.add(mixed), RecordError)
-    chain = ours.redeem(ours.invite("client", {}, 1, 60), request_for(LeafKey.ephemeral(), eve))
+    chain = ours.redeem(ours.invite("client", {}, 1, 60), request_for(TlsKey.ephemeral(), eve))
     client = signed_record(eve, certificates=chain)
     tally.refused("record of a member that is no peer", lambda: book.add(client), RecordError)
 
@@ -94,17 +94,17 @@ def _hellos(tally: Tally) -> None:
     server, client = PublicTrust(Identity.ephemeral()), PublicTrust()
     record = pb.PeerRecord(certificates=server.certificates, hello_nonce=server.nonce)
     hello = client.hello(record, b"s" * 16)
-    assert server.caller({}, hello, b"s" * 16).name
+    assert server.principal({}, hello, b"s" * 16).name
     for _ in range(tally.rounds):
         forged = pb.Hello(public_key=hello.public_key, signature=tally.damaged(hello.signature))
-        tally.refused("forged hello", lambda forged=forged: server.caller({}, forged, b"s" * 16), TrustError)
+        tally.refused("forged hello", lambda forged=forged: server.principal({}, forged, b"s" * 16), TrustError)
         other = tally.random.randbytes(16)
-        tally.refused("hello of another session", lambda other=other: server.caller({}, hello, other), TrustError)
+        tally.refused("hello of another session", lambda other=other: server.principal({}, hello, other), TrustError)
 
 
 def _chains(tally: Tally, ours: Authority) -> None:
     root, key, admin = ours.root, ours.key, ours.certificate
-    leaf, eve = LeafKey.ephemeral(), LeafKey.ephemeral()
+    leaf, eve = TlsKey.ephemeral(), TlsKey.ephemeral()
     name = name_of(leaf.public_key)
     good = [der_of(issue_member(key, admin, leaf.key.public_key(), name, "peer", {})), der_of(admin)]
     assert verify_chain(root, good, NOW).name == name
@@ -129,7 +129,7 @@ def _chains(tally: Tally, ours: Authority) -> None:
 
 
 def _invitations(tally: Tally, ours: Authority, theirs: Authority) -> None:
-    request = request_for(LeafKey.ephemeral(), None)
+    request = request_for(TlsKey.ephemeral(), None)
     good = ours.invite("client", {}, 1, 600)
     header, claims, signature = good.split(".")
     for _ in range(tally.rounds):
@@ -148,14 +148,14 @@ def _invitations(tally: Tally, ours: Authority, theirs: Authority) -> None:
     tally.refused("expired invitation", lambda: ours.redeem(late, request), InviteError)
     assert ours.redeem(good, request)
     for _ in range(20):
-        other = request_for(LeafKey.ephemeral(), None)
+        other = request_for(TlsKey.ephemeral(), None)
         tally.refused("stolen invitation after its uses", lambda other=other: ours.redeem(good, other), InviteError)
 
 
 def _requests(tally: Tally, ours: Authority) -> None:
     alice, eve = Identity.ephemeral(), Identity.ephemeral()
     token = ours.invite("peer", {}, 10_000, 600)
-    good = request_for(LeafKey.ephemeral(), alice)
+    good = request_for(TlsKey.ephemeral(), alice)
     borrowed = pb.CertificateRequest(
         csr=good.csr, identity=alice.public_key, identity_signature=eve.sign(b"petal member identity 1\0" + good.csr)
     )
@@ -172,7 +172,7 @@ def _lists(tally: Tally, ours: Authority, theirs: Authority) -> None:
     lists.add(sign_list(key, admin, 5, [1, 2, 3]))
     for number in range(1, 6):
         tally.count("revocation list of a lower number", lists.add(sign_list(key, admin, number, [])))
-    member, leaf = LeafKey.ephemeral(), LeafKey.ephemeral()
+    member, leaf = TlsKey.ephemeral(), TlsKey.ephemeral()
     owned = issue_member(key, admin, member.key.public_key(), name_of(member.public_key), "peer", {})
     for forged in (
         sign_list(member, owned, 9, []),

@@ -20,7 +20,7 @@ from petal.protocol.checkpoint.safetensors import SafetensorsFile
 from petal.protocol.directory.records import RecordError, parse_signed, verify_record
 from petal.protocol.private.invites import InviteError, read_token
 from petal.protocol.trust.identity import Identity
-from petal.protocol.trust.tls_key import LeafKey, name_of, parse_certificate, self_signed
+from petal.protocol.trust.tls_key import TlsKey, name_of, parse_certificate, self_signed
 from petal.protocol.trust.trust import pinned, server_name
 from petal.protocol.wire.codec import CodecError, decode
 
@@ -193,7 +193,7 @@ async def _read_all(call: grpc.aio.StreamStreamCall) -> None:
 
 def _parsers(folder: Path) -> Iterator[tuple[str, float, bytes, Sender, tuple[type[Exception], ...]]]:
     """Name, part of the inputs, a good sample, what reads it, and how it may refuse."""
-    leaf = LeafKey.ephemeral()
+    leaf = TlsKey.ephemeral()
     certificate = self_signed(leaf, name_of(leaf.public_key))
     record = signed_record(Identity.ephemeral()).SerializeToString()
     yield "record", 0.4, record, lambda data: verify_record(parse_signed(data)), (RecordError,)

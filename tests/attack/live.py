@@ -14,7 +14,7 @@ from petal.protocol.private.invites import InviteError
 from petal.protocol.private.joining import join
 from petal.protocol.private.membership import Membership, request_for
 from petal.protocol.trust.identity import Identity
-from petal.protocol.trust.tls_key import LeafKey, pem_of
+from petal.protocol.trust.tls_key import TlsKey, pem_of
 from petal.protocol.trust.trust import PublicTrust, Trust
 from petal.protocol.wire.limits import DIRECTORY_OPTIONS
 
@@ -82,20 +82,20 @@ async def renewals(tally: Tally, swarm: PrivateSwarm) -> None:
     peer = swarm.peers[0]
     victim = await join(swarm.invite("client"), folder=swarm.folder / "victim")
     thief = await join(swarm.invite("client"), folder=swarm.folder / "impostor")
-    overheard = request_for(LeafKey.load(victim.folder / "key.pem"), None)
-    forged = request_for(LeafKey.ephemeral(), Identity.ephemeral())
+    overheard = request_for(TlsKey.load(victim.folder / "key.pem"), None)
+    forged = request_for(TlsKey.ephemeral(), Identity.ephemeral())
     forged.identity = peer.identity.public_key
     for request in (
         overheard,
         forged,
-        request_for(LeafKey.ephemeral(), peer.identity),
-        request_for(LeafKey.ephemeral(), None),
+        request_for(TlsKey.ephemeral(), peer.identity),
+        request_for(TlsKey.ephemeral(), None),
         pb.CertificateRequest(csr=overheard.csr, identity=forged.identity, identity_signature=b"x" * 256),
     ):
         with tally.refuses("renewal in another's name", grpc.aio.AioRpcError):
             async with thief.dial(swarm.authority.members_at, DIRECTORY_OPTIONS) as channel:
                 await AdminStub(channel).Renew(request, timeout=ANSWER_S)
-    root, key = pem_of([thief.root_der]), LeafKey.load(thief.folder / "key.pem").pem
+    root, key = pem_of([thief.root_der]), TlsKey.load(thief.folder / "key.pem").pem
     for stolen in (victim.certificates, peer.trust.certificates, swarm.authority.membership.certificates):
         credentials = grpc.ssl_channel_credentials(root, key, pem_of(stolen))
         options = [("grpc.ssl_target_name_override", ANY_MEMBER)]
@@ -103,7 +103,7 @@ async def renewals(tally: Tally, swarm: PrivateSwarm) -> None:
             with tally.refuses("another's certificate without its key", grpc.aio.AioRpcError):
                 await AdminStub(channel).Renew(overheard, timeout=ANSWER_S)
     async with thief.dial(swarm.authority.members_at, DIRECTORY_OPTIONS) as channel:
-        own = request_for(LeafKey.load(thief.folder / "key.pem"), None)
+        own = request_for(TlsKey.load(thief.folder / "key.pem"), None)
         assert (await AdminStub(channel).Renew(own, timeout=ANSWER_S)).certificates, "its own it may renew"
 
 

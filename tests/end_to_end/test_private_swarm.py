@@ -22,7 +22,7 @@ from petal.protocol.private.admin import AdminServer
 from petal.protocol.private.invites import InviteError
 from petal.protocol.private.joining import join, join_as_admin
 from petal.protocol.private.membership import Membership, request_for
-from petal.protocol.trust.tls_key import LeafKey
+from petal.protocol.trust.tls_key import TlsKey
 from petal.protocol.trust.trust import PublicTrust
 from petal.protocol.wire.limits import DIRECTORY_OPTIONS
 from petal.protocol.wire.tree import DraftTree
@@ -150,7 +150,7 @@ async def test_a_second_admin_lets_members_in_and_goes_with_whom_it_let_in(swarm
         member = await join(second.invite("client", {}, 1, 60), folder=swarm.folder / "guest")
         assert await listed(member, swarm.peers[1].address)
         with pytest.raises(InviteError, match="no invitation of that"):
-            swarm.authority.redeem(second.invite("client", {}, 1, 60), request_for(LeafKey.ephemeral(), None))
+            swarm.authority.redeem(second.invite("client", {}, 1, 60), request_for(TlsKey.ephemeral(), None))
         swarm.authority.revoke(server.membership.name)
         started = time.monotonic()
         while await listed(member, swarm.peers[1].address):

@@ -2,15 +2,15 @@ import json
 
 import pytest
 from petal.peer.limits.admission import Refused
-from petal.peer.limits.quotas import Allowance, Allowances, Quota, Quotas
-from petal.protocol.trust.trust import Caller
+from petal.peer.limits.quotas import Quota, Quotas, QuotaUsage, QuotaUsages
+from petal.protocol.trust.trust import Principal
 
-OXFORD = Caller("a" * 52, "client", (("lab", "oxford"),))
-STRANGER = Caller("b" * 52)
+OXFORD = Principal("a" * 52, "client", (("lab", "oxford"),))
+STRANGER = Principal("b" * 52)
 
 
-def allowance(**limits: int) -> Allowance:
-    return Allowance(OXFORD, Quota(**limits), 1.0)
+def usage(**limits: int) -> QuotaUsage:
+    return QuotaUsage(OXFORD, Quota(**limits), 1.0)
 
 
 def test_the_first_rule_that_fits_counts(tmp_path):
@@ -23,7 +23,7 @@ def test_the_first_rule_that_fits_counts(tmp_path):
     path.write_text(json.dumps({"quotas": rules, "weights": {"oxford": 2}}))
     quotas = Quotas.read(path)
     assert quotas.of(OXFORD) == Quota(sessions=4)
-    assert quotas.of(Caller("c" * 52, "peer")) == Quota(sessions=9, priority=3)
+    assert quotas.of(Principal("c" * 52, "peer")) == Quota(sessions=9, priority=3)
     assert quotas.of(STRANGER) == Quota(sessions=1, tree_nodes=8)
     assert (quotas.weight(OXFORD.share), quotas.weight(STRANGER.share)) == (2.0, 1.0)
 
@@ -47,7 +47,7 @@ def test_a_bad_file_is_refused_in_a_sentence(tmp_path, said, why):
 
 
 def test_sessions_and_cache():
-    mine = allowance(sessions=2, cache_tokens=100)
+    mine = usage(sessions=2, cache_tokens=100)
     mine.open(b"1", 60)
     with pytest.raises(Refused, match="100 cache tokens, 60 are held"):
         mine.open(b"2", 60)
@@ -57,14 +57,14 @@ def test_sessions_and_cache():
     mine.close(b"1")
     mine.open(b"3", 60)
     with pytest.raises(Refused) as caught:
-        allowance(cache_tokens=10).open(b"1", 11)
+        usage(cache_tokens=10).open(b"1", 11)
     assert caught.value.final
 
 
 def test_tokens_a_minute(monkeypatch):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    mine = allowance(tokens_per_minute=60)
+    mine = usage(tokens_per_minute=60)
     mine.spend(60)
     with pytest.raises(Refused, match="60 tokens a minute; retry in 10 s"):
         mine.spend(10)
@@ -77,15 +77,15 @@ def test_tokens_a_minute(monkeypatch):
 
 
 def test_who_comes_again_finds_what_it_had_used():
-    allowances = Allowances(Quotas())
-    assert allowances.of(OXFORD) is allowances.of(OXFORD)
+    usages = QuotaUsages(Quotas())
+    assert usages.of(OXFORD) is usages.of(OXFORD)
 
 
 def test_clients_that_are_gone_do_not_pile_up(monkeypatch):
     monkeypatch.setattr("petal.peer.limits.quotas._KNOWN", 10)
-    allowances = Allowances(Quotas())
-    allowances.of(OXFORD).open(b"1", 1)
+    usages = QuotaUsages(Quotas())
+    usages.of(OXFORD).open(b"1", 1)
     for number in range(50):
-        allowances.of(Caller(str(number)))
-    assert len(allowances._of) <= 11
-    assert not allowances.of(OXFORD).idle
+        usages.of(Principal(str(number)))
+    assert len(usages._of) <= 11
+    assert not usages.of(OXFORD).idle

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from petal.protocol.private.invites import InviteError, read_token
 from petal.protocol.private.membership import Membership, request_for
 from petal.protocol.private.revocations import sign_list
 from petal.protocol.trust.identity import Identity
-from petal.protocol.trust.tls_key import LeafKey
+from petal.protocol.trust.tls_key import TlsKey
 from petal.protocol.trust.trust import TrustError
 from typer.testing import CliRunner
 
@@ -31,7 +33,7 @@ def authority(tmp_path: Path) -> Authority:
 
 def member_of(authority: Authority, folder: Path) -> Membership:
     """A client that has joined."""
-    key = LeafKey.ephemeral()
+    key = TlsKey.ephemeral()
     chain = authority.redeem(authority.invite("client", {}, 1, 60), request_for(key, None))
     root, lists = der_of(authority.root), authority.membership.revocations
     return Membership.store(folder, key, pb.Issued(certificates=chain, root=root, revocations=lists))
@@ -55,22 +57,22 @@ def test_certificates_live_for_a_week_and_are_renewed_from_half_of_it_on(
 
 
 def test_uses_are_counted_on_disk_and_by_key(authority: Authority) -> None:
-    token, request = authority.invite("client", {}, 2, 60), request_for(LeafKey.ephemeral(), None)
+    token, request = authority.invite("client", {}, 2, 60), request_for(TlsKey.ephemeral(), None)
     for _ in range(3):
         assert Authority(authority.folder).redeem(token, request), "the same key may come again"
-    assert Authority(authority.folder).redeem(token, request_for(LeafKey.ephemeral(), None))
+    assert Authority(authority.folder).redeem(token, request_for(TlsKey.ephemeral(), None))
     with pytest.raises(InviteError, match="used up"):
-        Authority(authority.folder).redeem(token, request_for(LeafKey.ephemeral(), None))
+        Authority(authority.folder).redeem(token, request_for(TlsKey.ephemeral(), None))
     assert Authority(authority.folder).redeem(token, request)
 
 
 def test_who_was_put_out_stays_out(authority: Authority) -> None:
     identity = Identity.ephemeral()
-    first = request_for(LeafKey.ephemeral(), identity)
+    first = request_for(TlsKey.ephemeral(), identity)
     authority.redeem(authority.invite("peer", {}, 1, 60), first)
     name = authority.ledger.issues()[-1].name
     authority.revoke(name)
-    again = request_for(LeafKey.ephemeral(), identity)
+    again = request_for(TlsKey.ephemeral(), identity)
     with pytest.raises(InviteError, match="this key was revoked"):
         authority.redeem(authority.invite("peer", {}, 1, 60), again)
     with pytest.raises(TrustError, match="while it is not revoked"):
@@ -93,10 +95,10 @@ def test_lists_are_kept_and_only_rise(authority: Authority, tmp_path: Path) -> N
 
 
 def test_with_an_admin_goes_whoever_it_let_in_whenever_it_says_that_was(authority: Authority, tmp_path: Path) -> None:
-    guest, thief = member_of(authority, tmp_path / "guest"), LeafKey.ephemeral()
+    guest, thief = member_of(authority, tmp_path / "guest"), TlsKey.ephemeral()
     second = issue_admin(authority.root_key, authority.root, thief.key.public_key(), "second")
     authority.ledger.record_admin("second", second.serial_number, second.not_valid_after_utc.timestamp())
-    leaf = issue_member(thief, second, LeafKey.ephemeral().key.public_key(), "friend", "peer", {})
+    leaf = issue_member(thief, second, TlsKey.ephemeral().key.public_key(), "friend", "peer", {})
     backdated = [der_of(leaf), der_of(second)]
     guest.learn(authority.membership.revocations)
     assert guest.trusted(backdated)
@@ -120,6 +122,19 @@ def test_grpc_is_told_only_of_what_is_new(authority: Authority, monkeypatch: pyt
     assert fetch() is None
 
 
+def test_who_was_revoked_in_a_ledger_of_the_first_version_stays_so(authority: Authority) -> None:
+    with closing(sqlite3.connect(authority.folder / "ledger.sqlite", isolation_level=None)) as database:
+        database.execute("DROP TABLE revoked")
+        database.execute("CREATE TABLE barred (name TEXT PRIMARY KEY)")
+        database.execute("INSERT INTO barred VALUES ('eve')")
+    ledger = Authority(authority.folder).ledger
+    assert (ledger.revoked("eve"), ledger.revoked("alice")) == (True, False)
+    ledger.revoke("mallory")
+    again = Authority(authority.folder).ledger
+    assert again.revoked("eve")
+    assert again.revoked("mallory")
+
+
 def test_the_commands(tmp_path: Path) -> None:
     home = tmp_path / "home" / "petal" / "swarms" / "oxford"
     assert str(home / "root.key") in petal("swarm", "init", "oxford", "--address", "127.0.0.1:4000").replace("\n", "")
@@ -133,11 +148,11 @@ def test_the_commands(tmp_path: Path) -> None:
         ("127.0.0.1:4000",),
     )
     authority = Authority(home)
-    authority.redeem(token, request_for(LeafKey.ephemeral(), None))
+    authority.redeem(token, request_for(TlsKey.ephemeral(), None))
     [member] = json.loads(petal("swarm", "members", "--json"))
-    assert (member["role"], member["labels"], member["barred"]) == ("client", {"lab": "oxford"}, False)
+    assert (member["role"], member["labels"], member["revoked"]) == ("client", {"lab": "oxford"}, False)
     assert "Revoked client" in petal("swarm", "revoke", member["name"][:8])
-    assert json.loads(petal("swarm", "members", "--json"))[0]["barred"]
+    assert json.loads(petal("swarm", "members", "--json"))[0]["revoked"]
     before = authority.key.public_key
     petal("swarm", "rotate")
     assert authority.key.public_key != before

@@ -17,7 +17,7 @@ from petal.peer.session.replay import ReplayLog
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.directory.directory import DirectoryService
 from petal.protocol.petal_pb2_grpc import add_DirectoryServicer_to_server, add_PeerServicer_to_server
-from petal.protocol.trust.interceptor import Gate
+from petal.protocol.trust.interceptor import TrustInterceptor
 from petal.protocol.wire.limits import SERVER_OPTIONS
 from petal.protocol.wire.sampling import SamplingParams
 from petal.protocol.wire.tree import DraftTree
@@ -52,7 +52,7 @@ async def undisturbed(client: AsyncSwarmModel) -> list[int]:
 async def crash(peer: PeerServer) -> None:
     """Every connection breaks and every session is gone; then the peer is back at the same address."""
     await peer._grpc.stop(None)
-    peer._grpc = grpc.aio.server(interceptors=[Gate(peer.trust)], options=SERVER_OPTIONS)
+    peer._grpc = grpc.aio.server(interceptors=[TrustInterceptor(peer.trust)], options=SERVER_OPTIONS)
     peer._bind(peer.address)
     add_PeerServicer_to_server(peer.service, peer._grpc)
     directory = DirectoryService(peer.identity.peer_id, state=lambda: peer._state, records=peer.directory.book.signed)
