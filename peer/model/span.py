@@ -7,6 +7,7 @@ the family's own attention.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -54,6 +55,9 @@ class Span:
         self.fused: FusedSpan | None = None
         self.model = model
         self._base = model.base_model
+        # transformers' name for its cache from 5.24 on, and until then.
+        named = inspect.signature(self._base.forward).parameters
+        self._cache = "cache" if "cache" in named else "past_key_values"
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +114,7 @@ class Span:
             for layer in range(self.n_blocks):
                 keys, values = past[layer - blocks.start] if layer in blocks else (nothing, nothing)
                 cache.update(keys, values, layer)
-        hidden = self.through(Run(blocks), rows, past_key_values=cache)
+        hidden = self.through(Run(blocks), rows, cache)
         made = [cache.layers[layer] for layer in blocks if layer < len(cache.layers)]
         if len(made) < len(blocks) or any(layer.get_seq_length() != length + rows.shape[1] for layer in made):
             raise NoKeysValues("a block does not cache keys and values of its own")
@@ -123,13 +127,15 @@ class Span:
         with running(Run(range(0), hidden[None])):
             return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
-    def through(self, run: Run, rows: Tensor, **options: Any) -> Tensor:
+    def through(self, run: Run, rows: Tensor, cache: DynamicCache | None = None, **options: Any) -> Tensor:
         """The base model under `run`: ids [B, n] or hidden states [B, n, d] -> hidden states behind its last block."""
         inputs = {"inputs_embeds" if rows.is_floating_point() else "input_ids": rows}
+        if cache is not None:
+            options[self._cache] = cache
         if run.hidden is None and rows.is_floating_point():
             run.hidden = rows
         with running(run):
-            self._base(**inputs, use_cache="past_key_values" in options, **options)
+            self._base(**inputs, use_cache=cache is not None, **options)
         assert run.hidden is not None
         return run.hidden
 
