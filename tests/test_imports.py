@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,48 +9,19 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-FOLDERS = ("client", "kernels", "peer", "protocol")
-HEAVY = frozenset({"torch", "hivemind", "transformers", "triton"})
+from .support.imports import FOLDERS, HEAVY, ROOT, SOURCES, graph_of, imports_of, light_modules, sources
+
 # Of a peer's code clients use what runs models, by its public face alone, and only where they run one.
 PUBLIC = "peer.model"
 RUNS_MODELS = {Path("client/drafting"), Path("client/session"), Path("client/distill")}
 KNOWS_TRANSFORMERS = {Path("peer/model"), Path("client/distill")}
+KNOWS_HIVEMIND = Path("protocol/directory")
 ARROWS = {
     "client": {"protocol", "kernels"},
     "peer": {"protocol", "kernels"},
     "protocol": set[str](),
     "kernels": set[str](),
 }
-SOURCES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-
-
-class _Imports(ast.NodeVisitor):
-    """Names that a file imports, each with whether importing the file imports it."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[int, str, bool]] = []
-        self._inside = 0
-
-    def _later(self, node: ast.AST) -> None:
-        self._inside += 1
-        self.generic_visit(node)
-        self._inside -= 1
-
-    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = _later
-
-    def visit_Import(self, node: ast.Import) -> None:
-        self.found += [(0, alias.name, not self._inside) for alias in node.names]
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        modules = [node.module] if node.module else [alias.name for alias in node.names]
-        self.found += [(node.level, module, not self._inside) for module in modules]
-
-
-def imports_of(source: str) -> list[tuple[int, str, bool]]:
-    visitor = _Imports()
-    visitor.visit(ast.parse(source))
-    return visitor.found
 
 
 def violations(path: Path, source: str) -> Iterator[str]:
@@ -72,7 +42,7 @@ def _outside(path: Path, folder: str, top: str, at_once: bool) -> Iterator[str]:
         yield f"imports {top} by an absolute name"
     if top == "transformers" and path.parent not in KNOWS_TRANSFORMERS:
         yield f"{path.parent} does not know transformers"
-    if folder == "protocol" and top in HEAVY and not (path.name == "dht.py" and top in ("torch", "hivemind")):
+    if folder == "protocol" and top in HEAVY and not (path.parent == KNOWS_HIVEMIND and top in ("torch", "hivemind")):
         yield f"protocol imports {top}"
     if folder == "client" and top in HEAVY and at_once and path.parent not in RUNS_MODELS:
         yield f"client imports {top} at once"
@@ -108,27 +78,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def graph_of(files: dict[str, str]) -> dict[str, set[str]]:
-    """Which file imports which, by path without suffix; imports inside functions and for type checkers count too."""
-    return {path: set(_targets(path, source, files)) for path, source in files.items()}
-
-
-def _targets(path: str, source: str, files: dict[str, str]) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
-            continue
-        package = path.split("/")[: -node.level]
-        target = "/".join([*package, *(node.module.split(".") if node.module else [])])
-        for name in node.names:
-            for candidate in (f"{target}/{name.name}", target, f"{target}/__init__"):
-                if candidate in files:
-                    yield candidate
-                    break
-
-
 def test_no_file_imports_itself_by_whatever_way():
-    files = {str(path.with_suffix("")): (ROOT / path).read_text() for path in SOURCES}
-    assert circles(graph_of(files)) == []
+    assert circles(graph_of(sources())) == []
 
 
 def test_a_circle_is_seen():
@@ -139,6 +90,25 @@ def test_a_circle_is_seen():
         "c/f": "from . import e",
     }
     assert circles(graph_of(files)) == [["a/b", "c/d", "c/e"]]
+
+
+def test_what_clients_need_at_once_is_light():
+    heavy = sources().keys() - set(light_modules(sources()))
+    folders = RUNS_MODELS | {KNOWS_HIVEMIND}
+    assert [path for path in heavy if path.startswith("client") and Path(path).parent not in folders] == []
+    assert [path for path in heavy if path.startswith("protocol") and Path(path).parent not in folders] == []
+
+
+def test_a_heavy_module_behind_a_light_one_is_seen():
+    files = {
+        "a/__init__": "",
+        "a/b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\nfrom . import c",
+        "a/c": "from ..d.e import f",
+        "a/g": "def h():\n    from . import c",
+        "d/__init__": "import torch.nn",
+        "d/e": "",
+    }
+    assert light_modules(files) == ["a/__init__", "a/g"]
 
 
 def test_there_is_something_to_check():
@@ -174,6 +144,7 @@ def test_arrows(path):
         ("protocol/x.py", "from ..kernels import linear", "protocol imports kernels"),
         ("protocol/x.py", "def f():\n    import torch", "protocol imports torch"),
         ("protocol/x.py", "from hivemind.dht import DHT", "protocol imports hivemind"),
+        ("protocol/trust/x.py", "import hivemind", "protocol imports hivemind"),
         ("protocol/directory/dht.py", "import transformers", "protocol imports transformers"),
         ("kernels/x.py", "import numpy as np", "kernels imports numpy"),
         ("kernels/x.py", "from ..protocol import codec", "kernels imports protocol"),

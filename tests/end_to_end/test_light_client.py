@@ -14,18 +14,14 @@ from typing import Any
 import pytest
 from petal.client.swarm import AsyncSwarmModel
 
+from ..support.imports import ROOT, light_modules, sources
 from ..support.light_client import PEERS_NEED, PROMPT, SAMPLED, SETTINGS
 from ..support.swarms import local_swarm, spans
-from ..test_imports import MODELS, ROOT
 
 LIGHT = [
-    f"petal.{path.with_suffix('').as_posix().replace('/', '.')}"
-    for folder in ("client", "protocol")
-    for path in sorted(p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.py"))
-    if path not in MODELS
-    and path.name != "__init__.py"
-    and path != Path("protocol/directory/dht.py")
-    and "distill" not in path.parts
+    f"petal.{path.replace('/', '.')}"
+    for path in light_modules(sources())
+    if path.startswith(("client", "protocol")) and not path.endswith("/__init__")
 ]
 
 
@@ -93,6 +89,7 @@ def elsewhere(platform: str, *modules: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_imports_on_other_systems(platform: str) -> None:
     assert {"petal.client.swarm", "petal.client.cli.main", "petal.protocol.directory.directory"} < set(LIGHT)
+    assert {"petal.client.session.session", "petal.client.drafting.ngram"} < set(LIGHT)
     done = elsewhere(platform, *LIGHT)
     assert done.returncode == 0, done.stderr
 
