@@ -1,6 +1,7 @@
-"""`python -m tests.calibration FILE [ROWS]`: text to quantize SmolLM2 against, dialogues and documents that it writes.
+"""`python -m tests.support.calibration FILE [ROWS]`: text to quantize SmolLM2 against.
 
-tests/data/calibration.txt is a smaller one: the model's answers in tests/data, and the prose of this project.
+It writes dialogues and documents. tests/data/calibration.txt is a smaller one: the model's answers in tests/data,
+and the prose of this project.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from petal.client.distill.target import LocalTarget
 from petal.client.distill.turns import turns_of
 from torch import Tensor
 
-from .support.reference import demo_checkpoint
+from .reference import demo_checkpoint
 
 _BETWEEN_DOCUMENTS = "<|endoftext|>"
 _FRAME = re.compile(r"<\|im_start\|>(user|assistant|system)?\n?|<\|im_end\|>|<\|endoftext\|>")

