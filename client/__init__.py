@@ -1,19 +1,23 @@
 """Generate with a swarm: `from petal.client import SwarmModel`."""
 
+from .chat import AsyncChat, Chat
+from .config import GenerationConfig
 from .drafting.drafter import Drafter
-from .generation import GenerationConfig, Piece
+from .output import OutputChunk
 from .routing.peers import ConnectError
 from .routing.route import NoRoute
-from .session.stream import PeerError
+from .session.peer_error import PeerError
 from .swarm import AsyncSwarmModel, SwarmModel
 
 __all__ = [
+    "AsyncChat",
     "AsyncSwarmModel",
+    "Chat",
     "ConnectError",
     "Drafter",
     "GenerationConfig",
     "NoRoute",
+    "OutputChunk",
     "PeerError",
-    "Piece",
     "SwarmModel",
 ]

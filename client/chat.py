@@ -3,74 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .event_loop import BackgroundLoop
-from .generation import Piece, generate
+from .config import GenerationConfig, GenerationSettings
+from .event_loop import EventLoopThread
+from .generation import Generator
+from .output import OutputChunk
 from .session.session import Session
 
 if TYPE_CHECKING:
-    from .swarm import AsyncSwarmModel
+    from typing_extensions import Unpack
 
 
-class Chat:
-    """`messages` are as in OpenAI's API; change them freely between turns, the session follows."""
+class AsyncChat:
+    """`messages` are as in OpenAI's API; change them freely between turns, the session follows.
 
-    def __init__(
-        self, model: AsyncSwarmModel, loop: BackgroundLoop, system: str | None = None, reserve_tokens: int = 4096
-    ) -> None:
-        if model.tokenizer is None:
+    A turn that fails before it says anything is undone, its question included.
+    """
+
+    def __init__(self, generator: Generator, system: str | None = None, reserve_tokens: int = 4096) -> None:
+        """`reserve_tokens`: what the session keeps room for, where the peers have it."""
+        if generator.tokenizer is None:
             raise ValueError("a chat needs a tokenizer")
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-        self._model = model
-        self._tokenizer = model.tokenizer
-        self._loop = loop
+        self._generator = generator
+        self._tokenizer = generator.tokenizer
         self._reserve_tokens = reserve_tokens
         self._session: Session | None = None
 
-    def send(self, text: str, **settings: Any) -> Iterator[Piece]:
-        """Say something; pieces of the answer as they come."""
-        return self._loop.iterate(self._send(text, settings))
+    def send(self, text: str, **settings: Unpack[GenerationSettings]) -> AsyncIterator[OutputChunk]:
+        """Say something; chunks of the answer as they come. Raises ValueError, PeerError, NoRoute."""
+        return self._answer(text, settings)
 
-    def asend(self, text: str, **settings: Any) -> AsyncIterator[Piece]:
-        return self._loop.delegate_iteration(self._send(text, settings))
-
-    def regenerate(self, **settings: Any) -> Iterator[Piece]:
+    def regenerate(self, **settings: Unpack[GenerationSettings]) -> AsyncIterator[OutputChunk]:
         """Answer the last question again; give another seed for another answer."""
-        while self.messages and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
-        return self._loop.iterate(self._answer(settings))
+        return self._answer(None, settings)
 
-    def close(self) -> None:
-        if self._session:
-            self._loop.run(self._close())
-
-    async def _close(self) -> None:
+    async def close(self) -> None:
+        """Give the session's memory back to the peers; the messages stay, and so may the conversation."""
         if self._session:
             self._session.close()
             self._session = None
 
-    async def _send(self, text: str, settings: dict[str, Any]) -> AsyncIterator[Piece]:
-        self.messages.append({"role": "user", "content": text})
-        async for piece in self._answer(settings):
-            yield piece
-
-    async def _answer(self, settings: dict[str, Any]) -> AsyncIterator[Piece]:
-        config = self._model.config(**settings)
-        prompt = self._tokenizer.apply_chat_template(self.messages)
-        needed = len(prompt) + config.max_new_tokens
-        if self._session is None or min(needed, self._session.context_length) > self._session.options.reserve_tokens:
-            await self._close()
-            self._session = await self._model.open_session(max(needed, self._reserve_tokens))
-        said = ""
+    async def _answer(self, question: str | None, settings: GenerationSettings) -> AsyncIterator[OutputChunk]:
+        """One turn; without a question the last one is answered anew."""
+        before, said = list(self.messages), ""
+        if question is not None:
+            self.messages.append({"role": "user", "content": question})
+        while self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
         try:
-            speculation = await self._model.speculation(config, self._session)
-            async for piece in generate(self._session, prompt, config, self._tokenizer, speculation):
-                said += piece.text
-                yield piece
+            config = GenerationConfig(**settings)
+            prompt = self._tokenizer.apply_chat_template(self.messages)
+            session = await self._session_for(len(prompt) + config.max_new_tokens)
+            async for chunk in await self._generator.chunks(session, prompt, config):
+                said += chunk.text
+                yield chunk
         except BaseException:
             # Interrupted with a step in flight, or the route failed: what the peers hold is not known for sure.
-            await self._close()
-            raise
-        finally:
+            await self.close()
+            if not said:
+                self.messages[:] = before
+                raise
             self.messages.append({"role": "assistant", "content": said})
+            raise
+        self.messages.append({"role": "assistant", "content": said})
+
+    async def _session_for(self, tokens: int) -> Session:
+        """The session of the turn before, or another one where `tokens` do not fit into it."""
+        held = self._session
+        if held is None or min(tokens, held.context_length) > held.options.reserve_tokens:
+            await self.close()
+            self._session = await self._generator.connection.open_session(max(tokens, self._reserve_tokens))
+            return self._session
+        return held
+
+
+class Chat:
+    """AsyncChat for synchronous code; twins with a leading `a` are awaited in any event loop."""
+
+    def __init__(self, core: AsyncChat, loop: EventLoopThread) -> None:
+        self._core = core
+        self._loop = loop
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """What was said, as in OpenAI's API; change it freely between turns."""
+        return self._core.messages
+
+    @messages.setter
+    def messages(self, messages: list[dict[str, str]]) -> None:
+        self._core.messages = messages
+
+    def send(self, text: str, **settings: Unpack[GenerationSettings]) -> Iterator[OutputChunk]:
+        """Say something; chunks of the answer as they come. Raises ValueError, PeerError, NoRoute."""
+        return self._loop.iterate(self._core.send(text, **settings))
+
+    def asend(self, text: str, **settings: Unpack[GenerationSettings]) -> AsyncIterator[OutputChunk]:
+        """See `send`."""
+        return self._loop.delegate_iteration(self._core.send(text, **settings))
+
+    def regenerate(self, **settings: Unpack[GenerationSettings]) -> Iterator[OutputChunk]:
+        """Answer the last question again; give another seed for another answer."""
+        return self._loop.iterate(self._core.regenerate(**settings))
+
+    def aregenerate(self, **settings: Unpack[GenerationSettings]) -> AsyncIterator[OutputChunk]:
+        """See `regenerate`."""
+        return self._loop.delegate_iteration(self._core.regenerate(**settings))
+
+    def close(self) -> None:
+        """Give the session's memory back to the peers."""
+        self._loop.run(self._core.close())

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class BackgroundLoop:
+class EventLoopThread:
     """Runs coroutines for synchronous code. gRPC's asyncio objects live in the loop that made them: one for all."""
 
     def __init__(self) -> None:

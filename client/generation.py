@@ -1,118 +1,99 @@
-"""Generation over one session: prompt in, tokens out, and where to stop."""
+"""Generation: prompt in, tokens out; over one session, or over as many as there are answers."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
-from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint.tokenizer import Tokenizer
-from ..protocol.wire.sampling import SamplingParams
-from .drafting.registry import DrafterChoice
+from .config import GenerationConfig
+from .connection import TREE_ROOM, SwarmConnection
+from .drafting.registry import DrafterRegistry
 from .drafting.rounds import Speculation, Verified
-from .session.failover import Failover
-from .session.session import Session, StepResult, Want
+from .output import OutputChunk, OutputCutter
+from .session.peer_error import PeerError
+from .session.session import Session
 
-if TYPE_CHECKING:
-    from .session.local_ends import LogitsProcessor
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """What to generate, in transformers' words. Sampling is off unless `do_sample` or a temperature asks for it."""
-
-    max_new_tokens: int = 256
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    eos_token_ids: frozenset[int] = frozenset()
-    stop_strings: tuple[str, ...] = ()
-    top_logprobs: int = 0
-    trace: bool = False
-    drafter: DrafterChoice = "auto"
-    budget: int | None = None
-    logits_processors: tuple[LogitsProcessor, ...] = ()
-
-    def want(self) -> Want:
-        return Want(top_logprobs=self.top_logprobs, trace=self.trace)
+# Shorter beginnings are not worth the wait until the trunk is there.
+SHARED_PREFIX = 32
+Prompt = str | Sequence[int]
 
 
-@dataclass
-class Piece:
-    """What one trip through the route brought: `nodes` were drafted in `draft_s` of its `seconds`."""
+class Generator:
+    """Answers of one model: sessions of `connection`, drafts for them, text by `tokenizer`."""
 
-    ids: list[int]
-    text: str = ""
-    logprobs: list[pb.RowLogprobs] = field(default_factory=list)
-    hops: list[pb.Hop] = field(default_factory=list)
-    seconds: float = 0.0
-    nodes: int = 0
-    draft_s: float = 0.0
-    finish_reason: str | None = None
-    events: list[Failover] = field(default_factory=list)
+    def __init__(self, connection: SwarmConnection, tokenizer: Tokenizer | None) -> None:
+        self.connection = connection
+        self.tokenizer = tokenizer
+        self._drafters = DrafterRegistry(tokenizer, connection.known.digest or b"")
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text; ids as they are. Raises ValueError without a tokenizer."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer; give token ids")
+        return self.tokenizer.encode(prompt)
 
-def config_of(
-    *,
-    max_new_tokens: int = 256,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    seed: int = 0,
-    eos_token_id: int | Sequence[int] | None = None,
-    stop_strings: str | Sequence[str] | None = None,
-    top_logprobs: int = 0,
-    trace: bool = False,
-    drafter: DrafterChoice = "auto",
-    budget: int | None = None,
-    logits_processor: Sequence[LogitsProcessor] | None = None,
-    default_eos: frozenset[int] = frozenset(),
-) -> GenerationConfig:
-    """A config from transformers' argument names; `eos_token_id=-1` ignores the end of text.
+    async def speculation(self, config: GenerationConfig, session: Session) -> Speculation:
+        """Drafting for one sequence, as `config` asks; what was learned about a route serves all its sessions."""
+        return await self._drafters.speculation(config.drafter, config.budget, session.route)
 
-    `logits_processor` works where the client holds the head: each gets ids [1, n] and scores [1, vocab] as tensors.
+    async def chunks(
+        self, session: Session, ids: Sequence[int], config: GenerationConfig
+    ) -> AsyncIterator[OutputChunk]:
+        """Start an answer over a session; see `generate`."""
+        speculation = await self.speculation(config, session)
+        return generate(session, ids, config, self.tokenizer, speculation)
 
-    Raises SamplingError for a value out of range, ValueError for settings that contradict each other.
-    """
-    if max_new_tokens < 1:
-        raise ValueError("max_new_tokens is at least 1")
-    shaping = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    if do_sample is False and temperature:
-        raise ValueError("do_sample=False contradicts a temperature")
-    sample = do_sample if do_sample is not None else bool(temperature)
-    # As transformers does, shaping without sampling has no effect.
-    shaped = {name: value for name, value in shaping.items() if sample and value is not None}
-    if sample and "temperature" not in shaped:
-        shaped["temperature"] = 1.0
-    sampling = SamplingParams(
-        **shaped,  # type: ignore[arg-type]
-        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-    )
-    eos = (
-        default_eos
-        if eos_token_id is None
-        else frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
-    )
-    stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
-    if not all(stops):
-        raise ValueError("a stop string has at least one character: an empty one would stop every answer at once")
-    processors = tuple(logits_processor or ())
-    return GenerationConfig(
-        max_new_tokens, sampling, eos - {-1}, stops, top_logprobs, trace, drafter, budget, processors
-    )
+    async def stream(self, ids: Sequence[int], config: GenerationConfig) -> AsyncIterator[OutputChunk]:
+        """One answer, over a session of its own."""
+        session = await self.connection.open_session(len(ids) + config.max_new_tokens + TREE_ROOM)
+        try:
+            async for chunk in await self.chunks(session, ids, config):
+                yield chunk
+        finally:
+            session.close()
 
+    async def answers(
+        self, prompts: Sequence[Sequence[int]], n: int, config: GenerationConfig
+    ) -> list[list[list[OutputChunk]]]:
+        """`n` answers to each prompt. What all prompts begin with is computed once; their sessions fork behind it."""
+        reserve = max(map(len, prompts)) + config.max_new_tokens + TREE_ROOM
+        shared = shared_prefix(prompts) if len(prompts) * n > 1 else []
+        trunk = None
+        if len(shared) >= (1 if n > 1 else SHARED_PREFIX):
+            trunk = await self.connection.open_session(reserve)
+        try:
+            if trunk:
+                await trunk.prefill(shared)
+            configs = [replace(config, sequence=i) for i in range(n)]
+            answers = await asyncio.gather(*(self._answer(ids, c, trunk, reserve) for ids in prompts for c in configs))
+        finally:
+            if trunk:
+                trunk.close()
+        return [answers[i : i + n] for i in range(0, len(answers), n)]
 
-def for_sequence(config: GenerationConfig, index: int) -> GenerationConfig:
-    """The same config for another sequence of the same seed."""
-    return replace(config, sampling=replace(config.sampling, sequence=index))
+    async def _answer(
+        self, ids: Sequence[int], config: GenerationConfig, trunk: Session | None, reserve: int
+    ) -> list[OutputChunk]:
+        session = await self._branch(trunk, reserve)
+        try:
+            return [chunk async for chunk in await self.chunks(session, ids, config)]
+        finally:
+            session.close()
+
+    async def _branch(self, trunk: Session | None, reserve: int) -> Session:
+        """A fork of the trunk; a session of its own, waited for, where the trunk's peers are full or gone."""
+        if trunk:
+            try:
+                return await trunk.fork()
+            except PeerError as error:
+                if not (error.busy or error.gone):
+                    raise
+        return await self.connection.open_session(reserve)
 
 
 async def generate(
@@ -121,8 +102,8 @@ async def generate(
     config: GenerationConfig,
     tokenizer: Tokenizer | None = None,
     speculation: Speculation | None = None,
-) -> AsyncIterator[Piece]:
-    """Pieces of the answer to `prompt`, which may continue or branch off what the session holds.
+) -> AsyncIterator[OutputChunk]:
+    """Chunks of the answer to `prompt`, which may continue or branch off what the session holds.
 
     Leaves the session so that `session.ids` are exactly prompt and answer, but for tokens that are not cached yet.
     Raises ValueError for an empty or too long prompt, PeerError where the route fails.
@@ -133,32 +114,33 @@ async def generate(
     room = positions - len(prompt)
     if room < 1:
         raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in {positions} positions")
-    if config.logits_processors and not session.options.head:
-        raise ValueError("a logits_processor needs the scores on this machine: connect with local_head=True")
-    session.logits_processors = config.logits_processors
+    if config.logits_processor and not session.options.local_ends:
+        raise ValueError("a logits_processor needs the scores on this machine: connect with local_ends=True")
+    session.logits_processors = config.logits_processor or ()
     speculation = speculation or Speculation()
-    stopper = _Stopper(config, tokenizer, min(config.max_new_tokens, room + 1))
+    limit = min(config.max_new_tokens, room + 1)
+    cutter = OutputCutter(tokenizer, limit, config.eos_ids(tokenizer), config.stops)
     kept = common_prefix(session.ids, prompt[:-1])
     session.rewind(kept)
     started = time.perf_counter()
-    done = Verified(await session.prefill(prompt[kept:], config.sampling, config.want()))
+    done = Verified(await session.prefill(prompt[kept:], config.sampling, config.output))
     speculation.start(prompt, config.sampling)
     ids = list(prompt)
     while True:
         result = done.result
         assert result.next_token is not None
-        piece = stopper.take([*result.path_ids, result.next_token], result)
-        ids.extend(piece.ids)
-        piece.seconds, piece.nodes, piece.draft_s = time.perf_counter() - started, done.nodes, done.draft_s
-        piece.events = session.take_events()
+        chunk = cutter.take([*result.path_ids, result.next_token], result)
+        ids.extend(chunk.ids)
+        chunk.seconds, chunk.nodes, chunk.draft_s = time.perf_counter() - started, done.nodes, done.draft_s
+        chunk.events = session.take_events()
         if len(session.ids) > len(ids):
             session.rewind(len(ids))
-        yield piece
-        if piece.finish_reason:
+        yield chunk
+        if chunk.finish_reason:
             return
         started = time.perf_counter()
-        room = positions - len(ids) if stopper.left > 1 else 0
-        done = await speculation.round(session, ids, room, config.want())
+        room = positions - len(ids) if cutter.left > 1 else 0
+        done = await speculation.round(session, ids, room, config.output)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -171,62 +153,9 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return length
 
 
-class _Stopper:
-    """Cuts the stream of tokens at the end of text, at a stop string, or at the token limit."""
-
-    def __init__(self, config: GenerationConfig, tokenizer: Tokenizer | None, limit: int) -> None:
-        if config.stop_strings and tokenizer is None:
-            raise ValueError("stop strings need a tokenizer")
-        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
-        self._stops = config.stop_strings
-        # Special tokens are no part of the text: where a stop string is one, its id is looked for.
-        self._ends = config.eos_token_ids | (tokenizer.special_ids_of(self._stops) if tokenizer else frozenset())
-        self._held = ""
-        self.left = limit
-
-    def take(self, ids: list[int], result: StepResult) -> Piece:
-        piece = Piece([], logprobs=result.logprobs, hops=result.hops)
-        for token in ids:
-            piece.ids.append(token)
-            self.left -= 1
-            if token in self._ends:
-                piece.finish_reason = "stop"
-            else:
-                self._held += self._detokenizer.add(token) if self._detokenizer else ""
-                if self._cut_at_stop(piece):
-                    piece.finish_reason = "stop_string"
-                elif not self.left:
-                    piece.finish_reason = "length"
-            if piece.finish_reason:
-                break
-        piece.logprobs = piece.logprobs[: len(piece.ids)]
-        if piece.finish_reason != "stop_string":
-            self._release(piece)
-        return piece
-
-    def _cut_at_stop(self, piece: Piece) -> bool:
-        if not self._stops:
-            return False
-        # An answer that ends here says what is pending, too.
-        said = self._held + (self._detokenizer.pending if self._detokenizer else "")
-        found = [at for stop in self._stops if (at := said.find(stop)) >= 0]
-        if found:
-            piece.text += said[: min(found)]
-        return bool(found)
-
-    def _release(self, piece: Piece) -> None:
-        """Give out text, but hold back what may turn out to be the start of a stop string."""
-        if piece.finish_reason and self._detokenizer:
-            self._held += self._detokenizer.flush()
-        keep = 0 if piece.finish_reason else self._possible_stop()
-        cut = len(self._held) - keep
-        piece.text += self._held[:cut]
-        self._held = self._held[cut:]
-
-    def _possible_stop(self) -> int:
-        longest = 0
-        for stop in self._stops:
-            for size in range(1, min(len(stop), len(self._held) + 1)):
-                if self._held.endswith(stop[:size]):
-                    longest = max(longest, size)
-        return longest
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What all prompts begin with; every prompt keeps at least one token of its own, whose row predicts the first."""
+    shared = prompts[0][:-1]
+    for prompt in prompts[1:]:
+        shared = shared[: common_prefix(shared, prompt[:-1])]
+    return list(shared)

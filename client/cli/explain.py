@@ -11,17 +11,17 @@ from ..routing.route import Route
 from ..routing.trusted_ends import TrustedEnds
 
 
-def explain(route: Route, ends: TrustedEnds, local_head: bool) -> list[dict[str, Any]]:
+def explain(route: Route, ends: TrustedEnds, local_ends: bool) -> list[dict[str, Any]]:
     """What each peer of a route sees."""
     stops = []
     for stop in route:
-        head, tail = stop.blocks.start == 0, stop.blocks.stop == stop.peer.n_blocks
+        first, last = stop.blocks.start == 0, stop.blocks.stop == stop.peer.n_blocks
         seen = []
-        if head:
-            seen.append("embeddings of your tokens" if local_head else "your prompt as tokens")
-        if tail:
-            seen.append("last hidden states" if local_head else "your prompt and the answer as tokens")
-        seen.append("activations" if not (head or tail) else "activations of its blocks")
+        if first:
+            seen.append("embeddings of your tokens" if local_ends else "your prompt as tokens")
+        if last:
+            seen.append("last hidden states" if local_ends else "your prompt and the answer as tokens")
+        seen.append("activations" if not (first or last) else "activations of its blocks")
         stops.append(
             {
                 "peer_id": stop.peer.peer_id,

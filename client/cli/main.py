@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..routing.connect import enter
+from ..routing.connect import connect
 from ..swarm import SwarmModel
 from .explain import CAVEAT, explain, table
 from .options import (
@@ -46,6 +46,26 @@ app.add_typer(swarm_app, name="swarm")
 swarm_app.add_typer(private_swarms)
 
 
+def _connected(
+    model: str,
+    initial_peers: list[str] | None,
+    join: str | None,
+    exact: bool,
+    allow_mixed: bool,
+    ends: list[str] | None,
+    wait: float | None,
+) -> SwarmModel:
+    return SwarmModel.connect(
+        model,
+        initial_peers or [],
+        join=join,
+        exact=exact,
+        allow_mixed=allow_mixed,
+        trusted_ends=ends or (),
+        wait_s=wait,
+    )
+
+
 @app.command()
 def generate(
     model: Model,
@@ -73,8 +93,7 @@ def generate(
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def run() -> None:
-        options = {"join": join, "exact": exact, "allow_mixed": allow_mixed, "trusted_ends": ends or (), "wait_s": wait}
-        with SwarmModel.connect(model, initial_peers or [], **options) as swarm:
+        with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
             talk = swarm.chat()
             pieces = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
             if as_json:
@@ -112,8 +131,7 @@ def chat(
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def run() -> None:
-        options = {"join": join, "exact": exact, "allow_mixed": allow_mixed, "trusted_ends": ends or (), "wait_s": wait}
-        with SwarmModel.connect(model, initial_peers or [], **options) as swarm:
+        with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
             converse(swarm, settings, system, verbose)
 
     guarded(run)
@@ -132,7 +150,7 @@ def route(
 
     def run() -> None:
         with SwarmModel.connect(model, initial_peers or [], join=join, trusted_ends=ends or ()) as swarm:
-            stops = explain(swarm.route(), swarm.ends, local_head=False)
+            stops = explain(swarm.route(), swarm.trusted_ends, local_ends=False)
         if as_json:
             print(json.dumps(stops))
         elif explained:
@@ -163,7 +181,7 @@ def status(
     """Models, blocks covered, peers, free cache, throughput; which blocks nobody hosts."""
 
     async def look() -> dict[str, Any]:
-        trust, directory = await enter(initial_peers or [], join)
+        trust, directory = await connect(initial_peers or [], join)
         try:
             return await swarm_status(directory, trust)
         finally:

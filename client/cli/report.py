@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..generation import Piece
+from ..output import OutputChunk
 
 
-def speed_line(pieces: list[Piece]) -> str:
+def speed_line(pieces: list[OutputChunk]) -> str:
     """Tokens a second and, where traced, each hop's median time."""
     tokens = sum(len(piece.ids) for piece in pieces)
     decode_s = sum(piece.seconds for piece in pieces[1:])
@@ -15,7 +15,7 @@ def speed_line(pieces: list[Piece]) -> str:
     return "\n".join([line, *draft_lines(pieces), *hop_lines(pieces)])
 
 
-def draft_lines(pieces: list[Piece]) -> list[str]:
+def draft_lines(pieces: list[OutputChunk]) -> list[str]:
     """Tokens a round, K, share of drafted nodes that were accepted; where the time went, if traced."""
     rounds = pieces[1:]
     nodes = sum(piece.nodes for piece in rounds)
@@ -35,7 +35,7 @@ def draft_lines(pieces: list[Piece]) -> list[str]:
     return [line, "  time: " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in shares.items())]
 
 
-def hop_lines(pieces: list[Piece]) -> list[str]:
+def hop_lines(pieces: list[OutputChunk]) -> list[str]:
     """Median compute of each peer and median way between peers on one clock, in ms."""
     traces = [piece.hops for piece in pieces[1:] if piece.hops]
     if not traces:

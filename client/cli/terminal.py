@@ -15,10 +15,10 @@ from rich.markup import escape
 
 from ...protocol.directory.directory import DirectoryError
 from ...protocol.wire.sampling import SamplingError
-from ..generation import Piece
+from ..output import OutputChunk
 from ..routing.peers import ConnectError
 from ..routing.route import NoRoute
-from ..session.stream import PeerError
+from ..session.peer_error import PeerError
 from ..swarm import SwarmModel
 from .report import speed_line
 
@@ -33,7 +33,7 @@ def peer_program() -> str | None:
     return beside if os.access(beside, os.X_OK) else shutil.which("petal-serve")
 
 
-def show(pieces: Iterator[Piece], verbose: bool = False) -> list[Piece]:
+def show(pieces: Iterator[OutputChunk], verbose: bool = False) -> list[OutputChunk]:
     """Print the text as it comes; with `verbose` also which peers failed, and who took over."""
     shown = []
     try:
@@ -72,9 +72,9 @@ def converse(swarm: SwarmModel, settings: dict[str, Any], system: str | None, ve
         talk.close()
 
 
-def print_json(pieces: Iterator[Piece]) -> None:
+def print_json(pieces: Iterator[OutputChunk]) -> None:
     """One object, also where the generation breaks off: then with the text so far and the reason."""
-    collected: list[Piece] = []
+    collected: list[OutputChunk] = []
     broken: Exception | None = None
     try:
         for piece in pieces:

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from ...protocol.wire.sampling import SamplingParams
 from ...protocol.wire.tree import walk
 from ..drafting.candidates import score_children
-from ..drafting.tree_builder import GrowingTree, Ints
+from ..drafting.tree_builder import Ints, TreeBuilder
 
 _CANDIDATES = 128
 _BRANCH = 24
@@ -32,7 +32,7 @@ class _Text:
     def context(self) -> list[int]:
         return [*self.prompt, *self.known[: self.out]]
 
-    def take(self, tree: GrowingTree, budget: int) -> int:
+    def take(self, tree: TreeBuilder, budget: int) -> int:
         """One round's gain."""
         rest = self.known[self.out :]
         accepted, _ = walk(tree.best(budget), lambda _, path: rest[len(path)] if len(path) < len(rest) else -1)
@@ -60,8 +60,8 @@ def tokens_a_round(
 
 def _grow(
     student: LlamaForCausalLM, contexts: list[list[int]], budget: int, params: SamplingParams
-) -> list[GrowingTree]:
-    trees = [GrowingTree(context[-1]) for context in contexts]
+) -> list[TreeBuilder]:
+    trees = [TreeBuilder(context[-1]) for context in contexts]
     while sum(map(len, todo := [_frontier(tree, budget) for tree in trees])):
         columns, values = _likeliest(student, contexts, trees, todo)
         at = 0
@@ -73,13 +73,13 @@ def _grow(
     return trees
 
 
-def _frontier(tree: GrowingTree, budget: int) -> Ints:
+def _frontier(tree: TreeBuilder, budget: int) -> Ints:
     nodes = tree.frontier(budget, budget)
     return nodes if np.exp(tree.scores[nodes]).sum() > _WORTH else nodes[:0]
 
 
 def _likeliest(
-    student: LlamaForCausalLM, contexts: list[list[int]], trees: list[GrowingTree], todo: list[Ints]
+    student: LlamaForCausalLM, contexts: list[list[int]], trees: list[TreeBuilder], todo: list[Ints]
 ) -> tuple[Ints, np.ndarray]:
     """Ids and logits of the likeliest successors of all nodes `todo`, one row each."""
     inputs = [_inputs(context, tree, nodes) for context, tree, nodes in zip(contexts, trees, todo, strict=True)]
@@ -101,7 +101,7 @@ def _likeliest(
     return best.indices.cpu().numpy(), best.values.double().cpu().numpy()
 
 
-def _inputs(context: list[int], tree: GrowingTree, nodes: Ints) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def _inputs(context: list[int], tree: TreeBuilder, nodes: Ints) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Ids, positions and what sees what, of the context and the paths to `nodes`; and the slots of `nodes`."""
     paths = {node: [*tree.ancestors(node)[1:], node] if node else [] for node in nodes.tolist()}
     shown = sorted({node for path in paths.values() for node in path})

@@ -23,7 +23,7 @@ from ...protocol.checkpoint.tokenizer import Tokenizer
 from ...protocol.wire.sampling import SamplingParams, TokenCounts
 from .candidates import score_children
 from .drafter import Drafter, DrafterError, ScoredTree
-from .tree_builder import GrowingTree, Ints
+from .tree_builder import Ints, TreeBuilder
 from .tree_cache import TreeCache
 
 # Nodes of one forward, children a node, and candidates: greedy ones, and those among which noise may choose.
@@ -95,7 +95,7 @@ class ModelDrafter(Drafter):
         self._counts = TokenCounts()
         # The text that the draft model has seen, its last token the tree's root.
         self._ids: list[int] = []
-        self._tree = GrowingTree(-1)
+        self._tree = TreeBuilder(-1)
         # Of the tree's nodes in the cache; -1 for the root and for those that the draft model has not seen.
         self._rows: Ints = np.array([-1])
         self._budget = 0
@@ -144,7 +144,7 @@ class ModelDrafter(Drafter):
         """Keep the first `length` tokens and no tree."""
         self._cache.truncate(length)
         del self._ids[length:]
-        self._tree, self._rows = GrowingTree(-1), np.array([-1])
+        self._tree, self._rows = TreeBuilder(-1), np.array([-1])
 
     def _commit(self, node: int) -> None:
         """The text went on down to `node`, whose row is cached already."""
@@ -164,7 +164,7 @@ class ModelDrafter(Drafter):
             hidden = self._forward(piece, range(-1, len(piece) - 1))
             self._cache.commit(range(len(piece)))
             self._ids += piece
-        self._tree, self._rows = GrowingTree(ids[-1]), np.array([-1])
+        self._tree, self._rows = TreeBuilder(ids[-1]), np.array([-1])
         self._grow(np.zeros(1, dtype=np.int64), hidden[-1:])
 
     # Growing the tree.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ...protocol.checkpoint.tokenizer import Tokenizer
+from ..load_once import LoadOnce
+from ..routing.route import Route
+from .budget import BudgetController
 from .drafter import Drafter, DrafterError
 from .ngram import NgramDrafter
+from .rounds import Speculation
 
 # "auto", "none", "ngram", "model", a checkpoint's path or hub id, several with commas between, or instances.
 DrafterChoice = str | Drafter | Sequence[str | Drafter]
@@ -34,13 +38,20 @@ def load_drafter(source: str, tokenizer: Tokenizer) -> Drafter:
     return ModelDrafter(DraftModel.load(source, tokenizer))
 
 
-class DrafterShelf:
-    """The drafters of one target; each draft model is loaded once."""
+class DrafterRegistry:
+    """The drafters of one target: each draft model is loaded once, each route has one budget that learns."""
 
     def __init__(self, tokenizer: Tokenizer | None, model_digest: bytes) -> None:
         self._tokenizer = tokenizer
         self._digest = model_digest
-        self._loads: dict[str, asyncio.Task[Drafter]] = {}
+        self._models: LoadOnce[Drafter] = LoadOnce()
+        self._budgets: dict[tuple[str, ...], BudgetController] = {}
+
+    async def speculation(self, choice: DrafterChoice, budget: int | None, route: Route) -> Speculation:
+        """Drafting for one sequence; what was learned about a route serves all its sessions. Raises DrafterError."""
+        drafters = await self.drafters(choice)
+        key = (*(type(drafter).__name__ for drafter in drafters), *(stop.peer.peer_id for stop in route))
+        return Speculation(drafters, self._budgets.setdefault(key, BudgetController()), budget)
 
     async def drafters(self, choice: DrafterChoice) -> list[Drafter]:
         """Fresh drafters for one sequence. Raises DrafterError for a model that does not fit.
@@ -66,19 +77,16 @@ class DrafterShelf:
             if default is None:
                 raise DrafterError("no drafter comes with Petal for this model; `petal distill` makes one")
             name = str(default)
-        return [(await self._load(name)).fresh()]
+        return [(await self._models.get(name, self._load(name))).fresh()]
 
     def _once_loaded(self, default: Path | None) -> list[Drafter]:
         """The default drafter, if it is there by now: nobody waits for it."""
         if default is None or self._tokenizer is None or importlib.util.find_spec("torch") is None:
             return []
-        load = self._load(str(default))
+        load = self._models.start(str(default), self._load(str(default)))
         return [load.result().fresh()] if load.done() else []
 
-    def _load(self, source: str) -> asyncio.Task[Drafter]:
+    def _load(self, source: str) -> Callable[[], Drafter]:
         if self._tokenizer is None:
             raise DrafterError("a draft model needs the model's tokenizer, to compare vocabularies")
-        if source not in self._loads:
-            work = asyncio.to_thread(load_drafter, source, self._tokenizer)
-            self._loads[source] = asyncio.ensure_future(work)
-        return self._loads[source]
+        return partial(load_drafter, source, self._tokenizer)

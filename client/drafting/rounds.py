@@ -17,7 +17,8 @@ from .budget import BudgetController, Round
 from .drafter import Drafter, ScoredTree, merge
 
 if TYPE_CHECKING:
-    from ..session.session import Session, StepResult, Want
+    from ..session.result import OutputOptions, StepResult
+    from ..session.session import Session
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,13 +56,13 @@ class Speculation:
         for drafter in self._drafters:
             drafter.start(prompt, sampling)
 
-    async def round(self, session: Session, ids: Sequence[int], room: int, want: Want) -> Verified:
+    async def round(self, session: Session, ids: Sequence[int], room: int, output: OutputOptions) -> Verified:
         """One trip. `ids` are prompt and output so far; at most `room` drafted tokens could be used."""
         budget = min(self._budget(session), room) if self._drafters else 0
         started = time.perf_counter()
         tree = await self._run(self._propose, ids, budget) if budget > 0 else ScoredTree.root(ids[-1])
         drafted = time.perf_counter()
-        result = await self._verify(session, tree, want)
+        result = await self._verify(session, tree, output)
         done = Round(budget, len(tree) - 1, result.accepted[1:], drafted - started, time.perf_counter() - drafted)
         self._controller.observe(done)
         return Verified(result, done.nodes, done.draft_s)
@@ -80,13 +81,13 @@ class Speculation:
         trees = [drafter.propose(ids, budget, drafter.level_s * rate) for drafter in self._drafters]
         return merge(trees, budget)
 
-    async def _verify(self, session: Session, tree: ScoredTree, want: Want) -> StepResult:
+    async def _verify(self, session: Session, tree: ScoredTree, output: OutputOptions) -> StepResult:
         if not self._heavy or len(tree) == 1:
-            return await session.step(tree, want=want)
+            return await session.step(tree, output=output)
         answered = threading.Event()
         drafting = asyncio.ensure_future(self._run(self._draft_ahead, answered))
         try:
-            return await session.step(tree, want=want)
+            return await session.step(tree, output=output)
         finally:
             answered.set()
             await drafting

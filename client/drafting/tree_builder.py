@@ -21,7 +21,7 @@ DECAY = math.log(0.95)
 MAX_DEPTH = 32
 
 
-class GrowingTree:
+class TreeBuilder:
     """Drafted nodes; node 0 is the last emitted token. A node is expanded once the draft model has seen it."""
 
     def __init__(self, root: int) -> None:

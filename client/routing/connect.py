@@ -9,7 +9,7 @@ from ...protocol.trust.trust import PublicTrust, Trust
 from .peers import ConnectError
 
 
-async def enter(initial_peers: Sequence[str], join: str | None) -> tuple[Trust, Directory]:
+async def connect(initial_peers: Sequence[str], join: str | None) -> tuple[Trust, Directory]:
     """The way into a swarm: public through `initial_peers`, private by an invitation. Raises ConnectError."""
     if join is None:
         trust = PublicTrust()

@@ -10,7 +10,7 @@ from ...protocol import petal_pb2 as pb
 
 
 @dataclass(frozen=True)
-class Kind:
+class ComputeProfile:
     """How a peer computes; `numerics` counts in exact mode only."""
 
     dtype: str
@@ -18,7 +18,7 @@ class Kind:
     numerics: str = ""
 
     @classmethod
-    def of(cls, record: pb.PeerRecord, exact: bool = False) -> Kind:
+    def of(cls, record: pb.PeerRecord, exact: bool = False) -> ComputeProfile:
         return cls(record.dtype, record.quantization, record.numerics if exact else "")
 
     def __str__(self) -> str:
@@ -26,10 +26,10 @@ class Kind:
         return self.numerics or (self.dtype if plain else f"{self.quantization} ({self.dtype})")
 
 
-def by_kind(records: Iterable[pb.PeerRecord], exact: bool = False) -> dict[Kind, list[pb.PeerRecord]]:
-    groups: dict[Kind, list[pb.PeerRecord]] = defaultdict(list)
+def by_profile(records: Iterable[pb.PeerRecord], exact: bool = False) -> dict[ComputeProfile, list[pb.PeerRecord]]:
+    groups: dict[ComputeProfile, list[pb.PeerRecord]] = defaultdict(list)
     for record in records:
-        groups[Kind.of(record, exact)].append(record)
+        groups[ComputeProfile.of(record, exact)].append(record)
     return dict(groups)
 
 
@@ -44,7 +44,7 @@ def may_replace(one: pb.PeerRecord, other: pb.PeerRecord, block: int, *, exact: 
     """
     if exact and not promises_exact(one):
         return False
-    if Kind.of(one, exact) != Kind.of(other, exact) and not mixed:
+    if ComputeProfile.of(one, exact) != ComputeProfile.of(other, exact) and not mixed:
         return False
     if one.quantization != other.quantization:
         return True

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import groupby
 
 from ...protocol import petal_pb2 as pb
-from .profile import Kind, by_kind, may_replace, promises_exact
+from .profile import ComputeProfile, by_profile, may_replace, promises_exact
 
 
 class NoRoute(RuntimeError):
@@ -98,7 +98,7 @@ def choose_route(
     def cheapest(hosts: Sequence[pb.PeerRecord]) -> Route:
         return _cheapest([Stop(r, range(r.start, r.end)) for r in hosts], range(n_blocks), rtt_s, reserve_tokens)
 
-    kinds = by_kind(online, exact)
+    kinds = by_profile(online, exact)
     routes = [route for hosts in kinds.values() if (route := cheapest(hosts))]
     if not routes and not mixed:
         raise NoRoute(_only_mixed(kinds, n_blocks))
@@ -108,7 +108,7 @@ def choose_route(
     )
 
 
-def _only_mixed(kinds: Mapping[Kind, Sequence[pb.PeerRecord]], n_blocks: int) -> str:
+def _only_mixed(kinds: Mapping[ComputeProfile, Sequence[pb.PeerRecord]], n_blocks: int) -> str:
     """Which blocks the kind that has most of them lacks, and what other kinds do about it."""
     gaps = {kind: missing_blocks(hosts, n_blocks) for kind, hosts in kinds.items()}
     best = min(gaps, key=lambda kind: sum(map(len, gaps[kind])))
@@ -164,14 +164,14 @@ def repair_route(
 
 def _other_kinds(records: Iterable[pb.PeerRecord], route: Route, gaps: Iterable[range]) -> str:
     """What could fill the gaps if kinds were mixed."""
-    kind_of = {block: Kind.of(stop.peer) for stop in route for block in stop.blocks}
+    kind_of = {block: ComputeProfile.of(stop.peer) for stop in route for block in stop.blocks}
     lacking = {block for run in gaps for block in run}
     others = {
-        str(Kind.of(record))
+        str(ComputeProfile.of(record))
         for record in records
         if usable(record)
         for block in lacking.intersection(range(record.start, record.end))
-        if Kind.of(record) != kind_of[block]
+        if ComputeProfile.of(record) != kind_of[block]
     }
     return f" but in {' or '.join(sorted(others))}, which --allow-mixed would take" if others else ""
 
@@ -227,10 +227,10 @@ def context_of(route: Route) -> int:
     return min(stop.peer.context_length for stop in route)
 
 
-def same_kinds(route: Route, other: Route) -> bool:
+def same_profiles(route: Route, other: Route) -> bool:
     """Whether both compute every block alike."""
-    kind_of = {block: Kind.of(stop.peer) for stop in route for block in stop.blocks}
-    return all(kind_of[block] == Kind.of(stop.peer) for stop in other for block in stop.blocks)
+    kind_of = {block: ComputeProfile.of(stop.peer) for stop in route for block in stop.blocks}
+    return all(kind_of[block] == ComputeProfile.of(stop.peer) for stop in other for block in stop.blocks)
 
 
 def by_model(records: Iterable[pb.PeerRecord]) -> dict[bytes, list[pb.PeerRecord]]:

@@ -15,12 +15,17 @@ import grpc
 
 from ...protocol import petal_pb2 as pb
 from ..routing.peers import ConnectError
-from ..routing.route import NoRoute, Route, repair_route
-from .pipeline import Leg, OpenRoute, SessionOptions, Standpoint
-from .stream import PeerError
+from ..routing.route import NoRoute, Route, is_full, repair_route, same_profiles
+from .hop import Hop
+from .options import SessionOptions
+from .peer_error import PeerError
+from .pipeline import Pipeline
+from .resume import ResumePoint
 
 log = logging.getLogger(__name__)
 
+# A step that fails on so many peers, one after the other, is itself at fault.
+MOST_FAILOVERS = 8
 # The peer is well, only the session on it ended.
 _ASK_AGAIN = frozenset({grpc.StatusCode.ABORTED, grpc.StatusCode.DEADLINE_EXCEEDED})
 
@@ -54,55 +59,136 @@ class PeerFinder(Protocol):
     async def try_banned(self) -> None: ...
 
 
-async def move(
-    line: OpenRoute, route: Route, finder: PeerFinder, options: SessionOptions, standpoint: Standpoint
-) -> Route:
-    """Change `line` to a route without the peers that failed, and return it.
+class Resumable(Protocol):
+    """A session, as whoever changes its route sees it."""
 
-    Raises NoRoute where some blocks find no peer for `wait_s` seconds, PeerError where no other peer could do better.
-    """
-    deadline: float | None = None
-    given_up: set[Leg] = set()
-    full: set[str] = set()
-    while True:
-        # Once each: a peer that answers again afterwards gets another chance.
-        lost = {leg for leg in line.legs if leg.failed or leg.draining} - given_up
-        given_up |= lost
-        full |= _give_up(lost, finder)
+    def resume_point(self) -> ResumePoint:
+        """Behind the last step that was answered."""
+
+    async def resend(self) -> None:
+        """Send the steps without an answer along the new route. Raises PeerError."""
+
+
+class RouteKeeper:
+    """Keeps a session's pipeline on peers that are well, and tells what it changed."""
+
+    def __init__(self, pipeline: Pipeline, route: Route, finder: PeerFinder, options: SessionOptions) -> None:
+        self.route = route
+        self._pipeline = pipeline
+        self._finder = finder
+        self._options = options
+        # Changes of route, until the answer after them tells how long they took.
+        self._moves: list[tuple[str, tuple[str, ...], bool]] = []
+        self._events: list[Failover] = []
+        self._failovers = 0
+        self._waiting_since = 0.0
+
+    def waiting(self) -> None:
+        """The session waits for an answer from now on."""
+        self._waiting_since = time.monotonic()
+
+    def answered(self) -> None:
+        """An answer came: the whole route is well."""
+        now = time.monotonic()
+        if self._moves:
+            pause_s = now - self._waiting_since
+            self._events += [Failover(fault, others, pause_s, alike) for fault, others, alike in self._moves]
+            self._moves.clear()
+        self._waiting_since = now
+        self._failovers = 0
+        self._pipeline.all_up_to_date()
+
+    def take_events(self) -> list[Failover]:
+        """What happened to the route since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    async def fail_over(self, error: PeerError, session: Resumable) -> None:
+        """Find a route without the peers that failed, and send what has no answer again. Raises NoRoute, PeerError."""
+        while True:
+            self._failovers += 1
+            if not error.replaceable or self._failovers > MOST_FAILOVERS:
+                raise error
+            try:
+                await self._move(str(error), session)
+                return
+            except PeerError as another:
+                error = another
+
+    async def hand_over(self, session: Resumable) -> None:
+        """Move away from peers that are about to leave, where others can take over."""
+        hops = self._pipeline.hops
+        leaving = [hop for hop in hops if hop.draining and not hop.failed]
+        if not leaving:
+            return
         try:
-            route = plan(line.legs, route, finder, options, full)
-            await line.change(route, standpoint)
-            return route
+            full = {r.peer_id for r in self._finder.reachable() if is_full(r, self._options.reserve_tokens)}
+            without = full | {hop.stop.peer.peer_id for hop in leaving}
+            plan(hops, self.route, self._finder, self._options, without)
+            await self._move(f"peer {leaving[0].stop.name} is leaving", session)
+        except NoRoute:
+            return  # it may still finish what runs
         except PeerError as error:
-            if not (error.replaceable or error.busy):
-                raise
-        except NoRoute as error:
-            if deadline is None:
-                deadline = time.monotonic() + options.wait_s
-                log.warning("%s: waiting up to %g s for another", error, options.wait_s)
-            if time.monotonic() >= deadline:
-                raise NoRoute(f"{error}; waited {options.wait_s:g} s for another") from error
-            full.clear()
-            await _look_around(finder, deadline)
+            await self.fail_over(error, session)
+
+    async def _move(self, fault: str, session: Resumable) -> None:
+        """Change the route, and let the session go on along the new one. Raises NoRoute, PeerError."""
+        before = {hop.stop.key for hop in self._pipeline.hops if not hop.failed}
+        former = self.route
+        self.route = await self._changed(session.resume_point())
+        others = tuple(stop.name for stop in self.route if stop.key not in before)
+        self._moves.append((fault, others, same_profiles(former, self.route)))
+        await session.resend()
+
+    async def _changed(self, point: ResumePoint) -> Route:
+        """Change the pipeline to a route without the peers that failed, and return it.
+
+        Raises NoRoute where some blocks find no peer for `wait_s` seconds, PeerError where no other peer could do
+        better.
+        """
+        pipeline, finder, wait_s = self._pipeline, self._finder, self._options.wait_s
+        route, deadline = self.route, None
+        given_up: set[Hop] = set()
+        full: set[str] = set()
+        while True:
+            # Once each: a peer that answers again afterwards gets another chance.
+            lost = {hop for hop in pipeline.hops if hop.failed or hop.draining} - given_up
+            given_up |= lost
+            full |= _give_up(lost, finder)
+            try:
+                route = plan(pipeline.hops, route, finder, self._options, full)
+                await pipeline.change(route, point)
+                return route
+            except PeerError as error:
+                if not (error.replaceable or error.busy):
+                    raise
+            except NoRoute as error:
+                if deadline is None:
+                    deadline = time.monotonic() + wait_s
+                    log.warning("%s: waiting up to %g s for another", error, wait_s)
+                if time.monotonic() >= deadline:
+                    raise NoRoute(f"{error}; waited {wait_s:g} s for another") from error
+                full.clear()
+                await _look_around(finder, deadline)
 
 
-def plan(legs: Sequence[Leg], route: Route, finder: PeerFinder, options: SessionOptions, without: set[str]) -> Route:
-    """The route to change to: legs that neither failed nor drain stay. Raises NoRoute."""
-    kept = [leg.stop for leg in legs if not leg.failed and not leg.draining]
+def plan(hops: Sequence[Hop], route: Route, finder: PeerFinder, options: SessionOptions, without: set[str]) -> Route:
+    """The route to change to: hops that neither failed nor drain stay. Raises NoRoute."""
+    kept = [hop.stop for hop in hops if not hop.failed and not hop.draining]
     records = [record for record in finder.reachable() if record.peer_id not in without]
     return repair_route(
         route, kept, records, finder.rtt_s, options.reserve_tokens, exact=options.exact, mixed=options.mixed
     )
 
 
-def _give_up(legs: Iterable[Leg], finder: PeerFinder) -> set[str]:
+def _give_up(hops: Iterable[Hop], finder: PeerFinder) -> set[str]:
     """Ban who is gone; returns those who only have no room."""
     full = set()
-    for leg in legs:
-        if leg.failed and leg.failed.busy:
-            full.add(leg.stop.peer.peer_id)
-        elif leg.draining or (leg.failed and leg.failed.code not in _ASK_AGAIN):
-            finder.ban(leg.stop.peer.peer_id)
+    for hop in hops:
+        if hop.failed and hop.failed.busy:
+            full.add(hop.stop.peer.peer_id)
+        elif hop.draining or (hop.failed and hop.failed.code not in _ASK_AGAIN):
+            finder.ban(hop.stop.peer.peer_id)
     return full
 
 

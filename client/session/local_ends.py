@@ -32,35 +32,35 @@ LogitsProcessor = Callable[[Any, Any], Any]
 _DTYPES = ("float32", "bf16")
 
 
-class HeadError(ValueError):
+class LocalEndsError(ValueError):
     """Why this machine cannot hold the model's head, in one sentence."""
 
 
-class LocalHead:
+class LocalEnds:
     """Embedding, final norm, LM head and sampler of one model; one serves all sessions."""
 
     def __init__(self, ends: Ends) -> None:
         self._ends = ends
 
     @classmethod
-    def load(cls, source: str, tail: pb.PeerRecord, exact: bool) -> LocalHead:
+    def load(cls, source: str, tail: pb.PeerRecord, exact: bool) -> LocalEnds:
         """As the tail peer holds it: the same weights in the same dtype and quantization, in exact mode bit by bit.
 
-        source: folder, GGUF file or hub id. Raises HeadError.
+        source: folder, GGUF file or hub id. Raises LocalEndsError.
         """
         if tail.dtype not in _DTYPES:
-            raise HeadError(f"peers compute in {tail.dtype}; a head on this machine in {' or '.join(_DTYPES)}")
+            raise LocalEndsError(f"peers compute in {tail.dtype}; a head on this machine in {' or '.join(_DTYPES)}")
         try:
             with open_checkpoint(source) as checkpoint:
                 holding = holding_of(checkpoint, tail.quantization or "none", tail.dtype)
                 if exact and holding.numerics != tail.numerics:
-                    raise HeadError(
+                    raise LocalEndsError(
                         f"exact mode needs one arithmetic: here it is {holding.numerics}, on peers {tail.numerics}"
                     )
                 _check_weights(checkpoint, tail)
                 return cls(load_ends(checkpoint, holding))
         except CheckpointError as error:
-            raise HeadError(f"no head in {source}: {error}") from error
+            raise LocalEndsError(f"no head in {source}: {error}") from error
 
     def most_rows(self, row_bytes: int) -> int:
         """Rows of embeddings that one frame carries."""
@@ -103,7 +103,9 @@ def _check_weights(checkpoint: Checkpoint, tail: pb.PeerRecord) -> None:
     stored = {"norm": tail.norm_digest, "head": tail.head_digest}
     for part, digest in stored.items():
         if digest and part_digest(checkpoint, checkpoint.layout.part(part)) != digest.hex():
-            raise HeadError(f"the {part} of {checkpoint.name} here differs from that of the peers; take their file")
+            raise LocalEndsError(
+                f"the {part} of {checkpoint.name} here differs from that of the peers; take their file"
+            )
 
 
 def _reshape(processors: Sequence[LogitsProcessor]) -> Reshape:

@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from petal.client.cli import demo
 from petal.client.cli.demo import N_BLOCKS, ChildPeer, split
+from petal.client.session.peer_error import PeerError
 from petal.client.session.session import Session
-from petal.client.session.stream import PeerError
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol.private.admin import AdminServer
 from petal.protocol.private.authority import Authority

@@ -11,7 +11,7 @@ import random
 import time
 
 import psutil
-from petal.client.session.stream import PeerError
+from petal.client.session.peer_error import PeerError
 
 from tests.support.swarms import LocalSwarm, local_swarm, spans
 from tests.support.tiny import VOCAB, tiny_llama

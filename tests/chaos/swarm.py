@@ -99,8 +99,8 @@ class ChaosSwarm:
         wanted = {peer.peer_id for peer in self.peers}
 
         async def all_back(client: AsyncSwarmModel) -> bool:
-            await client._known.look()
-            return {record.peer_id for record in client._known.reachable()} == wanted
+            await client.connection.known.look()
+            return {record.peer_id for record in client.connection.known.reachable()} == wanted
 
         for client in self.clients:
             await _until(lambda client=client: all_back(client), "a peer that is back is not used again")

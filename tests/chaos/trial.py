@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from petal.client.generation import generate
+from petal.client.config import GenerationConfig
 from petal.client.session.failover import Failover
 from petal.client.session.session import Session
 from petal.client.swarm import AsyncSwarmModel
@@ -63,12 +63,11 @@ class Generation:
 
     async def run(self) -> None:
         client, prompt = self._client, list(self._case.prompt)
-        config = client.config(drafter=self._drafter, budget=6, **self._case.settings)
+        config = GenerationConfig(drafter=self._drafter, budget=6, **self._case.settings)
         reserve = len(prompt) + config.max_new_tokens + TREE_ROOM
         async with await client.open_session(reserve) as self.session:
             self.moved.set()
-            speculation = await client.speculation(config, self.session)
-            async for piece in generate(self.session, prompt, config, speculation=speculation):
+            async for piece in await client.generator.chunks(self.session, prompt, config):
                 self.said += piece.ids
                 self.events += piece.events
                 self.times.append(time.monotonic())

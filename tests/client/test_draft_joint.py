@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 from petal.client.drafting.candidates import score_children
-from petal.client.drafting.tree_builder import GrowingTree
+from petal.client.drafting.tree_builder import TreeBuilder
 from petal.protocol.wire.sampling import SamplingParams, TokenCounts, draw
 from petal.protocol.wire.tree import walk
 
@@ -59,7 +59,7 @@ def p_value(table: np.ndarray, expected: np.ndarray) -> float:
 
 def grown(position: int, budget: int):
     """A tree at this position, as the model drafter grows it; the noise is the target's."""
-    tree = GrowingTree(0)
+    tree = TreeBuilder(0)
     while len(nodes := tree.frontier(budget, 3)):
         paths = [tuple(tree.tokens[[*tree.ancestors(n)[1:], n]].tolist()) if n else () for n in nodes.tolist()]
         ids, logits = (np.stack(part) for part in zip(*map(draft, paths), strict=True))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from petal.client.drafting.candidates import score_children
 from petal.client.drafting.drafter import ScoredTree, merge
 from petal.client.drafting.ngram import NgramDrafter, SuffixAutomaton
-from petal.client.drafting.tree_builder import DECAY, MAX_DEPTH, GrowingTree
+from petal.client.drafting.tree_builder import DECAY, MAX_DEPTH, TreeBuilder
 from petal.protocol.wire.sampling import SamplingParams, TokenCounts, draw
 
 VOCAB = 6
@@ -29,7 +29,7 @@ class Toy:
         return logits - np.log(np.exp(logits).sum())
 
 
-def grow(toy: Toy, tree: GrowingTree, prefix: tuple[int, ...], budget: int, beams: int) -> None:
+def grow(toy: Toy, tree: TreeBuilder, prefix: tuple[int, ...], budget: int, beams: int) -> None:
     """What a drafter does, without a model's cost."""
     while len(nodes := tree.frontier(budget, beams)):
         paths = [tuple(tree.tokens[[*tree.ancestors(n)[1:], n]].tolist()) if n else () for n in nodes.tolist()]
@@ -58,7 +58,7 @@ def best_by_force(toy: Toy, budget: int, depth: int) -> list[float]:
 @pytest.mark.parametrize("beams", [1, 3, 100])
 @pytest.mark.parametrize("seed", range(5))
 def test_growth_finds_the_best_paths_of_all(seed: int, beams: int) -> None:
-    toy, tree = Toy(seed), GrowingTree(0)
+    toy, tree = Toy(seed), TreeBuilder(0)
     grow(toy, tree, (), 12, beams)
     best = tree.best(12)
     assert np.allclose(sorted(best.scores[1:], reverse=True), best_by_force(toy, 12, 5))
@@ -68,7 +68,7 @@ def test_growth_finds_the_best_paths_of_all(seed: int, beams: int) -> None:
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
 def test_any_budget_cuts_a_tree_that_keeps_ancestors(seed: int, budget: int, beams: int) -> None:
-    tree = GrowingTree(3)
+    tree = TreeBuilder(3)
     grow(Toy(seed), tree, (), budget, beams)
     best = tree.best(budget)
     assert len(best) == budget + 1
@@ -82,7 +82,7 @@ def test_any_budget_cuts_a_tree_that_keeps_ancestors(seed: int, budget: int, bea
 @given(st.integers(0, 10**6), st.integers(2, 30), st.integers(0, 29))
 @settings(max_examples=60, deadline=None)
 def test_a_tree_rerooted_and_grown_equals_a_fresh_one(seed: int, budget: int, which: int) -> None:
-    toy, tree = Toy(seed), GrowingTree(0)
+    toy, tree = Toy(seed), TreeBuilder(0)
     grow(toy, tree, (), budget, 4)
     expanded = [i for i in np.flatnonzero(tree.expanded).tolist() if i]
     if not expanded:
@@ -93,14 +93,14 @@ def test_a_tree_rerooted_and_grown_equals_a_fresh_one(seed: int, budget: int, wh
     assert kept[0] == node
     assert tree.parents[0] == -1
     assert tree.depths[0] == 0
-    fresh = GrowingTree(prefix[-1])
+    fresh = TreeBuilder(prefix[-1])
     for grown in (tree, fresh):
         grow(toy, grown, prefix, budget, 4)
     assert paths_of(tree.best(budget)) == pytest.approx(paths_of(fresh.best(budget)))
 
 
 def test_a_budget_of_nothing_is_the_root_alone() -> None:
-    tree = GrowingTree(7)
+    tree = TreeBuilder(7)
     assert len(tree.frontier(0, 8)) == 0
     assert tree.best(0) == ScoredTree((7,), (-1,), (0.0,))
 
@@ -119,7 +119,7 @@ def test_merge_is_the_union_with_the_best_scores() -> None:
 def test_merged_trees_keep_ancestors_and_order(seeds: list[int], budget: int) -> None:
     trees = []
     for seed in seeds:
-        tree = GrowingTree(0)
+        tree = TreeBuilder(0)
         grow(Toy(seed), tree, (), 15, 3)
         trees.append(tree.best(15))
     merged = merge(trees, budget)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from petal.client.cli import terminal
-from petal.client.generation import Piece
+from petal.client.output import OutputChunk
 from petal.client.routing.route import NoRoute
 from petal.client.session.failover import Failover
 
@@ -15,12 +15,12 @@ EVENT = Failover("peer AAAA [0:5]: Socket closed", ("BBBB [0:3]", "CCCC [3:5]"),
 SENTENCE = "peer AAAA [0:5]: Socket closed; BBBB [0:3] and CCCC [3:5] took over after 0.41 s"
 
 
-def pieces(breaks: bool = False) -> Iterator[Piece]:
-    yield Piece([1], "Once ")
-    yield Piece([2], "upon", events=[EVENT])
+def pieces(breaks: bool = False) -> Iterator[OutputChunk]:
+    yield OutputChunk([1], "Once ")
+    yield OutputChunk([2], "upon", events=[EVENT])
     if breaks:
         raise NoRoute("nobody who can be reached hosts blocks 0-4 any more; waited 30 s for another")
-    yield Piece([3], ".", finish_reason="stop")
+    yield OutputChunk([3], ".", finish_reason="stop")
 
 
 def test_an_event_names_the_fault_the_replacements_and_the_pause() -> None:

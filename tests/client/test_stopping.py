@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from petal.client.generation import Piece, _Stopper, config_of
+from petal.client.config import GenerationConfig
+from petal.client.output import OutputChunk, OutputCutter
 from petal.client.session.result import StepResult
 from petal.protocol.checkpoint.tokenizer import Specials, Tokenizer
 from tokenizers import Tokenizer as Backend
@@ -25,12 +26,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend, Specials())
 
 
-def answer(tokenizer: Tokenizer, ids: list[int], stops: str | list[str], at_once: bool = False) -> Piece:
+def answer(tokenizer: Tokenizer, ids: list[int], stops: str | list[str], at_once: bool = False) -> OutputChunk:
     """What is said of `ids`, which come one by one or all in one piece, until a stop."""
-    stopper = _Stopper(config_of(stop_strings=stops), tokenizer, len(ids))
-    whole = Piece([])
+    cutter = OutputCutter(tokenizer, len(ids), (), GenerationConfig(stop_strings=stops).stops)
+    whole = OutputChunk([])
     for part in [ids] if at_once else [[id] for id in ids]:
-        piece = stopper.take(part, StepResult())
+        piece = cutter.take(part, StepResult())
         whole.ids += piece.ids
         whole.text += piece.text
         whole.finish_reason = piece.finish_reason
@@ -67,4 +68,4 @@ def test_stops(tokenizer: Tokenizer, ids, stops, kept, text, reason, at_once: bo
 @pytest.mark.parametrize("stops", ["", [""], ["end", ""]])
 def test_an_empty_stop_string_is_refused(stops):
     with pytest.raises(ValueError, match="at least one character"):
-        config_of(stop_strings=stops)
+        GenerationConfig(stop_strings=stops)

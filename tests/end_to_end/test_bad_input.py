@@ -14,7 +14,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from petal.client.routing.route import NoRoute
-from petal.client.session.stream import PeerError
+from petal.client.session.peer_error import PeerError
 from petal.client.swarm import AsyncSwarmModel, ConnectError
 from petal.peer.server import PeerServer
 from petal.protocol import petal_pb2 as pb
@@ -635,7 +635,7 @@ async def test_no_route_names_the_missing_blocks() -> None:
 
 async def test_other_weights_under_the_same_name_are_refused(swarm: LocalSwarm) -> None:
     async with swarm.connect() as other:
-        other._known.digest = b"x" * 32
+        other.connection.known.digest = b"x" * 32
         with pytest.raises(ConnectError, match="other weights"):
             await other.route()
 

@@ -10,7 +10,8 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from petal.client.session.session import Session, Want
+from petal.client.session.result import OutputOptions
+from petal.client.session.session import Session
 from petal.client.swarm import AsyncSwarmModel, ConnectError
 from petal.kernels.cpu import build as native
 from petal.protocol.wire.sampling import SamplingParams
@@ -20,7 +21,7 @@ from ..support.swarms import local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
 
 LENGTH = 96
-LOGITS = Want(logits=True)
+LOGITS = OutputOptions(logits=True)
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +49,14 @@ async def client(request: pytest.FixtureRequest) -> AsyncIterator[AsyncSwarmMode
 async def alone(client: AsyncSwarmModel, ids: list[int], chunk: int = 0) -> np.ndarray:
     """Logits of every row of a fresh session, [rows, vocab]."""
     with closing(await client.open_session(len(ids) + 64)) as session:
-        return (await session.prefill(ids, want=LOGITS, chunk=chunk)).logits
+        return (await session.prefill(ids, output=LOGITS, chunk=chunk)).logits
 
 
 async def in_decode_steps(client: AsyncSwarmModel, ids: list[int], prompt: int = 8) -> np.ndarray:
     """The same rows, one token a step behind a short prompt."""
     with closing(await client.open_session(len(ids) + 64)) as session:
-        first = await session.prefill(ids[:prompt], SamplingParams(), want=LOGITS)
-        rest = [await session.step(DraftTree.of_chain([token]), want=LOGITS) for token in ids[prompt:]]
+        first = await session.prefill(ids[:prompt], SamplingParams(), output=LOGITS)
+        rest = [await session.step(DraftTree.of_chain([token]), output=LOGITS) for token in ids[prompt:]]
         return np.concatenate([first.logits, *(step.logits for step in rest)])
 
 
@@ -83,7 +84,7 @@ async def random_tree_step(session: Session, root: int, rng: random.Random) -> t
     size = rng.randint(1, 24)
     parents = [-1, *(rng.randrange(row) for row in range(1, size))]
     tree = DraftTree((root, *rng.choices(range(VOCAB), k=size - 1)), tuple(parents))
-    return tree, (await session.step(tree, want=LOGITS)).logits
+    return tree, (await session.step(tree, output=LOGITS)).logits
 
 
 async def test_every_row_of_a_random_tree_equals_its_path(client: AsyncSwarmModel) -> None:
@@ -98,8 +99,8 @@ async def test_every_row_of_a_random_tree_equals_its_path(client: AsyncSwarmMode
                 assert_same(logits[row : row + 1], (await alone(client, path))[-1:])
             # Accept a path of our own choice: what follows must not know of the others.
             leaf = rng.randrange(len(tree))
-            session._commit = tree.path(leaf)
-            session.ids = said[:-1] + [tree.ids[r] for r in tree.path(leaf)]
+            session._sequence.commit = tree.path(leaf)
+            session.ids[:] = said[:-1] + [tree.ids[r] for r in tree.path(leaf)]
             said = [*session.ids, rng.randrange(VOCAB)]
 
 
@@ -113,8 +114,8 @@ async def test_after_rewind_fork_and_the_end_of_another_session(client: AsyncSwa
             with closing(await client.open_session(256)) as neighbour:
                 await neighbour.prefill(other)
             # The neighbour's pages are free again, full of its rows, and about to be used here.
-            assert_same(expected[50:], (await session.prefill(ids[50:], want=LOGITS)).logits)
-            assert_same(expected[50:], (await child.prefill(ids[50:], want=LOGITS, chunk=7)).logits)
+            assert_same(expected[50:], (await session.prefill(ids[50:], output=LOGITS)).logits)
+            assert_same(expected[50:], (await child.prefill(ids[50:], output=LOGITS, chunk=7)).logits)
 
 
 async def test_splits_agree_bit_by_bit() -> None:

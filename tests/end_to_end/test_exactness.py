@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from petal.client.drafting.drafter import Drafter, ScoredTree
-from petal.client.session.session import Want
+from petal.client.session.result import OutputOptions
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingParams
@@ -83,7 +83,7 @@ async def test_greedy_equals_transformers_generate(peers: int, new_tokens: int) 
 async def swarm_logits(client: AsyncSwarmModel, ids: list[int]) -> np.ndarray:
     session = await client.open_session(len(ids))
     with closing(session):
-        return (await session.prefill(ids, want=Want(logits=True))).logits
+        return (await session.prefill(ids, output=OutputOptions(logits=True))).logits
 
 
 def explained(expected: np.ndarray, measured: np.ndarray) -> bool:
@@ -197,7 +197,7 @@ async def test_compaction_equals_a_fresh_prefill() -> None:
                 while len(said) < len(ids):
                     result = await session.step(drafter.propose(said, 10))
                     said += [*result.path_ids, result.next_token]
-                result = await session.step(DraftTree.of_chain(said[-1:]), want=Want(logits=True))
+                result = await session.step(DraftTree.of_chain(said[-1:]), output=OutputOptions(logits=True))
                 expected = await swarm_logits(client, said)
                 assert np.array_equal(result.logits[-1], expected[-1])
                 with torch.inference_mode():

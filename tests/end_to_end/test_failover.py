@@ -7,15 +7,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from petal.client.config import GenerationConfig
 from petal.client.drafting.ngram import NgramDrafter
-from petal.client.generation import generate
 from petal.client.routing.route import NoRoute
-from petal.client.session.stream import PeerError
+from petal.client.session.peer_error import PeerError
 from petal.kernels.cpu import build as native
 from petal.protocol.wire.tree import DraftTree
 
@@ -260,10 +261,10 @@ async def test_a_route_that_needs_a_survivor_to_take_more(expected: list[int]) -
         whole, half = (peer.identity.peer_id for peer in pair.peers)
         async with pair.connect(exact=True) as client:
             for _ in range(100):
-                if len(await client._known.look()) == 2:
+                if len(await client.connection.known.look()) == 2:
                     break
                 await asyncio.sleep(0.1)
-            client._known.rtt_s.update({whole: 0.0, half: -1.0})
+            client.connection.known.rtt_s.update({whole: 0.0, half: -1.0})
             async with await client.open_session(256) as session:
                 run = Disturbed(pair, session, expected)
                 assert len(session.route) == 2
@@ -277,7 +278,7 @@ async def test_a_route_that_needs_a_survivor_to_take_more(expected: list[int]) -
 async def test_without_another_host_the_reason_and_the_text_so_far(bare: LocalSwarm) -> None:
     """Which blocks are missing, `wait_s` seconds for them, and then the end."""
     async with bare.connect(exact=True) as client:
-        client._wait_s = 1.5
+        client.connection.defaults = replace(client.connection.defaults, wait_s=1.5)
         said: list[int] = []
         started = 0.0
 
@@ -380,7 +381,7 @@ async def test_a_session_stays_with_a_peer_that_drains_where_the_others_are_full
         monkeypatch.setattr(other.admission, "max_sessions", 0)
         # As its next record will say.
         monkeypatch.setattr(
-            "petal.client.session.session.is_full", lambda record, _: record.peer_id == other.identity.peer_id
+            "petal.client.session.failover.is_full", lambda record, _: record.peer_id == other.identity.peer_id
         )
         async with draining(leaving) as drained:
             await asyncio.sleep(0.1)
@@ -396,9 +397,9 @@ async def test_a_peer_vanishes_between_drafted_rounds(swarm: LocalSwarm, expecte
     sampling = {name: value for name, value in vars(PARAMS).items() if name != "sequence"}
     async with swarm.connect(exact=True) as client, await client.open_session(256) as session:
         run = Disturbed(swarm, session, expected)
-        config = client.config(drafter=drafters, budget=8, max_new_tokens=TOKENS, eos_token_id=-1, **sampling)
+        config = GenerationConfig(drafter=drafters, budget=8, max_new_tokens=TOKENS, eos_token_id=-1, **sampling)
         pieces = []
-        async for piece in generate(session, PROMPT, config, speculation=await client.speculation(config, session)):
+        async for piece in await client.generator.chunks(session, PROMPT, config):
             pieces.append(piece)
             if len(pieces) == 3:
                 await run.crash([place])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from petal.client.routing.route import NoRoute, choose_route
-from petal.client.session.session import Want
+from petal.client.session.result import OutputOptions
 from petal.client.swarm import AsyncSwarmModel
 from petal.kernels.cpu import build as native
 from petal.protocol.checkpoint.open import open_checkpoint
@@ -35,7 +35,7 @@ def _threads() -> Iterator[None]:
 async def logits_of(client: AsyncSwarmModel, ids: list[int]) -> np.ndarray:
     """Of every row of one prefill, [rows, vocab]."""
     with closing(await client.open_session(len(ids))) as session:
-        return (await session.prefill(ids, want=Want(logits=True))).logits
+        return (await session.prefill(ids, output=OutputOptions(logits=True))).logits
 
 
 async def test_any_split_and_tree_gives_the_same_bits() -> None:

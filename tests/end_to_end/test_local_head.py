@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from petal.client.routing.route import NoRoute
-from petal.client.session.local_ends import HeadError, LocalHead
-from petal.client.session.session import Want
-from petal.client.session.stream import PeerError
+from petal.client.session.local_ends import LocalEnds, LocalEndsError
+from petal.client.session.peer_error import PeerError
+from petal.client.session.result import OutputOptions
 from petal.client.swarm import AsyncSwarmModel, ConnectError
 from petal.kernels.cpu import build as native
 from petal.peer.engine.step import StepOutput
@@ -60,7 +60,7 @@ def _threads() -> Iterator[None]:
 @asynccontextmanager
 async def both(swarm: LocalSwarm, **options: object) -> AsyncIterator[tuple[AsyncSwarmModel, AsyncSwarmModel]]:
     """A client whose tail samples, and one that holds the head."""
-    async with swarm.connect(**options) as plain, swarm.connect(local_head=True, **options) as local:
+    async with swarm.connect(**options) as plain, swarm.connect(local_ends=True, **options) as local:
         yield plain, local
 
 
@@ -107,8 +107,8 @@ async def test_the_same_tokens_and_bits_and_no_ids_on_the_wire(sent: list[pb.Ste
         assert len({tuple(ids) for ids in answers}) == len(SAMPLING)
         assert trips < 0.9 * 40 * len(SAMPLING), "the random trees were never accepted: the test shows nothing"
         with closing(await local.open_session(128)) as session:
-            told = await session.prefill(PROMPT * 4, want=Want(logits=True, hidden=True), chunk=7)
-            ours = session.options.head._ends.logits(torch.from_numpy(told.hidden)).numpy()
+            told = await session.prefill(PROMPT * 4, output=OutputOptions(logits=True, hidden=True), chunk=7)
+            ours = session.options.local_ends._ends.logits(torch.from_numpy(told.hidden)).numpy()
             assert np.array_equal(ours, told.logits)
 
 
@@ -175,14 +175,14 @@ async def test_a_tail_that_sends_no_hidden_states(
     def altered(header: StepHeader, output: StepOutput, hops: list[pb.Hop]) -> list[pb.PeerFrame]:
         return result_frames(header, replace(output, hidden=change(output.hidden)), hops)
 
-    async with local_swarm(tiny_llama(), spans(4, 1)) as swarm, swarm.connect(local_head=True) as client:
-        client._wait_s = 0.0
+    async with local_swarm(tiny_llama(), spans(4, 1)) as swarm, swarm.connect(local_ends=True) as client:
+        client.connection.defaults = replace(client.connection.defaults, wait_s=0.0)
         async with await client.open_session(64) as session:
             result = await session.prefill(PROMPT, SamplingParams())
             monkeypatch.setattr("petal.peer.session.session.result_frames", altered)
             with pytest.raises((PeerError, NoRoute)):
                 await session.step(DraftTree.of_chain([result.next_token]))
-            assert re.search(reason, str(session._line.legs[-1].failed))
+            assert re.search(reason, str(session._pipeline.hops[-1].failed))
 
 
 class _Forbid(LogitsProcessor):
@@ -208,7 +208,7 @@ async def test_logits_processors() -> None:
             await local.generate(PROMPT, logits_processor=[_Forbid()], **SAMPLED)
         with pytest.raises(ValueError, match=r"scores of shape \[1, 3\], not \[1, 256\]"):
             await local.generate(PROMPT, logits_processor=[lambda ids, scores: scores[:, :3]], **SAMPLED)
-        with pytest.raises(ValueError, match="connect with local_head=True"):
+        with pytest.raises(ValueError, match="connect with local_ends=True"):
             await plain.generate(PROMPT, logits_processor=[odd], **SAMPLED)
 
 
@@ -252,13 +252,13 @@ async def test_other_weights_than_the_peers_are_noticed(tmp_path: Path) -> None:
     other = shutil.copytree(tiny_llama(1), tmp_path / tiny_llama(0).name)
     async with local_swarm(tiny_llama(0), spans(4, 1)) as swarm:
         with pytest.raises(ConnectError, match=r"the head of tiny-llama-0 here differs from that of the peers"):
-            await AsyncSwarmModel.connect(str(other), [swarm.address], wait_s=20, local_head=True)
+            await AsyncSwarmModel.connect(str(other), [swarm.address], wait_s=20, local_ends=True)
 
 
 def test_arithmetics_that_cannot_agree() -> None:
-    with pytest.raises(HeadError, match=r"peers compute in int4; a head on this machine in float32 or bf16"):
-        LocalHead.load(str(tiny_llama()), pb.PeerRecord(dtype="int4"), exact=False)
-    with pytest.raises(HeadError, match=r"here it is float32/\w+, on peers float32/other"):
-        LocalHead.load(str(tiny_llama()), pb.PeerRecord(dtype="float32", numerics="float32/other"), exact=True)
-    with pytest.raises(HeadError, match="no head in /nowhere"):
-        LocalHead.load("/nowhere", pb.PeerRecord(dtype="float32"), exact=False)
+    with pytest.raises(LocalEndsError, match=r"peers compute in int4; a head on this machine in float32 or bf16"):
+        LocalEnds.load(str(tiny_llama()), pb.PeerRecord(dtype="int4"), exact=False)
+    with pytest.raises(LocalEndsError, match=r"here it is float32/\w+, on peers float32/other"):
+        LocalEnds.load(str(tiny_llama()), pb.PeerRecord(dtype="float32", numerics="float32/other"), exact=True)
+    with pytest.raises(LocalEndsError, match="no head in /nowhere"):
+        LocalEnds.load("/nowhere", pb.PeerRecord(dtype="float32"), exact=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from petal.client.routing.route import NoRoute, Route, choose_route, repair_route
@@ -33,7 +34,7 @@ async def swarms(*served: tuple[int, str, Sequence[range]]) -> AsyncIterator[lis
 async def knows(client: AsyncSwarmModel, peers: int) -> None:
     """Wait until the directory tells of so many peers."""
     for _ in range(100):
-        if len(await client._known.look()) >= peers:
+        if len(await client.connection.known.look()) >= peers:
             return
         await asyncio.sleep(0.1)
     raise AssertionError("the directory does not tell")
@@ -68,12 +69,12 @@ async def test_a_route_keeps_to_one_dtype_and_the_cheapest_decides() -> None:
         await knows(client, 4)
         for near in (single, half, single):
             # The nearest two peers of all: either both of one dtype, or one of each, which no route may mix.
-            client._known.rtt_s = dict.fromkeys(client._known.rtt_s, 0.5)
-            client._known.rtt_s.update({peer.identity.peer_id: 0.001 for peer in near.peers})
+            client.connection.known.rtt_s = dict.fromkeys(client.connection.known.rtt_s, 0.5)
+            client.connection.known.rtt_s.update({peer.identity.peer_id: 0.001 for peer in near.peers})
             assert dtypes(await client.route()) == [near.peers[0].options.dtype] * 2
             assert len(await client.generate(PROMPT, **SETTINGS)) == len(PROMPT) + 24
-        client._known.rtt_s = dict.fromkeys(client._known.rtt_s, 0.5)
-        client._known.rtt_s.update({group.peers[0].identity.peer_id: 0.001 for group in (single, half)})
+        client.connection.known.rtt_s = dict.fromkeys(client.connection.known.rtt_s, 0.5)
+        client.connection.known.rtt_s.update({group.peers[0].identity.peer_id: 0.001 for group in (single, half)})
         assert len(set(dtypes(await client.route()))) == 1
 
 
@@ -98,7 +99,7 @@ async def test_who_takes_over(allow_mixed: bool) -> None:
         single.connect(allow_mixed=allow_mixed) as client,
     ):
         await knows(client, 3)
-        client._wait_s = 0.5
+        client.connection.defaults = replace(client.connection.defaults, wait_s=0.5)
         pieces = client.stream(PROMPT, drafter="none", **SETTINGS)
         first = await anext(pieces)
         assert dtypes(await client.route()) == ["float32"] * 2

@@ -6,7 +6,7 @@ import asyncio
 import time
 from contextlib import closing
 
-from petal.client.session.session import Want
+from petal.client.session.result import OutputOptions
 
 from ..support.swarms import local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
@@ -18,11 +18,11 @@ async def test_a_slow_reader_delays_nobody() -> None:
         undisturbed = await quick.generate([5, 6, 7], max_new_tokens=40, eos_token_id=-1)
         with closing(await slow.open_session(500)) as session:
             # Nobody takes the answers from the stream any more.
-            session._line.legs[-1].stream._call.read = asyncio.Event().wait
+            session._pipeline.hops[-1]._call.read = asyncio.Event().wait
             for start in range(0, 400, 100):
                 ids = [(start + i) % VOCAB for i in range(100)]
                 await session._send(
-                    ids, (), prefill=True, sample=False, sampling=None, want=Want(logits=True, top_logprobs=64)
+                    ids, (), OutputOptions(logits=True, top_logprobs=64), prefill=True, sample=False, sampling=None
                 )
                 session.ids.extend(ids)
             started = time.perf_counter()

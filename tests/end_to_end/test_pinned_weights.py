@@ -46,5 +46,5 @@ async def test_a_route_goes_round_the_peer_that_contradicts_two_others(tmp_path:
         swarm.connect() as client,
     ):
         await others.peers[0].directory.list()
-        assert len(await client._known.look()) == 3
+        assert len(await client.connection.known.look()) == 3
         assert others.peers[0].identity.peer_id not in {stop.peer.peer_id for stop in await client.route()}

@@ -11,8 +11,8 @@ import grpc
 import pytest
 import pytest_asyncio
 from petal.client.routing.peers import ConnectError
+from petal.client.session.peer_error import PeerError
 from petal.client.session.session import Session
-from petal.client.session.stream import PeerError
 from petal.client.swarm import AsyncSwarmModel
 from petal.peer.limits.quotas import Quota, Quotas, Rule
 from petal.peer.server import ServeError
@@ -102,7 +102,7 @@ async def test_of_two_at_once_one_joins(swarm: PrivateSwarm) -> None:
 async def test_a_revoked_client_is_cut_everywhere(swarm: PrivateSwarm) -> None:
     async with swarm.connect("victim") as client, await client.open_session(64) as session:
         await session.prefill(PROMPT)
-        swarm.authority.revoke(client._channels.trust.name)
+        swarm.authority.revoke(client.connection.channels.trust.name)
         started = time.monotonic()
         with pytest.raises(PeerError, match="membership of this swarm was revoked"):
             await _go_on(session, CUT_S)
@@ -127,8 +127,8 @@ async def test_a_revoked_peer_is_left_and_the_text_goes_on(swarm: PrivateSwarm) 
         [revoked] = [peer for peer in swarm.peers if peer.identity.peer_id == first.peer_id]
         swarm.authority.revoke(revoked.trust.name)
         started = time.monotonic()
-        while first.peer_id in {record.peer_id for record in client._known._records}:
-            await client._known.look()
+        while first.peer_id in {record.peer_id for record in client.connection.known._records}:
+            await client.connection.known.look()
             assert time.monotonic() - started < CUT_S
             await asyncio.sleep(0.2)
         assert await client.generate(PROMPT, **SETTINGS) == expected

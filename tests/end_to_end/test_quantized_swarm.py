@@ -62,7 +62,7 @@ async def test_a_client_that_holds_the_head_holds_it_as_the_tail_does() -> None:
     async with local_swarm(tiny_llama(), spans(4, 2), quant="int4", exact=True) as swarm:
         async with swarm.connect(exact=True) as client:
             expected = await client.generate(PROMPT, **SETTINGS)
-        async with swarm.connect(exact=True, local_head=True) as client:
+        async with swarm.connect(exact=True, local_ends=True) as client:
             assert await client.generate(PROMPT, **SETTINGS) == expected
 
 

@@ -11,10 +11,12 @@ import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
-from petal.client.generation import config_of, generate
+from petal.client.config import GenerationConfig
+from petal.client.generation import generate
 from petal.client.routing.route import NoRoute
-from petal.client.session.session import Session, Want
-from petal.client.session.stream import PeerError
+from petal.client.session.peer_error import PeerError
+from petal.client.session.result import OutputOptions, read_result
+from petal.client.session.session import Session
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.wire.codec import decode
@@ -148,7 +150,7 @@ async def test_forks_with_other_sequence_numbers_differ(client: AsyncSwarmModel)
 
 
 async def answer(session: Session, prompt: list[int], **settings: Any) -> list[int]:
-    config = config_of(**{"max_new_tokens": 6, "eos_token_id": -1, **settings})
+    config = GenerationConfig(**{"max_new_tokens": 6, "eos_token_id": -1, **settings})
     return [token async for piece in generate(session, prompt, config) for token in piece.ids]
 
 
@@ -240,9 +242,9 @@ async def test_repeat_travels_through_the_route(client: AsyncSwarmModel) -> None
         token = await start(session, PROMPT, GREEDY)
         first = await session.step(DraftTree.of_chain([token]))
         message = pb.Step(step=2, route_epoch=1, base=len(PROMPT), ids=[token], sample=True, want=pb.Want())
-        for leg in (session._line.legs[0], session._line.legs[-1]):
-            await leg.stream.send(pb.ClientFrame(step=message))
-        again = await session._answer(2)
+        for hop in (session._pipeline.hops[0], session._pipeline.hops[-1]):
+            await hop.send(pb.ClientFrame(step=message))
+        again = await read_result(session._pipeline.result, message, session.options.codec, hop.stop.peer)
         assert (again.accepted, again.next_token) == (first.accepted, first.next_token)
         expected = await fresh(client, PROMPT, GREEDY)
         assert await go_on(session, first.next_token, 4) == expected[1:5]
@@ -255,7 +257,7 @@ async def test_logits_agree_with_tokens_and_come_in_parts(client: AsyncSwarmMode
     rows = FRAME_BYTES // (4 * VOCAB) // 2 - 20
     ids = [(11 * i) % VOCAB for i in range(rows)]
     async with await client.open_session(640) as session:
-        result = await session.prefill(ids, GREEDY, Want(logits=True, top_logprobs=4))
+        result = await session.prefill(ids, GREEDY, OutputOptions(logits=True, top_logprobs=4))
     assert result.logits.shape == (rows, VOCAB)
     assert int(result.logits[-1].argmax()) == result.next_token
     logprobs = result.logits[-1].astype(np.float64)
@@ -297,7 +299,7 @@ async def test_answers_larger_than_a_frame(single: LocalSwarm) -> None:
 async def test_traced_hops_come_in_the_order_of_the_route(client: AsyncSwarmModel) -> None:
     async with await client.open_session(64) as session:
         token = await start(session, PROMPT, GREEDY)
-        result = await session.step(DraftTree.of_chain([token]), want=Want(trace=True))
+        result = await session.step(DraftTree.of_chain([token]), output=OutputOptions(trace=True))
         plain = await session.step(DraftTree.of_chain([result.next_token]))
     assert [hop.peer_id for hop in result.hops] == [stop.peer.peer_id for stop in session.route]
     times = [time for hop in result.hops for time in (hop.received_ns, hop.start_ns, hop.end_ns)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from petal.client.drafting.drafter import Drafter, DrafterError, ScoredTree
 from petal.client.drafting.model import DraftModel, ModelDrafter
 from petal.client.drafting.ngram import NgramDrafter
 from petal.client.drafting.registry import load_drafter
-from petal.client.session.stream import PeerStream
+from petal.client.session.hop import Hop
 from petal.client.swarm import AsyncSwarmModel
 from petal.kernels.cpu import build as native
 from petal.peer.model import Holding, load_span
@@ -315,23 +315,20 @@ async def test_bytes_on_the_wire(exact: AsyncSwarmModel, monkeypatch: pytest.Mon
     """A tree of K nodes: at most 16 bytes a node + 200 to the head; at most 16 bytes an accepted token + 200 back."""
     sent: list[tuple[int, int]] = []
     back: list[tuple[int, int]] = []
-    send, init = PeerStream.send, PeerStream.__init__
+    send, receive = Hop.send, Hop._receive
 
-    async def noting_send(self: PeerStream, frame: pb.ClientFrame) -> None:
+    async def noting_send(self: Hop, frame: pb.ClientFrame) -> None:
         if frame.HasField("step") and not frame.step.prefill:
             sent.append((len(frame.step.ids) - 1, frame.ByteSize()))
         await send(self, frame)
 
-    def noting_init(self: PeerStream, name: str, peer_id: str, channel: object, deliver: Callable) -> None:
-        def note(stream: PeerStream, frame: object) -> None:
-            if isinstance(frame, pb.PeerFrame) and frame.HasField("result") and frame.result.accepted:
-                back.append((len(frame.result.accepted), frame.ByteSize()))
-            deliver(stream, frame)
+    def noting_receive(self: Hop, frame: pb.PeerFrame) -> None:
+        if frame.HasField("result") and frame.result.accepted:
+            back.append((len(frame.result.accepted), frame.ByteSize()))
+        receive(self, frame)
 
-        init(self, name, peer_id, channel, note)
-
-    monkeypatch.setattr(PeerStream, "send", noting_send)
-    monkeypatch.setattr(PeerStream, "__init__", noting_init)
+    monkeypatch.setattr(Hop, "send", noting_send)
+    monkeypatch.setattr(Hop, "_receive", noting_receive)
     for name in ("right", "wrong"):
         await said(exact, PROMPT, drafter=drafters(name), budget=64, max_new_tokens=24, eos_token_id=-1)
     assert max(nodes for nodes, _ in sent) == 64

@@ -67,7 +67,7 @@ def converse(address: str) -> dict[str, Any]:
     except ConnectError as error:
         said["no DHT"] = str(error)
     try:
-        SwarmModel.connect("demo", [address], local_head=True)
+        SwarmModel.connect("demo", [address], local_ends=True)
     except ConnectError as error:
         said["no head"] = str(error)
     said["loaded"] = sorted(PEERS_NEED & sys.modules.keys())

@@ -1,0 +1,148 @@
+"""A client's standing in a swarm: the peers of one model, and the sessions that it opens through them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..protocol import petal_pb2 as pb
+from ..protocol.directory.directory import Directory
+from ..protocol.trust.channels import Channels
+from .load_once import LoadOnce
+from .routing.peers import ConnectError, KnownPeers
+from .routing.route import NoRoute, Route, choose_route, context_of
+from .routing.trusted_ends import TrustedEnds
+from .session.options import SessionOptions
+from .session.peer_error import PeerError
+from .session.session import Session
+
+if TYPE_CHECKING:
+    from .session.local_ends import LocalEnds
+
+# Rows a draft tree may add behind prompt and answer.
+TREE_ROOM = 128
+# How soon a revoked peer's streams are cut once this client has heard of it.
+SWEEP_S = 2.0
+
+
+class SwarmConnection:
+    """Routes and sessions through the peers that host `known`'s model, until closed.
+
+    `defaults` holds for every session, but for its reservation. `local_source` is the checkpoint whose embedding and LM
+    head run on this machine, or None where peers run them.
+    """
+
+    def __init__(
+        self,
+        known: KnownPeers,
+        directory: Directory,
+        ends: TrustedEnds,
+        defaults: SessionOptions,
+        local_source: str | None = None,
+    ) -> None:
+        self.known = known
+        self.ends = ends
+        self.channels = Channels(ends.trust)
+        self._directory = directory
+        self.defaults = defaults
+        self._local_source = local_source
+        self._local_ends: LoadOnce[LocalEnds] = LoadOnce()
+        self._membership: asyncio.Task[None] | None = None
+
+    async def start(self, wait_s: float) -> None:
+        """Wait up to `wait_s` seconds for a route, and keep what is known fresh from then on. Raises ConnectError."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                route = await self.route()
+                break
+            except NoRoute as error:
+                if time.monotonic() >= deadline:
+                    raise ConnectError(str(error)) from error
+            await asyncio.sleep(0.5)
+        await self._local_ends_for(route)
+        self.known.keep_fresh()
+        self._membership = asyncio.create_task(self._keep_trust())
+
+    async def close(self) -> None:
+        """Leave the swarm; sessions end."""
+        if self._membership:
+            self._membership.cancel()
+        self.known.close()
+        await self._directory.close()
+        await self.channels.close()
+
+    async def route(self, reserve_tokens: int = 0) -> Route:
+        """The route that a new session would take. Raises NoRoute, ConnectError."""
+        await self.known.look()
+        known, defaults = self.known, self.defaults
+        try:
+            return choose_route(known.usable(), known.rtt_s, reserve_tokens, exact=defaults.exact, mixed=defaults.mixed)
+        except NoRoute as error:
+            limits = filter(None, [str(self.ends) if self.ends.labels else "", known.left_out])
+            raise NoRoute("; ".join([str(error), *limits])) from None
+
+    async def open_session(self, reserve_tokens: int, wait_s: float | None = None) -> Session:
+        """Open along the best route; where peers are busy or missing, try again with jitter, for `wait_s` seconds.
+
+        Reserves no more than the model's context and room for a tree. Raises PeerError, NoRoute.
+        """
+        deadline = time.monotonic() + (self.defaults.wait_s if wait_s is None else wait_s)
+        while True:
+            try:
+                return await self._open(reserve_tokens)
+            except PeerError as error:
+                if not (error.busy or error.gone) or time.monotonic() > deadline:
+                    raise
+                if error.gone and error.peer_id:
+                    self.known.ban(error.peer_id)
+                await asyncio.sleep(random.uniform(0.1, 0.5) if error.busy else 0)
+            except NoRoute:
+                if time.monotonic() > deadline:
+                    raise
+                await self.known.try_banned()
+                await asyncio.sleep(random.uniform(0.1, 0.5))
+
+    async def _open(self, reserve_tokens: int) -> Session:
+        route = await self.route(reserve_tokens)
+        options = replace(
+            self.defaults,
+            reserve_tokens=min(reserve_tokens, context_of(route) + TREE_ROOM),
+            local_ends=await self._local_ends_for(route),
+        )
+        session = Session(route, self.known, self.channels, options)
+        await session.open()
+        self.known.pin(route)
+        return session
+
+    async def _local_ends_for(self, route: Route) -> LocalEnds | None:
+        """Embedding and LM head as the route's last stage would have them. Raises ConnectError."""
+        source, last = self._local_source, route[-1].peer
+        if source is None:
+            return None
+        return await self._local_ends.get(last.dtype, lambda: load_local_ends(source, last, self.defaults.exact))
+
+    async def _keep_trust(self) -> None:
+        """Renew what this client shows; leave peers that are not trusted any more, and let sessions go on elsewhere."""
+        renewing = asyncio.create_task(self.channels.trust.keep(None))
+        try:
+            while True:
+                await asyncio.sleep(SWEEP_S)
+                self.channels.sweep()
+        finally:
+            renewing.cancel()
+
+
+def load_local_ends(source: str, last: pb.PeerRecord, exact: bool) -> LocalEnds:
+    """See LocalEnds.load. Raises ConnectError, also where this machine has no torch."""
+    try:
+        from .session.local_ends import LocalEnds, LocalEndsError
+    except ImportError as error:
+        raise ConnectError("local_ends needs torch and transformers: pip install 'petal-swarm[models]'") from error
+    try:
+        return LocalEnds.load(source, last, exact)
+    except LocalEndsError as error:
+        raise ConnectError(str(error)) from error
