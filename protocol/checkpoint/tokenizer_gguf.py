@@ -41,7 +41,11 @@ def gguf_tokenizer(metadata: Mapping[str, Any], model: str) -> Tokenizer:
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(f"{model}: the tokenizer {kind!r} is unknown: gpt2 and llama can be read.")
     tokens = fields.tokens()
-    backend = _byte_level(fields, tokens) if kind == "gpt2" else _sentencepiece(fields, tokens)
+    gemma = str(metadata.get("general.architecture")).startswith("gemma")
+    if gemma:
+        # The converter wrote these with the spaces that they stand for.
+        tokens = ["▁" * len(token) if len(token) > 1 and not token.strip(" ") else token for token in tokens]
+    backend = _byte_level(fields, tokens) if kind == "gpt2" else _sentencepiece(fields, tokens, gemma)
     special, plain = _added(fields, tokens)
     backend.add_special_tokens(special)
     backend.add_tokens(plain)
@@ -128,10 +132,10 @@ def _stored_merges(fields: _Fields, vocab: Mapping[str, int]) -> list[tuple[str,
     return merges
 
 
-def _sentencepiece(fields: _Fields, tokens: list[str]) -> Backend:
+def _sentencepiece(fields: _Fields, tokens: list[str], in_order: bool) -> Backend:
     vocab = {token: id for id, token in enumerate(tokens)}
     unknown = fields.role("unknown", tokens)
-    merges = _scored_merges(fields, tokens, vocab)
+    merges = _scored_merges(fields, tokens, vocab, in_order)
     unknown_token = None if unknown is None else tokens[unknown]
     backend = Backend(models.BPE(vocab, merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True))
     prefix = fields.flag("add_space_prefix", True)
@@ -142,18 +146,24 @@ def _sentencepiece(fields: _Fields, tokens: list[str]) -> Backend:
     return backend
 
 
-def _scored_merges(fields: _Fields, tokens: list[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Merges in the order sentencepiece takes them: best score of the result first."""
+def _scored_merges(
+    fields: _Fields, tokens: list[str], vocab: Mapping[str, int], in_order: bool
+) -> list[tuple[str, str]]:
+    """Merges in transformers' order: best score of the result first, then the longest parts.
+
+    `in_order`: tokens come by merit, whatever their scores, as Gemma's do.
+    """
     scores = fields.numbers("scores", len(tokens))
     kinds = fields.numbers("token_type", len(tokens))
     ranked = []
     for id, token in enumerate(tokens):
         if kinds[id] in (_UNKNOWN, _CONTROL):
             continue
+        rank = id if in_order else -scores[id]
         for cut in range(1, len(token)):
             left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
             if left is not None and right is not None:
-                ranked.append((-scores[id], id, left, right))
+                ranked.append((rank, -cut, cut - len(token), id, left, right))
     return [(tokens[left], tokens[right]) for *_, left, right in sorted(ranked)]
 
 
@@ -166,7 +176,8 @@ def _added(fields: _Fields, tokens: list[str]) -> tuple[list[AddedToken], list[A
     def of(wanted: int) -> list[AddedToken]:
         return [AddedToken(token, normalized=False) for token, kind in typed if kind == wanted]
 
-    return of(_CONTROL), of(_USER_DEFINED)
+    # Runs of "▁" are merged from spaces: in a text as it is typed, they would be matched before these are.
+    return of(_CONTROL), [token for token in of(_USER_DEFINED) if token.content.strip("▁")]
 
 
 def _specials(fields: _Fields, tokens: list[str], control: set[str]) -> Specials:

@@ -52,6 +52,20 @@ def write_gguf(
     writer.close()
 
 
+def write_tables(path: Path, architecture: str, tables: dict) -> None:
+    """A file that says nothing but its tokenizer: `tables` are metadata, numbers as arrays."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in tables.items():
+        if isinstance(value, list | np.ndarray):
+            writer.add_array(key, list(value) if isinstance(value, list) else value.tolist())
+        else:
+            add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}[type(value)]
+            add(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
 def write_tensor(
     writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: gguf.GGMLQuantizationType | None
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from petal.protocol.checkpoint.gguf import GgufFile
 from petal.protocol.checkpoint.layout import CheckpointError
 from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.checkpoint.safetensors_model import LocalFolder
@@ -18,6 +19,9 @@ from petal.protocol.checkpoint.tokenizer_gguf import gguf_tokenizer
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GemmaTokenizer, Qwen2Tokenizer
 
+from .gguf_maker import write_tables
+
+TOKENS = "tokenizer.ggml.tokens"
 PROMPTS = [json.loads(line)["text"] for line in (Path(__file__).parents[1] / "data/prompts.jsonl").open()]
 TEXTS = [
     *PROMPTS,
@@ -162,6 +166,38 @@ def test_sentencepiece_equals_transformers(pieces):
         assert ours.encode(text) == [1, *ids], text
         assert ours.decode([1, *ids]) == text
     assert ours.eos_ids == {2, 3}
+
+
+@pytest.fixture(scope="module")
+def gemma(pieces, tmp_path_factory) -> tuple[Tokenizer, AutoTokenizer]:
+    """A file as the converter writes it, read by us and by transformers: runs of spaces as such, scored low."""
+    tokens = [" " * len(token) if set(token) == {"▁"} and len(token) > 1 else token for token in pieces[TOKENS]]
+    runs = [n for n, token in enumerate(tokens) if token == "  "]
+    more = ["    ", "   "]
+    kinds, scores = pieces["tokenizer.ggml.token_type"].copy(), pieces["tokenizer.ggml.scores"].copy()
+    kinds[runs], scores[runs] = 4, -1000
+    tables = pieces | {
+        "general.architecture": "gemma3",
+        TOKENS: tokens + more,
+        "tokenizer.ggml.token_type": np.append(kinds, [4, 4]).astype(np.int32),
+        "tokenizer.ggml.scores": np.append(scores, [-1000, -1000]).astype(np.float32),
+    }
+    folder = tmp_path_factory.mktemp("gemma")
+    write_tables(folder / "tiny.gguf", "gemma3", {k: v for k, v in tables.items() if k.startswith("tokenizer")})
+    theirs = AutoTokenizer.from_pretrained(folder, gguf_file="tiny.gguf")
+    return gguf_tokenizer(GgufFile(folder / "tiny.gguf").metadata, "gemma"), theirs
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from(["▁", " ", "  ", "the", "cat", " in", "hello", "h", "\n\n", "é", "x", "中"]), max_size=12)
+)
+def test_spaces_and_what_stands_for_them_equal_transformers_in_gemma(gemma, parts):
+    ours, theirs = gemma
+    text = "".join(parts)
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode(text, add_special=False) == ids
+    assert ours.decode(ids) == theirs.decode(ids) == text.replace("▁", " ")
 
 
 @pytest.mark.parametrize("prefix", [False, True])
