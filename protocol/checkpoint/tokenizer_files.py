@@ -10,8 +10,7 @@ import tokenizers
 from .json_files import Finder, read_json
 from .layout import CheckpointError, text_config
 from .tokenizer import Specials, Tokenizer
-
-_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+from .tokenizer_added import add_tokens, named_tokens, tokenizer_settings
 
 
 def folder_tokenizer(folder: Finder, config: Mapping[str, Any]) -> Tokenizer:
@@ -26,8 +25,9 @@ def folder_tokenizer(folder: Finder, config: Mapping[str, Any]) -> Tokenizer:
         raise CheckpointError(f"{path} cannot be read, {error}: download it again.") from error
     backend.no_truncation()
     backend.no_padding()
-    settings = read_json(folder, "tokenizer_config.json") or {}
-    named = {role: text for role in _ROLES if (text := _token_text(settings.get(role)))}
+    settings = tokenizer_settings(folder)
+    add_tokens(backend, folder, settings)
+    named = named_tokens(settings)
     bos = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
     specials = Specials(bos, _eos_ids(folder, config, backend, named.get("eos_token")), named)
     return Tokenizer(backend, specials, _chat_template(folder, settings))
@@ -56,9 +56,3 @@ def _chat_template(folder: Finder, settings: Mapping[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
         stored = named.get("default")
     return stored if isinstance(stored, str) else None
-
-
-def _token_text(token: Any) -> str | None:
-    """A token is written as text or as an object with its text."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
