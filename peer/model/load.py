@@ -38,7 +38,7 @@ def load_span(
     skeleton = build(checkpoint)
     initialize_buffers(skeleton.model, set(skeleton.inside(start, end)).__contains__)
     fill(skeleton, checkpoint, start, end, progress, holding)
-    if checkpoint.layout.tied and (start, end) == (0, n_blocks):
+    if (start, end) == (0, n_blocks) and checkpoint.one_matrix():
         _share_tied(skeleton)
     _swap_norms(skeleton, start, end)
     span = Span(skeleton.model, start, end, n_blocks)
@@ -53,7 +53,7 @@ def load_ends(checkpoint: Checkpoint, holding: Holding = DENSE) -> Ends:
     """
     skeleton = build(checkpoint)
     fill(skeleton, checkpoint, 0, 0, lambda nbytes: None, holding)
-    if checkpoint.layout.tied:
+    if checkpoint.one_matrix():
         _share_tied(skeleton)
     _swap_norms(skeleton, 0, 0)
     return Ends(Span(skeleton.model, 0, checkpoint.n_blocks, checkpoint.n_blocks))

@@ -82,6 +82,19 @@ class Checkpoint(ABC):
         stored = self.config.get("vocab_digest")
         return stored if isinstance(stored, str) else self.tokenizer().vocab_digest
 
+    def one_matrix(self) -> bool:
+        """Whether the head is the token matrix: tied, or stored once more. Reads both where they are stored."""
+        if self.layout.tied or len(self.layout.head) != 1:
+            return self.layout.tied
+        matrices = [self.info(name) for name in (self.layout.token_matrix, *self.layout.head)]
+        if len({(info.shape, info.dtype) for info in matrices}) > 1:
+            return False
+        stored = [self.raw(info.name) for info in matrices]
+        equal = np.array_equal(*stored)
+        for view in stored:
+            self.forget(view)
+        return equal
+
     def draft_vocabulary(self) -> npt.NDArray[np.int64] | None:
         """Rising token ids [n] that a drafter with a trimmed LM head proposes; None if it proposes all.
 
@@ -162,8 +175,8 @@ class Checkpoint(ABC):
         parts = [str(block) for block in range(start, end)]
         parts += ["embedding"] if start == 0 else []
         parts += ["norm", "head"] if end == self.n_blocks else []
-        stored = {"head": "embedding"} if self.layout.tied else {}
-        return {part: self._digests.get(self, stored.get(part, part)) for part in parts}
+        same = {"head": "embedding"} if self.layout.head == self.layout.embedding else {}
+        return {part: self._digests.get(self, same.get(part, part)) for part in parts}
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -35,7 +35,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Layout:
-    """Tensor names by place, each list sorted. A tied `head` lists the token matrix of `embedding`."""
+    """Tensor names by place, each list sorted. A tied `head` lists the token matrix of `embedding`.
+
+    What is stored decides: a head beside the token matrix is the model's, even where the config calls them tied.
+    """
 
     blocks: tuple[tuple[str, ...], ...]
     embedding: tuple[str, ...]
@@ -81,11 +84,11 @@ def arrange(names: Iterable[str], config: Mapping[str, Any], model: str) -> Layo
         wanted = ", ".join(sorted(_TOKEN_MATRICES))
         raise CheckpointError(f"{model}: no token embedding found: one of {wanted} is needed.")
     tie = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
-    if tie is False and not stored_head:
+    tied = all(name.endswith(".bias") for name in stored_head)
+    if tie is False and tied:
         raise CheckpointError(f"{model}: lm_head.weight is missing although the config has tie_word_embeddings false.")
-    # A config without the key follows its family's default, which the stored names reveal.
-    tied = tie is True or not stored_head
-    return Layout(blocks, embedding, norm, (matrix,) if tied else stored_head, matrix, tied)
+    head = tuple(sorted((matrix, *stored_head))) if tied else stored_head
+    return Layout(blocks, embedding, norm, head, matrix, tied)
 
 
 def _extra_blocks(config: Mapping[str, Any]) -> int:

@@ -118,6 +118,20 @@ def test_a_tied_matrix_is_held_once(dtype: torch.dtype):
     assert torch.equal(served_logits([whole]), served_logits([head, rest]))
 
 
+@pytest.mark.parametrize("scale", [1.0, -3.0])
+def test_a_head_that_is_stored_is_the_models_though_the_config_ties_it(folder: Path, scale: float):
+    state = load_file(folder / "model.safetensors")
+    rewrite(folder, lambda state: state.update({"lm_head.weight": scale * state["model.embed_tokens.weight"]}))
+    configure(folder, tie_word_embeddings=True)
+    whole, parts = load(folder), [load(folder, 0, 2), load(folder, 2, 4)]
+    with torch.inference_mode():
+        expected = expected_logits(reference(folder))
+    for spans in ([whole], parts):
+        assert (served_logits(spans) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    saved = sum(span.nbytes for span in parts) - whole.nbytes
+    assert saved == pytest.approx(state["lm_head.weight"].nbytes if scale == 1 else 0, abs=4096)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_few_calls_give_what_the_modules_give(tmp_path: Path, family: str):
     save_tiny(family, tmp_path / family)
