@@ -1,0 +1,105 @@
+"""Products with packed weights. A row's bits depend on the row and the weights alone (`src/linear.cu`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats.base import padded
+from .compile import Program
+from .driver import Kernel
+from .layout import UNIT, Layout, Weights
+from .runtime import Runtime
+from .tiling import Tiling, choose, row_tile
+
+_ELEMENTWISE = Program("elementwise.cu")
+_BLOCK = 256
+_MOST_PLACES = 1 << 16
+
+
+def activations(rows: int, width: int, tile: int, device: torch.device) -> Tensor:
+    """A zeroed buffer for `rows` rows in tiles of `tile`: [tiles, padded width / 8, tile, 8] bfloat16."""
+    return torch.zeros(-(-rows // tile), padded(width, UNIT) // 8, tile, 8, dtype=torch.bfloat16, device=device)
+
+
+class Linear:
+    """Products on one card."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._card = runtime.card
+        self._partials = [torch.empty(0, dtype=torch.uint8, device=runtime.device)]
+        self._arrived = torch.zeros(_MOST_PLACES, dtype=torch.int32, device=runtime.device)
+
+    def tiling(self, weights: Weights, rows: int, gated: bool = False) -> Tiling:
+        """How a product of so many rows is cut."""
+        return choose(self._card, weights.layout, weights.shape[0], weights.depth_blobs, rows, gated)
+
+    def prepare(self, weights: Weights, rows: int, gated: bool = False) -> None:
+        """Begins to compile what a product needs."""
+        self._runtime.programs.start(self.tiling(weights, rows, gated).program(self._card, weights.layout))
+
+    def pack(self, x: Tensor, layout: Layout) -> Tensor:
+        """x [rows, in] bfloat16, contiguous -> activations for weights of a layout."""
+        rows, width = x.shape
+        tile = row_tile(rows, self._card)
+        packed = torch.empty_like(activations(rows, width, tile, torch.device("meta")), device=x.device)
+        kernel = self._kernel(_ELEMENTWISE, "pack_rows", _BLOCK)
+        eighths = packed.shape[1]
+        count = len(packed) * tile * eighths
+        kernel((-(-count // _BLOCK),), x, packed, rows, width, eighths, tile, int(layout.reordered), count)
+        return packed
+
+    def product(
+        self,
+        weights: Weights,
+        packed: Tensor,
+        rows: int,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        tiling: Tiling | None = None,
+        overlap: bool = False,
+    ) -> None:
+        """out = packed · Wᵀ + bias.
+
+        packed: activations of `rows` rows (`pack`). out: [rows, out] bfloat16; if gated, for weights that `interleave`
+        made, activations of silu(gate) · up, whose padding stays as it is. bias: [out] bfloat16, not if gated.
+        overlap: it may start while the kernel before it ends.
+        """
+        tiling = tiling or self.tiling(weights, rows, gated)
+        layout, outputs = weights.layout, weights.shape[0]
+        if tuple(packed.shape[1:]) != (weights.depth_blobs * 8, tiling.rows, 8):
+            raise ValueError(f"activations {tuple(packed.shape)} are not those of {rows} rows for {weights.shape}")
+        program = tiling.program(self._card, layout)
+        kernel = self._kernel(program, "linear", tiling.threads, tiling.shared_bytes(layout))
+        tiles = tiling.tiles(outputs, rows)
+        partial = self._workspace(tiling.partial_bytes(outputs, rows))
+        kernel(
+            (min(tiles, tiling.resident * self._card.multiprocessors),),
+            weights.blobs, packed, out, partial, self._arrived, weights.scale, bias, weights.codebooks,
+            rows, outputs, weights.depth_blobs, tiles, -(-rows // tiling.rows),
+            overlap=overlap,
+        )  # fmt: skip
+
+    def _workspace(self, size: int) -> Tensor:
+        """Memory for the sums of quarters: kernels of one stream follow each other in it."""
+        if size > len(self._partials[-1]):  # graphs may still refer to the smaller ones
+            self._partials.append(torch.empty(size, dtype=torch.uint8, device=self._runtime.device))
+        return self._partials[-1]
+
+    def _kernel(self, program: Program, name: str, threads: int, shared: int = 0) -> Kernel:
+        kernel = self._runtime.kernel(program, name, threads, shared)
+        assert kernel is not None
+        return kernel
+
+
+def quarter_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """The same sum in torch: x [rows, in], weight [out, in] -> [rows, out] float32, by the quarters of `linear.cu`."""
+    quarter = padded(x.shape[1], UNIT) // 4
+    parts = [a.float() @ b.float().T for a, b in zip(x.split(quarter, 1), weight.split(quarter, 1), strict=True)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,207 @@
+"""How a product is cut for a card: pure planning, by shape alone. Any choice gives the same bits (`src/linear.cu`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .compile import Program
+from .layout import BLOB, Layout, nf4_levels
+
+ROW_TILES = (8, 16, 32, 64, 128)
+_QUARTERS = 4
+_RESERVED = 1024  # bytes of shared memory that the driver keeps for each resident block
+_MOST_STAGES = 24
+_BARRIERS = 1024  # bytes that they take, with what aligns the ring
+
+
+@dataclass(frozen=True)
+class Card:
+    """What planning must know of a card."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared: int
+    """Bytes of shared memory that a block may have."""
+
+    @property
+    def hopper(self) -> bool:
+        return self.capability == (9, 0)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The choices of `linear.cu`, by its names."""
+
+    rows: int
+    groups_out: int = 1
+    groups_k: int = 1
+    blocks: int = 1
+    depth: int = 2
+    unroll: int = 1
+    split: bool = False
+    gated: bool = False
+    totals_in_shared: bool = False
+    registers: int = 0
+    resident: int = 1
+    wgmma: bool = False
+    stages: int = 0
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a tile."""
+        return BLOB * self.groups_out * self.blocks
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.groups_out * self.groups_k + (128 if self.registers else 32)
+
+    def fitted(self, depth_blobs: int) -> Tiling:
+        """With fewer blobs a turn where quarters of `depth_blobs` are no whole turns of the main loop."""
+        depth, unroll = self.depth, self.unroll
+        while depth_blobs // _QUARTERS % (depth * unroll):
+            depth, unroll = (depth, unroll // 2) if unroll > 1 else (depth // 2, 1)
+        return replace(self, depth=depth, unroll=unroll)
+
+    def tiles(self, outputs: int, rows: int) -> int:
+        places = -(-outputs // self.outputs) * -(-rows // self.rows)
+        return places * (_QUARTERS if self.split else 1)
+
+    def partial_bytes(self, outputs: int, rows: int) -> int:
+        """Device memory for the sums of quarters."""
+        return self.tiles(outputs, rows) * self.outputs * self.rows * 4 if self.split else 0
+
+    def stage_bytes(self, layout: Layout) -> int:
+        weights = self.groups_out * self.groups_k * self.blocks * layout.bytes
+        return self.depth * (weights + self.groups_k * self.rows * 2 * BLOB)
+
+    def fixed_bytes(self, layout: Layout) -> int:
+        """Shared memory beside the ring."""
+        tail = self.groups_out * self.blocks * self.rows * (256 if self.totals_in_shared else 144)
+        others = self.groups_out * self.blocks * self.rows * 256 if self.groups_k > 1 else 0
+        return layout.table + tail + others
+
+    def shared_bytes(self, layout: Layout) -> int:
+        return self.fixed_bytes(layout) + self.stages * self.stage_bytes(layout)
+
+    def on(self, card: Card, layout: Layout) -> Tiling | None:
+        """With as many stages as the card holds; None where they are too few."""
+        each = (card.shared + _RESERVED) // self.resident - _RESERVED
+        stages = min((each - _BARRIERS - self.fixed_bytes(layout)) // self.stage_bytes(layout), _MOST_STAGES)
+        return replace(self, stages=stages) if stages >= 2 else None
+
+    def program(self, card: Card, layout: Layout) -> Program:
+        choices: dict[str, str | int] = {
+            "FORMAT": layout.name,
+            "TILE_ROWS": self.rows,
+            "GROUPS_OUT": self.groups_out,
+            "GROUPS_K": self.groups_k,
+            "BLOCKS": self.blocks,
+            "DEPTH": self.depth,
+            "UNROLL": self.unroll,
+            "STAGES": self.stages,
+            "SPLIT": int(self.split),
+            "GATED": int(self.gated),
+            "TOTALS_IN_SHARED": int(self.totals_in_shared),
+            "REGISTERS": self.registers,
+            "RESIDENT": self.resident,
+            "WGMMA": int(self.wgmma),
+            "HOPPER": int(card.hopper),
+            "NF4_LEVELS": nf4_levels(),
+        }
+        return Program("linear.cu", tuple(choices.items()))
+
+
+def row_tile(rows: int, card: Card) -> int:
+    """Rows of a tile of activations for so many rows in all."""
+    most = ROW_TILES[-1] if card.hopper else 64
+    return next((tile for tile in ROW_TILES if tile >= rows), most) if rows <= most else most
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A tiling and what it costs: a start, and each blob of 64 x 64 weights that a block passes."""
+
+    tiling: Tiling
+    start: float
+    """Microseconds."""
+    blob: float
+    """Nanoseconds."""
+
+    def cost(self, card: Card, outputs: int, depth_blobs: int, rows: int) -> float:
+        """Microseconds of a product: blocks in waves, each wave as long as a tile."""
+        t = self.tiling
+        waves = -(-t.tiles(outputs, rows) // (t.resident * card.multiprocessors))
+        depth = depth_blobs // (_QUARTERS if t.split else 1)
+        return self.start + waves * depth * t.groups_out * t.blocks * self.blob / 1e3
+
+
+def _hopper(rows: int, start: float, blob: float, out: int, k: int = 1, **choices: Any) -> Measured:
+    return Measured(Tiling(rows, groups_out=out, groups_k=k, wgmma=rows > 16, **choices), start, blob)
+
+
+_SHARED: dict[str, Any] = {"totals_in_shared": True}
+# int4 on an H100, eight shapes from 4096² to 28672 x 8192: the straight line through the times (NOTES.md).
+_HOPPER = [
+    _hopper(8, 3.5, 79, out=4),
+    _hopper(8, 1.1, 88, out=2, k=2),
+    _hopper(8, 2.2, 91, out=2, depth=4, resident=2),
+    _hopper(8, 1.7, 89, out=1, k=4, depth=4),
+    _hopper(8, 2.8, 97, out=5, split=True),
+    _hopper(8, 3.6, 179, out=2, split=True, depth=4, resident=2),
+    _hopper(8, 3.3, 360, out=1, split=True, depth=4, resident=4),
+    _hopper(16, 2.9, 90, out=4),
+    _hopper(16, 1.2, 99, out=2, k=2),
+    _hopper(16, 1.6, 109, out=2, depth=4, resident=2),
+    _hopper(16, 1.8, 100, out=1, k=4, depth=4),
+    _hopper(16, 3.1, 110, out=5, split=True),
+    _hopper(16, 4.2, 190, out=2, split=True, depth=4, resident=2),
+    _hopper(16, 2.9, 401, out=1, split=True, depth=4, resident=4),
+    _hopper(32, 3.1, 104, out=4, unroll=4, **_SHARED),
+    _hopper(32, 1.9, 113, out=2, k=2, unroll=4),
+    _hopper(32, 3.9, 146, out=2, unroll=4, resident=2, **_SHARED),
+    _hopper(32, 2.4, 117, out=1, k=4, unroll=2),
+    _hopper(32, 4.5, 122, out=5, split=True, unroll=4),
+    _hopper(32, 4.6, 236, out=2, split=True, unroll=4, resident=2),
+    _hopper(32, 3.5, 475, out=1, split=True, unroll=2, resident=4),
+    _hopper(64, 5.5, 109, out=2, blocks=2, unroll=4, registers=216, **_SHARED),
+    _hopper(64, 3.7, 116, out=4, unroll=4, **_SHARED),
+    _hopper(64, 2.2, 175, out=1, k=4, depth=1, unroll=4),
+    _hopper(64, 6.5, 145, out=2, blocks=2, split=True, unroll=4, registers=216),
+    _hopper(64, 7.3, 141, out=5, split=True, unroll=4),
+    _hopper(64, 5.2, 292, out=2, split=True, unroll=4, resident=2),
+    _hopper(64, 6.1, 217, out=2, split=True, unroll=2),
+    _hopper(64, 5.4, 484, out=1, split=True, unroll=2, resident=3),
+    _hopper(128, 3.2, 187, out=2, unroll=2, registers=232, **_SHARED),
+    _hopper(128, 3.4, 177, out=3, depth=1, unroll=2, registers=152, **_SHARED),
+    _hopper(128, 1.8, 247, out=1, k=2, depth=1, unroll=4, registers=216),
+    _hopper(128, 7.5, 267, out=2, split=True, unroll=2, registers=216),
+]
+# Without Hopper's instructions, guessed from a Hopper card that does not use them: the order counts, not the times.
+_PORTABLE = [
+    Measured(Tiling(rows, out, k, depth=depth, split=split, resident=resident), start, blob * out * k * rows**0.5)
+    for rows in (8, 16, 32, 64)
+    for out, k, depth, split, resident, start, blob in (
+        (4, 1, 2, False, 1, 3.0, 10.0),
+        (2, 1, 1, False, 1, 2.0, 12.0),
+        (1, 4, 1, False, 1, 2.0, 11.0),
+        (2, 1, 1, True, 1, 4.0, 12.0),
+        (1, 1, 1, True, 2, 4.0, 24.0),
+        (1, 1, 1, False, 1, 3.0, 14.0),  # for tables that leave little room
+    )
+]
+
+
+def candidates(
+    card: Card, layout: Layout, outputs: int, depth_blobs: int, rows: int, gated: bool = False
+) -> list[Tiling]:
+    """Tilings that a product of a shape can use, with their stages, the cheapest first."""
+    table = [m for m in (_HOPPER if card.hopper else _PORTABLE) if m.tiling.rows == row_tile(rows, card)]
+    table.sort(key=lambda m: m.cost(card, outputs, depth_blobs, rows))
+    found = (replace(m.tiling.fitted(depth_blobs), gated=gated).on(card, layout) for m in table)
+    return list(dict.fromkeys(t for t in found if t is not None))
+
+
+def choose(card: Card, layout: Layout, outputs: int, depth_blobs: int, rows: int, gated: bool = False) -> Tiling:
+    """The tiling of a product of a shape."""
+    return candidates(card, layout, outputs, depth_blobs, rows, gated)[0]
