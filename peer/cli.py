@@ -215,7 +215,7 @@ class _Terminal:
         lines = [
             f"[b]{record.model}[/b]  blocks [b]{record.start}:{record.end}[/b] of {record.n_blocks} in "
             f"{record.dtype if record.quantization == 'none' else record.quantization}, "
-            f"{record.throughput:.0f} rows/s, cache of {record.cache_tokens} tokens",
+            f"{record.throughput:.0f} tokens/s, cache of {record.cache_tokens} tokens",
             f"peer {record.peer_id}",
             "",
             *_ways_in(server.options.model, join, server.address),
@@ -264,7 +264,7 @@ class _JsonLines:
             multiaddrs=list(record.multiaddrs),
             dtype=record.dtype,
             quantization=record.quantization,
-            rows_per_s=record.throughput,
+            tokens_per_s=record.throughput,
         )
 
     def leaving(self, sessions: int) -> None:

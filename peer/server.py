@@ -34,7 +34,7 @@ from .model.precision import NONE, Holding, choose_holding, fitting_blocks, hold
 from .options import ServeOptions
 from .placement import choose_span
 from .rpc.service import FEATURES, PeerService, ServiceInfo
-from .throughput import MEMORY_SHARE, decode_rows_per_s, free_bytes
+from .throughput import MEMORY_SHARE, decode_tokens_per_s, free_bytes
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class PeerServer:
         if options.exact and (obstacle := self.span.exactness_obstacle()):
             raise ServeError(f"--exact cannot be promised here: {obstacle}")
         pool = KVPool(self.span.layers, options.cache_tokens)
-        self._throughput = await asyncio.to_thread(decode_rows_per_s, self.span)
+        self._throughput = await asyncio.to_thread(decode_tokens_per_s, self.span)
         digests = await asyncio.to_thread(checkpoint.block_digests, self.blocks.start, self.blocks.stop)
         self._digests = {part: bytes.fromhex(digest) for part, digest in digests.items()}
         self.admission = Admission(pool.n_pages, options.max_sessions)

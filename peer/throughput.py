@@ -21,7 +21,7 @@ def free_bytes() -> int:
     return int(available_bytes() * MEMORY_SHARE)
 
 
-def decode_rows_per_s(span: Span, rounds: int = 5) -> float:
+def decode_tokens_per_s(span: Span, rounds: int = 5) -> float:
     """One row at a time through the whole span: median of a few rounds."""
     pool = KVPool(span.layers, 64)
     executor = Executor(span, pool)

@@ -187,8 +187,8 @@ def run_demo(prompt: str, peers: int, settings: dict[str, Any], chatting: bool, 
             converse(swarm, settings, None, verbose=True)
             return
         console.print(f"[b cyan]you>[/b cyan] {prompt}", highlight=False)
-        pieces = show(swarm.chat().send(prompt, trace=True, **settings))
-        console.print(speed_line(pieces), highlight=False)
+        chunks = show(swarm.chat().send(prompt, trace=True, **settings))
+        console.print(speed_line(chunks), highlight=False)
 
 
 @contextmanager
@@ -205,11 +205,11 @@ def _watched(children: Sequence[ChildPeer]) -> Iterator[None]:
 
 def _hosts(children: Sequence[ChildPeer]) -> Table:
     table = Table()
-    for name in ("peer", "blocks", "address", "rows/s alone"):
+    for name in ("peer", "blocks", "address", "tokens/s alone"):
         table.add_column(name)
     for child in children:
         assert child.ready is not None
         start, end = child.ready["blocks"]
         ready = child.ready
-        table.add_row(ready["peer_id"][-8:], f"{start}:{end}", ready["address"], f"{ready['rows_per_s']:.0f}")
+        table.add_row(ready["peer_id"][-8:], f"{start}:{end}", ready["address"], f"{ready['tokens_per_s']:.0f}")
     return table

@@ -95,11 +95,11 @@ def generate(
     def run() -> None:
         with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
             talk = swarm.chat()
-            pieces = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
+            chunks = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
             if as_json:
-                print_json(pieces)
+                print_json(chunks)
             else:
-                shown = show(pieces, verbose)
+                shown = show(chunks, verbose)
                 if verbose:
                     console.print(speed_line(shown))
 
@@ -257,7 +257,7 @@ def distill(
             from ..distill.run import Options, distill
             from ..distill.shape import parameters_of
         except ImportError as error:
-            raise ValueError("training needs torch and transformers: pip install 'petal-swarm[models]'") from error
+            raise ValueError("training needs more packages: pip install 'petal-swarm[distill]'") from error
         peers = tuple(initial_peers or ())
         distill(Options(target, out, parameters_of(size), minutes, data, gguf, head, peers, seed))
 

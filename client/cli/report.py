@@ -5,39 +5,39 @@ from __future__ import annotations
 from ..output import OutputChunk
 
 
-def speed_line(pieces: list[OutputChunk]) -> str:
+def speed_line(chunks: list[OutputChunk]) -> str:
     """Tokens a second and, where traced, each hop's median time."""
-    tokens = sum(len(piece.ids) for piece in pieces)
-    decode_s = sum(piece.seconds for piece in pieces[1:])
-    line = f"{tokens} tokens, first after {pieces[0].seconds * 1e3:.0f} ms"
+    tokens = sum(len(chunk.ids) for chunk in chunks)
+    decode_s = sum(chunk.seconds for chunk in chunks[1:])
+    line = f"{tokens} tokens, first after {chunks[0].seconds * 1e3:.0f} ms"
     if decode_s:
-        line += f", then {sum(len(piece.ids) for piece in pieces[1:]) / decode_s:.1f} tokens/s"
-    return "\n".join([line, *draft_lines(pieces), *hop_lines(pieces)])
+        line += f", then {sum(len(chunk.ids) for chunk in chunks[1:]) / decode_s:.1f} tokens/s"
+    return "\n".join([line, *draft_lines(chunks), *hop_lines(chunks)])
 
 
-def draft_lines(pieces: list[OutputChunk]) -> list[str]:
+def draft_lines(chunks: list[OutputChunk]) -> list[str]:
     """Tokens a round, K, share of drafted nodes that were accepted; where the time went, if traced."""
-    rounds = pieces[1:]
-    nodes = sum(piece.nodes for piece in rounds)
+    rounds = chunks[1:]
+    nodes = sum(chunk.nodes for chunk in rounds)
     if not nodes:
         return []
-    tokens = sum(len(piece.ids) for piece in rounds)
+    tokens = sum(len(chunk.ids) for chunk in rounds)
     line = (
-        f"  drafts: {tokens / len(rounds):.2f} tokens a round, K {_median([piece.nodes for piece in rounds])}, "
+        f"  drafts: {tokens / len(rounds):.2f} tokens a round, K {_median([chunk.nodes for chunk in rounds])}, "
         f"{(tokens - len(rounds)) / nodes:.0%} of {nodes} nodes accepted"
     )
-    total = sum(piece.seconds for piece in rounds)
-    draft = sum(piece.draft_s for piece in rounds)
-    verify = sum(hop.end_ns - hop.start_ns for piece in rounds for hop in piece.hops) / 1e9
+    total = sum(chunk.seconds for chunk in rounds)
+    draft = sum(chunk.draft_s for chunk in rounds)
+    verify = sum(hop.end_ns - hop.start_ns for chunk in rounds for hop in chunk.hops) / 1e9
     if not verify:
         return [line]
     shares = {"draft": draft, "network": max(0.0, total - draft - verify), "verify": verify}
     return [line, "  time: " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in shares.items())]
 
 
-def hop_lines(pieces: list[OutputChunk]) -> list[str]:
+def hop_lines(chunks: list[OutputChunk]) -> list[str]:
     """Median compute of each peer and median way between peers on one clock, in ms."""
-    traces = [piece.hops for piece in pieces[1:] if piece.hops]
+    traces = [chunk.hops for chunk in chunks[1:] if chunk.hops]
     if not traces:
         return []
     lines = []

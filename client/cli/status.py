@@ -58,7 +58,7 @@ def _peer(record: pb.PeerRecord, pong: Pong | None) -> dict[str, Any]:
         "cache_tokens_free": record.cache_tokens_free,
         "sessions": record.sessions,
         "max_sessions": record.max_sessions,
-        "rows_per_s": round(record.throughput, 1),
+        "tokens_per_s": round(record.throughput, 1),
     }
 
 
@@ -79,8 +79,8 @@ def print_status(report: dict[str, Any], console: Console) -> None:
 def _table(model: dict[str, Any], wide: bool) -> Table:
     """Its narrow form fits the 80 columns of a plain terminal, or of a pipe, with no word cut."""
     table = Table(box=box.HEAVY_HEAD if wide else None, padding=(0, 1) if wide else (0, 1, 0, 0))
-    for name in ("peer", "blocks", "state", "rtt ms", "rows/s", "free", "sessions", "address"):
-        right = name in ("rtt ms", "rows/s", "free")
+    for name in ("peer", "blocks", "state", "rtt ms", "tokens/s", "free", "sessions", "address"):
+        right = name in ("rtt ms", "tokens/s", "free")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     if wide:
         table.add_column("")
@@ -91,7 +91,7 @@ def _table(model: dict[str, Any], wide: bool) -> Table:
             f"{peer['start']}:{peer['end']}",
             f"[{colour}]{peer['state']}[/{colour}]",
             "-" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.1f}",
-            f"{peer['rows_per_s']:.0f}",
+            f"{peer['tokens_per_s']:.0f}",
             f"{peer['cache_tokens_free']}/{peer['cache_tokens']}" if wide else f"{peer['cache_tokens_free']}",
             f"{peer['sessions']}/{peer['max_sessions']}",
             escape(peer["address"] or "-"),

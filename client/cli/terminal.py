@@ -33,15 +33,15 @@ def peer_program() -> str | None:
     return beside if os.access(beside, os.X_OK) else shutil.which("petal-serve")
 
 
-def show(pieces: Iterator[OutputChunk], verbose: bool = False) -> list[OutputChunk]:
+def show(chunks: Iterator[OutputChunk], verbose: bool = False) -> list[OutputChunk]:
     """Print the text as it comes; with `verbose` also which peers failed, and who took over."""
     shown = []
     try:
-        for piece in pieces:
-            shown.append(piece)
-            for event in piece.events if verbose else ():
+        for chunk in chunks:
+            shown.append(chunk)
+            for event in chunk.events if verbose else ():
                 console.print(f"\n[dim]{escape(str(event))}[/dim]", highlight=False, soft_wrap=True)
-            print(piece.text, end="", flush=True)
+            print(chunk.text, end="", flush=True)
     finally:
         print(flush=True)
     return shown
@@ -60,10 +60,10 @@ def converse(swarm: SwarmModel, settings: dict[str, Any], system: str | None, ve
                 continue
             if text == "/regen":
                 settings = {**settings, "seed": settings["seed"] + 1}
-                pieces = talk.regenerate(trace=verbose, **settings)
+                chunks = talk.regenerate(trace=verbose, **settings)
             else:
-                pieces = talk.send(text, trace=verbose, **settings)
-            shown = show(pieces, verbose)
+                chunks = talk.send(text, trace=verbose, **settings)
+            shown = show(chunks, verbose)
             if verbose:
                 console.print(speed_line(shown))
     except EOFError:
@@ -72,21 +72,21 @@ def converse(swarm: SwarmModel, settings: dict[str, Any], system: str | None, ve
         talk.close()
 
 
-def print_json(pieces: Iterator[OutputChunk]) -> None:
+def print_json(chunks: Iterator[OutputChunk]) -> None:
     """One object, also where the generation breaks off: then with the text so far and the reason."""
     collected: list[OutputChunk] = []
     broken: Exception | None = None
     try:
-        for piece in pieces:
-            collected.append(piece)
+        for chunk in chunks:
+            collected.append(chunk)
     except EXPECTED as error:
         broken = error
     answer = {
-        "text": "".join(piece.text for piece in collected),
-        "ids": [token for piece in collected for token in piece.ids],
+        "text": "".join(chunk.text for chunk in collected),
+        "ids": [token for chunk in collected for token in chunk.ids],
         "finish_reason": collected[-1].finish_reason if collected else None,
-        "seconds": sum(piece.seconds for piece in collected),
-        "events": [str(event) for piece in collected for event in piece.events],
+        "seconds": sum(chunk.seconds for chunk in collected),
+        "events": [str(event) for chunk in collected for event in chunk.events],
     }
     print(json.dumps(answer if broken is None else {**answer, "error": str(broken)}))
     if broken:

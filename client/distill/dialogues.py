@@ -57,7 +57,7 @@ def _fresh(speaker: Tensor) -> Tensor:
 def answers(
     target: LocalTarget, prompts: Sequence[Sequence[int]], tokens: int, params: SamplingParams
 ) -> list[list[int]]:
-    """`tokens` tokens behind each prompt, as a tail peer draws them."""
+    """`tokens` tokens behind each prompt, as a last stage draws them."""
     rows = [list(prompt) for prompt in prompts]
     with target.lockstep(max(map(len, rows)) + tokens) as cache:
         while any(len(row) < len(prompt) + tokens for row, prompt in zip(rows, prompts, strict=True)):

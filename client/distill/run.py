@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.open import open_checkpoint
 from ...protocol.wire.sampling import SamplingParams
+from ..drafting.registry import load_drafter
 from . import dialogues
 from .corpus import Corpus
 from .device import Scale, best_device, free_bytes, scale_for
@@ -202,7 +203,7 @@ class _Distillation:
         def report(trainer: Trainer, loss: float) -> None:
             if not self._world.leads:
                 return
-            figures.update(_measure(trainer, probes))
+            figures.update(self._measure(trainer, probes))
             trainer.save(self._state)
             news = "  ".join(f"{name} {value:.3f}" for name, value in {"loss": loss, **figures}.items())
             self._progress.update(task, completed=trainer.elapsed, news=f"step {trainer.step}")
@@ -211,6 +212,17 @@ class _Distillation:
         if trainer.elapsed >= seconds and self._world.leads:  # killed while the product was written
             report(trainer, 0.0)
         trainer.run(seconds, seconds / _REPORTS, report)
+        return figures
+
+    def _measure(self, trainer: Trainer, probes: dict[str, Any]) -> dict[str, float]:
+        """Agreement, and tokens a round by budget and settings, as clients would draft with it."""
+        figures = asdict(trainer.measure())
+        save_folder(self._folder / "probe", trainer.student, self._tokenizer, None)
+        drafter = load_drafter(str(self._folder / "probe"), self._tokenizer)
+        for name, (prompts, known) in probes.items():
+            for budget in _BUDGETS:
+                gain = tokens_a_round(drafter, prompts, known, budget, _SETTINGS[name])
+                figures[f"tokens_per_round_k{budget}_{name}"] = gain
         return figures
 
     def _finish(self, trainer: Trainer, figures: dict[str, float]) -> None:
@@ -235,17 +247,6 @@ class _Distillation:
         vocab = student.config.vocab_size
         likely = corpus.counts(vocab).argsort(descending=True, stable=True)
         return likely[: max(1, int(self._options.head * vocab))].sort().values
-
-
-@torch.no_grad()
-def _measure(trainer: Trainer, probes: dict[str, Any]) -> dict[str, float]:
-    """Agreement, and tokens a round by budget and settings."""
-    figures = asdict(trainer.measure())
-    for name, (prompts, known) in probes.items():
-        for budget in _BUDGETS:
-            gain = tokens_a_round(trainer.student, prompts, known, budget, _SETTINGS[name])
-            figures[f"tokens_per_round_k{budget}_{name}"] = gain
-    return figures
 
 
 def _machine(world: World) -> str:

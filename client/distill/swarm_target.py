@@ -57,10 +57,10 @@ class SwarmTarget:
         """`rows` dialogues of one question and one answer, cut or padded to `length` tokens. Raises PeerError."""
 
         async def work(swarm: AsyncSwarmModel) -> list[_Row]:
-            gate = asyncio.Semaphore(_AT_ONCE)
+            slots = asyncio.Semaphore(_AT_ONCE)
 
             async def one(row: int) -> _Row:
-                async with gate:
+                async with slots:
                     return await _dialogue(swarm, turns, length, random.Random(f"{seed}/{row}"))
 
             return await asyncio.gather(*(one(row) for row in range(rows)))
@@ -96,19 +96,19 @@ async def _dialogue(swarm: AsyncSwarmModel, turns: Turns, length: int, chance: r
         if room < 1:
             break
         own = speaker == ASSISTANT
-        pieces = swarm.stream(
+        chunks = swarm.stream(
             list(row.ids),
             max_new_tokens=room,
             temperature=chance.choice(TEMPERATURES[speaker]),
             seed=chance.getrandbits(63),
             top_logprobs=TOP_LOGPROBS if own else 0,
         )
-        async for piece in pieces:
-            top = [[(entry.id, entry.logprob) for entry in said.top] for said in piece.logprobs]
-            row.add(piece.ids, top if own else ())
+        async for chunk in chunks:
+            top = [[(entry.id, entry.logprob) for entry in said.top] for said in chunk.logprobs]
+            row.add(chunk.ids, top if own else ())
         # The frame begins with what ended the turn.
-        if row.ids[-1] in turns.ends:
-            row.add(frame[1:] if frame[0] in turns.ends else frame)
+        if row.ids[-1] in turns.end_ids:
+            row.add(frame[1:] if frame[0] in turns.end_ids else frame)
     return row
 
 

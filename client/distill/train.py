@@ -17,7 +17,6 @@ from transformers import LlamaForCausalLM
 from .corpus import Corpus
 from .device import compiled
 from .loss import agreement, divergence
-from .muon import Muon
 from .texts import Texts
 from .world import World
 
@@ -44,6 +43,13 @@ class Recipe:
     tv_weight: float = 1.0
 
 
+def _muon(matrices: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    """For matrices between hidden states; rates mean what they mean to AdamW (Moonlight, arXiv 2502.16982)."""
+    return torch.optim.Muon(
+        matrices, lr=recipe.matrix_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+
+
 @dataclass
 class Agreement:
     """Of held-out positions: shares whose likeliest token is among the drafter's 1, 4, 8; mean total variation."""
@@ -68,7 +74,7 @@ class Trainer:
         matrices = [p for p in student.model.layers.parameters() if p.dim() == 2]
         others = [p for p in student.parameters() if not any(p is matrix for matrix in matrices)]
         self._optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (Muon(matrices, recipe.matrix_rate, weight_decay=recipe.weight_decay), recipe.matrix_rate),
+            (_muon(matrices, recipe), recipe.matrix_rate),
             (torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0), recipe.table_rate),
         ]
 
@@ -93,9 +99,9 @@ class Trainer:
         for start in range(0, len(held_out), self._rows):
             texts = held_out[start : start + self._rows].to(self._world.device)
             hidden, rows = self._forward(self.student.model, texts)
-            pieces = zip(hidden.split(self.recipe.chunk), self._lessons(texts, rows), strict=True)
-            for piece, lesson in pieces:
-                logits = self._logits(piece)
+            parts = zip(hidden.split(self.recipe.chunk), self._lessons(texts, rows), strict=True)
+            for part, lesson in parts:
+                logits = self._logits(part)
                 sums += agreement(logits, lesson(logits))
             count += len(rows)
         return Agreement(*(sums / count).tolist())

@@ -18,12 +18,12 @@ _WORDS = ("UserWordsOne", "AssistantWords", "UserWordsTwo")
 
 @dataclass(frozen=True)
 class Turns:
-    """Ids before the user's first words, between user and assistant, and back; `ends` end any turn."""
+    """Ids before the user's first words, between user and assistant, and back; `end_ids` end any turn."""
 
     opening: tuple[int, ...]
     to_assistant: tuple[int, ...]
     to_user: tuple[int, ...]
-    ends: frozenset[int]
+    end_ids: frozenset[int]
 
 
 def turns_of(tokenizer: Tokenizer, model: str) -> Turns:
@@ -64,7 +64,7 @@ class TurnKeeper:
         self._script = torch.tensor(script, device=device)
         self._starts = torch.tensor(starts, device=device)
         self._stops = torch.zeros(2, vocab, dtype=torch.bool, device=device)
-        self._stops[:, sorted(turns.ends)] = True
+        self._stops[:, sorted(turns.end_ids)] = True
         self._stops[USER, turns.to_assistant[0]] = True
         self._stops[ASSISTANT, turns.to_user[0]] = True
         self._at = torch.zeros(rows, dtype=torch.long, device=device)

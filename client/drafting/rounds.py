@@ -32,7 +32,7 @@ def _draft_thread() -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of a round: the tail's answer, the nodes drafted and the time that they took, in seconds."""
+    """What came of a round: the last stage's answer, the nodes drafted and the time that they took, in seconds."""
 
     result: StepResult
     nodes: int = 0

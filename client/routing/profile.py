@@ -1,4 +1,4 @@
-"""Peers of one kind compute alike: in one dtype and quantization, in exact mode also by one arithmetic."""
+"""Peers of one compute profile compute alike: in one dtype and quantization, in exact mode also by one arithmetic."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def promises_exact(record: pb.PeerRecord) -> bool:
 
 
 def may_replace(one: pb.PeerRecord, other: pb.PeerRecord, block: int, *, exact: bool, mixed: bool) -> bool:
-    """Whether `one` holds the same weights of a block and computes as `other` does; `mixed` allows another kind.
+    """Whether `one` holds the same weights of a block and computes as `other` does; `mixed` allows another profile.
 
     Weights that are stored quantized differ in their bytes from those they were made of.
     """

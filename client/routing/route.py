@@ -84,8 +84,8 @@ def choose_route(
     """The cheapest path over block boundaries: each stop costs its round trip and its blocks' compute.
 
     `records` are peers of one model. Peers without room for `reserve_tokens` are a last resort: their answer may be
-    newer than their record. No peer stops twice, because it holds one session once. All are of one kind; `mixed` mixes
-    kinds where none has every block, `exact` leaves those out that do not promise exact mode. Raises NoRoute.
+    newer than their record. No peer stops twice, because it holds one session once. All are of one profile; `mixed`
+    mixes profiles where none has every block, `exact` leaves out those that do not promise exact mode. Raises NoRoute.
     """
     online = [r for r in records if usable(r) and (not exact or promises_exact(r))]
     if exact and records and not online:
@@ -98,25 +98,25 @@ def choose_route(
     def cheapest(hosts: Sequence[pb.PeerRecord]) -> Route:
         return _cheapest([Stop(r, range(r.start, r.end)) for r in hosts], range(n_blocks), rtt_s, reserve_tokens)
 
-    kinds = by_profile(online, exact)
-    routes = [route for hosts in kinds.values() if (route := cheapest(hosts))]
+    profiles = by_profile(online, exact)
+    routes = [route for hosts in profiles.values() if (route := cheapest(hosts))]
     if not routes and not mixed:
-        raise NoRoute(_only_mixed(kinds, n_blocks))
+        raise NoRoute(_only_mixed(profiles, n_blocks))
     return min(
         routes or [cheapest(online)],
         key=lambda route: sum(_stop_cost(stop.peer, stop.blocks, rtt_s, reserve_tokens) for stop in route),
     )
 
 
-def _only_mixed(kinds: Mapping[ComputeProfile, Sequence[pb.PeerRecord]], n_blocks: int) -> str:
-    """Which blocks the kind that has most of them lacks, and what other kinds do about it."""
-    gaps = {kind: missing_blocks(hosts, n_blocks) for kind, hosts in kinds.items()}
-    best = min(gaps, key=lambda kind: sum(map(len, gaps[kind])))
+def _only_mixed(profiles: Mapping[ComputeProfile, Sequence[pb.PeerRecord]], n_blocks: int) -> str:
+    """Which blocks the profile that has most of them lacks, and what other profiles do about it."""
+    gaps = {profile: missing_blocks(hosts, n_blocks) for profile, hosts in profiles.items()}
+    best = min(gaps, key=lambda profile: sum(map(len, gaps[profile])))
     lacking = {block for run in gaps[best] for block in run}
     others = [
-        str(kind)
-        for kind, hosts in kinds.items()
-        if kind != best and any(not lacking.isdisjoint(range(r.start, r.end)) for r in hosts)
+        str(profile)
+        for profile, hosts in profiles.items()
+        if profile != best and any(not lacking.isdisjoint(range(r.start, r.end)) for r in hosts)
     ]
     way_out = "exact mode keeps to one" if best.numerics else "--allow-mixed (allow_mixed=True) mixes both, not exactly"
     return f"{describe_blocks(gaps[best])} are served in {' or '.join(others)} only, the others in {best}; {way_out}"
@@ -134,7 +134,7 @@ def repair_route(
 ) -> Route:
     """`route` with other peers, that compute alike, in place of the stops that are not kept; all new if need be.
 
-    `mixed` takes peers of another kind where none alike is there. Raises NoRoute, naming the blocks that nobody hosts.
+    `mixed` takes peers of another profile where none alike is there. Raises NoRoute, naming blocks that nobody hosts.
     """
     if mixed:
         with contextlib.suppress(NoRoute):
@@ -157,21 +157,21 @@ def repair_route(
     if not stops:
         hosted = {block for host in (*hosts, *kept) for block in host.blocks}
         gaps = _runs(block for block in range(route[-1].blocks.stop) if block not in hosted)
-        way_out = "" if exact or mixed else _other_kinds(records, route, gaps)
+        way_out = "" if exact or mixed else _other_profiles(records, route, gaps)
         raise NoRoute(f"nobody who can be reached hosts {describe_blocks(gaps)} any more{way_out}")
     return tuple(stops)
 
 
-def _other_kinds(records: Iterable[pb.PeerRecord], route: Route, gaps: Iterable[range]) -> str:
-    """What could fill the gaps if kinds were mixed."""
-    kind_of = {block: ComputeProfile.of(stop.peer) for stop in route for block in stop.blocks}
+def _other_profiles(records: Iterable[pb.PeerRecord], route: Route, gaps: Iterable[range]) -> str:
+    """What could fill the gaps if profiles were mixed."""
+    profile_of = {block: ComputeProfile.of(stop.peer) for stop in route for block in stop.blocks}
     lacking = {block for run in gaps for block in run}
     others = {
         str(ComputeProfile.of(record))
         for record in records
         if usable(record)
         for block in lacking.intersection(range(record.start, record.end))
-        if ComputeProfile.of(record) != kind_of[block]
+        if ComputeProfile.of(record) != profile_of[block]
     }
     return f" but in {' or '.join(sorted(others))}, which --allow-mixed would take" if others else ""
 
@@ -229,8 +229,8 @@ def context_of(route: Route) -> int:
 
 def same_profiles(route: Route, other: Route) -> bool:
     """Whether both compute every block alike."""
-    kind_of = {block: ComputeProfile.of(stop.peer) for stop in route for block in stop.blocks}
-    return all(kind_of[block] == ComputeProfile.of(stop.peer) for stop in other for block in stop.blocks)
+    profile_of = {block: ComputeProfile.of(stop.peer) for stop in route for block in stop.blocks}
+    return all(profile_of[block] == ComputeProfile.of(stop.peer) for stop in other for block in stop.blocks)
 
 
 def by_model(records: Iterable[pb.PeerRecord]) -> dict[bytes, list[pb.PeerRecord]]:

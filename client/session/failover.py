@@ -44,8 +44,8 @@ class Failover:
 
     def __str__(self) -> str:
         took = f"{' and '.join(self.replacements)} took over" if self.replacements else "the same peers go on"
-        kind = "" if self.alike else ", in another dtype or quantization: from here on the text is not exact"
-        return f"{self.fault}; {took} after {self.pause_s:.2f} s{kind}"
+        change = "" if self.alike else ", in another dtype or quantization: from here on the text is not exact"
+        return f"{self.fault}; {took} after {self.pause_s:.2f} s{change}"
 
 
 class PeerFinder(Protocol):

@@ -1,7 +1,7 @@
 """The model's ends on this machine: what embeds tokens before the swarm's blocks and draws behind them.
 
-Runs on `peer/model`, as draft models do. No token id leaves this machine, and no score comes back: the head peer gets
-embeddings, the tail returns hidden states. That hides nothing from a peer that compares them with the model's weights.
+Runs on `peer/model`, as draft models do. No token id leaves this machine, and no score comes back: the first stage
+gets embeddings, the last returns hidden states. That hides nothing from a peer that compares them with the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DTYPES = ("float32", "bf16")
 
 
 class LocalEndsError(ValueError):
-    """Why this machine cannot hold the model's head, in one sentence."""
+    """Why this machine cannot hold the model's ends, in one sentence."""
 
 
 class LocalEnds:
@@ -43,24 +43,24 @@ class LocalEnds:
         self._ends = ends
 
     @classmethod
-    def load(cls, source: str, tail: pb.PeerRecord, exact: bool) -> LocalEnds:
-        """As the tail peer holds it: the same weights in the same dtype and quantization, in exact mode bit by bit.
+    def load(cls, source: str, last: pb.PeerRecord, exact: bool) -> LocalEnds:
+        """As the last stage holds them: the same weights in the same dtype and quantization, in exact mode bit by bit.
 
         source: folder, GGUF file or hub id. Raises LocalEndsError.
         """
-        if tail.dtype not in _DTYPES:
-            raise LocalEndsError(f"peers compute in {tail.dtype}; a head on this machine in {' or '.join(_DTYPES)}")
+        if last.dtype not in _DTYPES:
+            raise LocalEndsError(f"peers compute in {last.dtype}; local ends in {' or '.join(_DTYPES)}")
         try:
             with open_checkpoint(source) as checkpoint:
-                holding = holding_of(checkpoint, tail.quantization or "none", tail.dtype)
-                if exact and holding.numerics != tail.numerics:
+                holding = holding_of(checkpoint, last.quantization or "none", last.dtype)
+                if exact and holding.numerics != last.numerics:
                     raise LocalEndsError(
-                        f"exact mode needs one arithmetic: here it is {holding.numerics}, on peers {tail.numerics}"
+                        f"exact mode needs one arithmetic: here it is {holding.numerics}, on peers {last.numerics}"
                     )
-                _check_weights(checkpoint, tail)
+                _check_weights(checkpoint, last)
                 return cls(load_ends(checkpoint, holding))
         except CheckpointError as error:
-            raise LocalEndsError(f"no head in {source}: {error}") from error
+            raise LocalEndsError(f"no local ends in {source}: {error}") from error
 
     def most_rows(self, row_bytes: int) -> int:
         """Rows of embeddings that one frame carries."""
@@ -83,7 +83,7 @@ class LocalEnds:
         top_logprobs: int,
         processors: Sequence[LogitsProcessor],
     ) -> VerificationResult:
-        """What the tail peer would say of its hidden states [rows, d], of a tree or of a prompt's last chunk.
+        """What the last stage would say of its hidden states [rows, d], of a tree or of a prompt's last chunk.
 
         Raises SamplingError.
         """
@@ -99,8 +99,8 @@ class LocalEnds:
         return await asyncio.to_thread(work)
 
 
-def _check_weights(checkpoint: Checkpoint, tail: pb.PeerRecord) -> None:
-    stored = {"norm": tail.norm_digest, "head": tail.head_digest}
+def _check_weights(checkpoint: Checkpoint, last: pb.PeerRecord) -> None:
+    stored = {"norm": last.norm_digest, "head": last.head_digest}
     for part, digest in stored.items():
         if digest and part_digest(checkpoint, checkpoint.layout.part(part)) != digest.hex():
             raise LocalEndsError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,9 +12,8 @@ from hypothesis import strategies as st
 from petal.client.distill.corpus import Corpus
 from petal.client.distill.device import scale_for
 from petal.client.distill.dialogues import answers, draw, sample
-from petal.client.distill.gguf_writer import quantize_q8_0, write_gguf
+from petal.client.distill.gguf_writer import write_gguf
 from petal.client.distill.loss import agreement, completed, divergence
-from petal.client.distill.muon import orthogonal
 from petal.client.distill.rounds import tokens_a_round
 from petal.client.distill.shape import DistillError, parameters_of, shape_for
 from petal.client.distill.student import leading
@@ -24,7 +22,7 @@ from petal.client.distill.target import LocalTarget
 from petal.client.distill.texts import Texts
 from petal.client.distill.turns import ASSISTANT, TurnKeeper, turns_of
 from petal.client.distill.world import World, together
-from petal.client.drafting.registry import shipped_drafter
+from petal.client.drafting.registry import load_drafter, shipped_drafter
 from petal.protocol.checkpoint.layout import CheckpointError
 from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingParams
@@ -210,15 +208,6 @@ def test_the_embedding_keeps_dot_products():
     assert not torch.allclose(leading(low, 4) @ leading(low, 4).T, low @ low.T, atol=1e-2)
 
 
-def test_muon_makes_singular_values_equal():
-    matrices = torch.randn(3, 24, 40)
-    for shape in (matrices, matrices.mT):
-        values = torch.linalg.svdvals(orthogonal(shape).float())
-        assert values.min() > 0.5
-        assert values.max() < 1.4
-    assert torch.linalg.svdvals(matrices).max() > 3
-
-
 def test_a_corpus_drops_repeats_and_is_the_same_again():
     ids = torch.arange(60, dtype=torch.int32).view(20, 3)
     texts = Texts(torch.cat((ids, ids[:5])), torch.ones(25, 3, dtype=torch.bool))
@@ -235,21 +224,16 @@ def test_a_corpus_drops_repeats_and_is_the_same_again():
 
 def test_a_perfect_drafter_brings_whole_trees(folder, target):
     """The target as its own drafter: at T = 0 every level is right, so a round brings as many tokens as levels."""
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    with open_checkpoint(folder) as checkpoint:
+        drafter = load_drafter(str(folder), checkpoint.tokenizer())
     prompts = [[USER_ID, 9, 10]]
     right = answers(target, prompts, 24, SamplingParams())
     wrong = [[(token + 1) % VOCAB for token in right[0]]]
-    assert tokens_a_round(model, prompts, right, 8, SamplingParams()) > 1.5
-    assert tokens_a_round(model, prompts, wrong, 8, SamplingParams()) < 1.5
+    assert tokens_a_round(drafter, prompts, right, 8, SamplingParams()) > 1.5
+    assert tokens_a_round(drafter, prompts, wrong, 8, SamplingParams()) < 1.5
 
 
 # What is written.
-
-
-def test_q8_0_is_ggmls():
-    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-    values[1, :32] = 0
-    assert quantize_q8_0(values) == gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0).tobytes()
 
 
 def test_a_gguf_file_gives_the_model_back(folder, tmp_path):

@@ -258,7 +258,7 @@ def test_ready_line_says_all_that_a_program_needs(peers: list[Peer], model: Path
     assert ready["address"] == f"127.0.0.1:{ready['port']}"
     assert ready["multiaddrs"]
     assert ready["peer_id"] in ready["multiaddrs"][0]
-    assert ready["rows_per_s"] > 0
+    assert ready["tokens_per_s"] > 0
     assert {"stage", "loading"} <= {event["event"] for event in peers[1].events}
 
 
