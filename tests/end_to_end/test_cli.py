@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from petal.client.cli.main import main as client_cli
+from petal.client.cli import main as client_cli
 from petal.peer import cli as peer_cli
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
