@@ -7,7 +7,7 @@ import time
 import torch
 
 from ..protocol.memory import available_bytes
-from ..protocol.wire.tree import chain, depths
+from ..protocol.wire.tree import chain
 from .engine.kv_cache import KVPool
 from .engine.runner import Executor, Segment
 from .model import Span
@@ -30,7 +30,7 @@ def decode_tokens_per_s(span: Span, rounds: int = 5) -> float:
     times = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        executor.run([Segment(cache, row, chain(1), depths(chain(1)), range(span.start, span.end))])
+        executor.run([Segment(cache, row, chain(1), range(span.start, span.end))])
         times.append(time.perf_counter() - started)
         pool.commit(cache, [0])
     return 1 / sorted(times[1:])[rounds // 2]

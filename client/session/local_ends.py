@@ -23,7 +23,7 @@ from ...protocol.checkpoint.open import open_checkpoint
 from ...protocol.wire.codec import encode
 from ...protocol.wire.limits import PART_BYTES
 from ...protocol.wire.sampling import Floats, SamplingParams
-from ...protocol.wire.tree import DraftTree, chain, depths
+from ...protocol.wire.tree import DraftTree, RowTree, chain
 from ...protocol.wire.verification import Reshape, TokenHistory, VerificationResult, draw_after_prefill, verify
 
 # transformers' convention: ids [1, n] and scores [1, vocab] in, scores out.
@@ -68,8 +68,8 @@ class LocalEnds:
 
     async def embed(self, step: pb.Step, codec: pb.Codec) -> None:
         """Put embeddings in place of a step's token ids."""
-        parents = step.parents or chain(len(step.ids))
-        positions = [step.base + depth for depth in depths(parents)]
+        tree = RowTree(tuple(step.parents)) if step.parents else chain(len(step.ids))
+        positions = [step.base + depth for depth in tree.depths]
         rows = await asyncio.to_thread(self._ends.embed, torch.tensor(step.ids), torch.tensor(positions))
         step.embeddings = encode(codec, rows.float().numpy())
         step.ClearField("ids")

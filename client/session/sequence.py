@@ -94,7 +94,7 @@ class SequenceState:
         """Where this client draws: the shape of the tree, and no ids."""
         frame = self.to_first_stage(step)
         frame.step.ClearField("ids")
-        frame.step.parents[:] = step.parents or chain(len(step.ids))
+        frame.step.parents[:] = step.parents or chain(len(step.ids)).parents
         return frame
 
 

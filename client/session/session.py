@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...protocol.trust.channels import Channels
 from ...protocol.wire.codec import row_bytes
 from ...protocol.wire.sampling import SamplingParams
-from ...protocol.wire.tree import DraftTree, chain
+from ...protocol.wire.tree import DraftTree
 from ...protocol.wire.verification import TokenHistory
 from ..routing.route import Route, context_of
 from .failover import Failover, PeerFinder, RouteKeeper
@@ -144,7 +144,7 @@ class Session:
         Raises PeerError, NoRoute.
         """
         output = output or OutputOptions()
-        parents = () if tree.parents == chain(len(tree)) else tree.parents
+        parents = () if tree.is_chain else tree.parents
         await self._send(tree.ids, parents, output, prefill=False, sample=True, sampling=sampling)
         result = await self._steps.result(self._sequence.step)
         if self.options.local_ends:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.cpu.attention import attend
 from ...kernels.metadata import AttentionPlan
+from ...protocol.wire.tree import StepTree
 from ..model import Span
 from . import fallback as cached
 from .kv_cache import PAGE, KVPool, SessionCache
@@ -19,12 +20,11 @@ from .kv_cache import PAGE, KVPool, SessionCache
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one step: ids [n] or hidden states [n, d], their parents within the segment, the blocks to apply."""
+    """Rows of one step: ids [n] or hidden states [n, d], their tree within the segment, the blocks to apply."""
 
     cache: SessionCache
     rows: Tensor
-    parents: Sequence[int]
-    depths: Sequence[int]
+    tree: StepTree
     blocks: range
 
 
@@ -52,7 +52,7 @@ class Executor:
         for segment in segments:
             self._pool.append(segment.cache, len(segment.rows))
         if not self._span.ragged:
-            return [cached.forward(self._span, self._pool, s.cache, s.rows, s.parents, blocks) for s in segments]
+            return [cached.forward(self._span, self._pool, s.cache, s.rows, s.tree.parents, blocks) for s in segments]
         counts = [len(segment.rows) for segment in segments]
         plans = self._plans(segments, bases, counts)
         pool = self._pool
@@ -70,8 +70,10 @@ class Executor:
             "row_start": list(accumulate(counts, initial=0))[:-1],
             "row_count": counts,
             "base": bases,
-            "positions": [b + depth for b, segment in zip(bases, segments, strict=True) for depth in segment.depths],
-            "parents": [parent for segment in segments for parent in segment.parents],
+            "positions": [
+                b + depth for b, segment in zip(bases, segments, strict=True) for depth in segment.tree.depths
+            ],
+            "parents": [parent for segment in segments for parent in segment.tree.parents],
         }
         # One tensor for all: for a single row, making them one by one would take as long as a layer.
         flat = torch.tensor(list(chain.from_iterable(parts.values())), dtype=torch.int32)

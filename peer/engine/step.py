@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from ...protocol import petal_pb2 as pb
 from ...protocol.wire.sampling import SamplingParams
+from ...protocol.wire.step import StepHeader
 from ...protocol.wire.verification import TokenHistory, VerificationResult
 
 
@@ -21,40 +26,42 @@ class DeadlinePassed(StepFailed):
     """The step waited for compute until its deadline."""
 
 
-@dataclass(frozen=True)
-class StepInput:
-    """A checked step: token ids at head and tail; encoded hidden states of the peer before, or a client's embeddings.
+@dataclass(eq=False)
+class Step:
+    """A checked step, made once where it enters a peer and carried to its answer.
 
-    `commit` names accepted rows of the step before; None where nothing is pending.
+    ids: at the first and the last stage. hidden: encoded activations of the stage before, or a client's embeddings.
+    brought: what a client's repeat must bring again, its ids or a digest of its embeddings. deadline: in seconds of the
+    monotonic clock. hops: of the stages before.
     """
 
-    ids: Sequence[int]
-    hidden: bytearray
-    parents: Sequence[int]
-    base: int
-    commit: Sequence[int] | None
-    rewind: int | None
-    prefill: bool
-    sample: bool
+    header: StepHeader
+    ids: tuple[int, ...] = ()
+    hidden: bytearray = field(default_factory=bytearray)
+    brought: tuple[int, ...] | bytes = ()
     sampling: SamplingParams | None = None
     history: TokenHistory | None = None
-    top_logprobs: int = 0
-    want_logits: bool = False
-    want_hidden: bool = False
     deadline: float | None = None
+    hops: Sequence[pb.Hop] = ()
+    # When, in nanoseconds of the monotonic clock. queued_ns: how long it was ready while others computed.
+    received_ns: int = 0
+    submitted_ns: int = 0
+    started_ns: int = 0
+    ended_ns: int = 0
+    queued_ns: int = 0
+    # The compute thread's: token ids [n] or hidden states [n, d], and what came of the chunks that ran.
+    rows: Tensor = field(default_factory=lambda: torch.empty(0))
+    outputs: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class StepOutput:
-    """What a step left behind: encoded hidden states for the next peer (or a client that wants them), a verdict at the
-    tail; and when, in nanoseconds of the monotonic clock. `queued_ns`: how long it was ready while others computed."""
+    """What a step left behind: encoded hidden states for the next peer, or for a client that wants them; at the last
+    stage what its verification found, and logits where they were asked for."""
 
-    hidden: bytes
-    verdict: VerificationResult | None
-    logits: bytes
-    started_ns: int
-    ended_ns: int
-    queued_ns: int
+    hidden: bytes = b""
+    verification: VerificationResult | None = None
+    logits: bytes = b""
 
 
-Done = Callable[["StepOutput | StepFailed"], None]
+Done = Callable[[StepOutput | StepFailed], None]

@@ -11,7 +11,7 @@ from ...protocol.wire.step import StepHeader, activations_of
 from ..engine.step import StepOutput
 
 
-def link_frames(header: StepHeader, hidden: bytes, hops: list[pb.Hop]) -> list[pb.LinkFrame]:
+def link_frames(header: StepHeader, hidden: bytes, hops: Iterable[pb.Hop]) -> list[pb.LinkFrame]:
     """Frames of at most PART_BYTES of activations for the next peer."""
     frames = []
     for part in _parts(hidden):
@@ -33,14 +33,14 @@ def replay_frames(step: int, epoch: int, base: int, chunks: Iterable[bytes], row
         base += rows
 
 
-def result_frames(header: StepHeader, result: StepOutput, hops: list[pb.Hop]) -> list[pb.PeerFrame]:
-    """Frames for the client: the verdict in the first, large payloads in parts."""
+def result_frames(header: StepHeader, result: StepOutput, hops: Iterable[pb.Hop]) -> list[pb.PeerFrame]:
+    """Frames for the client: what was accepted in the first, large payloads in parts."""
     first = pb.Result(step=header.step, hops=hops)
-    if result.verdict:
+    if result.verification:
         first.sampled = True
-        first.accepted.extend(result.verdict.accepted)
-        first.next_token = result.verdict.next_token
-        first.logprobs.extend(row.message() for row in result.verdict.logprobs)
+        first.accepted.extend(result.verification.accepted)
+        first.next_token = result.verification.next_token
+        first.logprobs.extend(row.message() for row in result.verification.logprobs)
     results = [first]
     results += [pb.Result(step=header.step, logits=part) for part in _parts(result.logits)]
     results += [pb.Result(step=header.step, hidden=part) for part in _parts(result.hidden)]

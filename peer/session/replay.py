@@ -57,7 +57,7 @@ class ReplayLog:
             self._tree = outputs
             self._budget.touch(self)
 
-    def settle(self, commit: Sequence[int], rewind: int | None) -> None:
+    def apply(self, commit: Sequence[int], rewind: int | None) -> None:
         """Apply a step's word on the step before: its accepted rows, then a rewind."""
         if self.lost:
             return
@@ -69,7 +69,7 @@ class ReplayLog:
 
     def resume(self, length: int, commit: Sequence[int]) -> None:
         """Keep `length` rows; where there are fewer, `commit` names the missing ones among the tree's."""
-        self.settle(commit if self.rows < length else (), length)
+        self.apply(commit if self.rows < length else (), length)
         if self.rows != length:
             self.lose()
 

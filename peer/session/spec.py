@@ -40,11 +40,11 @@ class SessionSpec:
     max_nodes: int = MAX_ROWS - 1
 
     @property
-    def is_head(self) -> bool:
+    def is_first(self) -> bool:
         return self.blocks.start == 0
 
     @property
-    def is_tail(self) -> bool:
+    def is_last(self) -> bool:
         return self.blocks.stop == self.n_blocks
 
     @property

@@ -1,7 +1,8 @@
-"""The counters of one session: which step comes next and how many rows are cached. Every refusal is a SessionFailed."""
+"""Where a session stands: which step comes next, how many rows are cached. Every refusal is a SessionFailed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -9,39 +10,39 @@ import grpc
 from ...protocol import petal_pb2 as pb
 from ...protocol.wire.limits import ANSWER_BYTES
 from ...protocol.wire.step import StepHeader
-from ...protocol.wire.tree import TreeError, check_path, depths
+from ...protocol.wire.tree import TreeError
+from ..engine.step import Step
 from .spec import SessionFailed, SessionSpec, invalid
 
-# What the client brought of a step: token ids, or a digest of embeddings in their place.
-Rows = tuple[int, ...] | bytes
+Frames = Sequence[pb.PeerFrame] | Sequence[pb.LinkFrame]
 
 
 @dataclass
-class Entry:
+class StepRecord:
     """An accepted step: what a repeat must equal, and its answer once there is one."""
 
     header: StepHeader
-    rows: Rows
+    brought: tuple[int, ...] | bytes
     finished: bool = False
-    answer: list[pb.PeerFrame] | list[pb.LinkFrame] | None = None
+    answer: Frames = ()
 
 
-class Ledger:
+class SequenceState:
     """What client and peer have agreed on. `missing`: rows of before that are still to be replayed."""
 
     def __init__(self, spec: SessionSpec) -> None:
         self.step = 0
         self.length = 0
         self.missing = 0
-        self.newest: Entry | None = None
+        self.newest: StepRecord | None = None
         self._spec = spec
 
-    def adopt(self, parent: Ledger) -> None:
+    def adopt(self, parent: SequenceState) -> None:
         """Start as a fork of a session whose newest step must have finished."""
         if parent.missing or (parent.newest and not parent.newest.finished):
             raise SessionFailed(grpc.StatusCode.FAILED_PRECONDITION, "a session forks only between two steps")
         self.step, self.length = parent.step, parent.length
-        self.newest = parent.newest and Entry(parent.newest.header, parent.newest.rows, finished=True)
+        self.newest = parent.newest and StepRecord(parent.newest.header, parent.newest.brought, finished=True)
 
     def resume(self, step: int, length: int, missing: int) -> None:
         """Be as behind `step`, with `length` rows cached, the `missing` last of them yet to come."""
@@ -60,11 +61,11 @@ class Ledger:
         self._check_rows(header)
         self.missing -= header.rows
 
-    def accept(self, header: StepHeader, rows: Rows) -> Entry | None:
+    def accept(self, step: Step) -> StepRecord | None:
         """Advance by a new step; None for a repeat of the newest."""
-        newest = self.newest
+        header, newest = step.header, self.newest
         if newest and header.step == newest.header.step:
-            if (header.content, rows) != (newest.header.content, newest.rows):
+            if (header.content, step.brought) != (newest.header.content, newest.brought):
                 raise invalid(f"step {header.step} was repeated with other content; a repeat must be the same")
             return None
         if header.step != self.step + 1:
@@ -77,7 +78,7 @@ class Ledger:
             raise invalid(f"base is {header.base}, but {length} rows are cached")
         self._check_room(header)
         self.step, self.length = header.step, length + header.rows if header.prefill else length
-        self.newest = Entry(header, rows)
+        self.newest = StepRecord(header, step.brought)
         return self.newest
 
     def _committed(self, header: StepHeader) -> int:
@@ -87,7 +88,7 @@ class Ledger:
             if not newest.finished:
                 raise invalid("one tree is in flight a session; wait for its result")
             try:
-                check_path(newest.header.parents, header.commit)
+                newest.header.tree.check_path(header.commit)
             except TreeError as error:
                 raise invalid(f"bad commit: {error}") from error
             length += len(header.commit)
@@ -106,7 +107,7 @@ class Ledger:
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"{end} rows exceed the {spec.reserve_tokens} that this session reserved",
             )
-        if header.base + max(depths(header.parents)) >= spec.context_length:
+        if header.base + header.tree.height >= spec.context_length:
             raise invalid(f"the model's context ends at position {spec.context_length - 1}")
         self._check_rows(header)
 

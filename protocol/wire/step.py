@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .. import petal_pb2 as pb
 from .limits import MAX_ROWS, TOP_LOGPROBS
-from .tree import TreeError, chain, check_parents
+from .tree import DraftTree, RowTree, StepTree, TreeError, chain
 
 
 class StepError(ValueError):
@@ -15,14 +15,17 @@ class StepError(ValueError):
 
 @dataclass(frozen=True)
 class StepHeader:
-    """Counters, commit and tree of one step. `commit` is empty after a prefill, whose rows are all accepted."""
+    """Counters, commit and tree of one step. `commit` is empty after a prefill, whose rows are all accepted.
+
+    Made once, where a step enters a peer; a tree that came with token ids is a DraftTree.
+    """
 
     step: int
     epoch: int
     base: int
     commit: tuple[int, ...]
     rewind: int | None
-    parents: tuple[int, ...]
+    tree: StepTree
     prefill: bool
     sample: bool
     top_logprobs: int
@@ -34,7 +37,7 @@ class StepHeader:
 
     @property
     def rows(self) -> int:
-        return len(self.parents)
+        return len(self.tree)
 
     @property
     def content(self) -> tuple[object, ...]:
@@ -44,7 +47,7 @@ class StepHeader:
             self.base,
             self.commit,
             self.rewind,
-            self.parents,
+            self.tree.parents,
             self.prefill,
             self.sample,
             self.top_logprobs,
@@ -53,18 +56,22 @@ class StepHeader:
         )
 
 
-def header_of(message: pb.Step | pb.Activations, rows: int) -> StepHeader:
+def header_of(message: pb.Step | pb.Activations, rows: int, ids: tuple[int, ...] = ()) -> StepHeader:
     """Read and check a header; a message without parents carries a chain of `rows`. Raises StepError."""
     if not 0 < rows <= MAX_ROWS:
         raise StepError(f"a step of {rows} rows; from 1 to {MAX_ROWS} are allowed")
-    parents = tuple(message.parents) or chain(rows)
-    if len(parents) != rows:
+    parents = tuple(message.parents)
+    if parents and len(parents) != rows:
         raise StepError(f"{rows} rows but {len(parents)} parents")
+    tree: StepTree = chain(rows)
     try:
-        check_parents(parents)
+        if ids and not message.prefill:
+            tree = DraftTree(ids, parents or tree.parents)
+        elif parents:
+            tree = RowTree(parents)
     except TreeError as error:
         raise StepError(str(error)) from error
-    if message.prefill and parents != chain(rows):
+    if message.prefill and not tree.is_chain:
         raise StepError("a prefill chunk is a chain, not a tree")
     if message.replay and (message.sample or not message.prefill or message.commit or message.HasField("rewind")):
         raise StepError("replayed rows are a prefill that samples, commits and rewinds nothing")
@@ -76,7 +83,7 @@ def header_of(message: pb.Step | pb.Activations, rows: int) -> StepHeader:
         base=message.base,
         commit=tuple(message.commit),
         rewind=message.rewind if message.HasField("rewind") else None,
-        parents=parents,
+        tree=tree,
         prefill=message.prefill,
         sample=message.sample,
         top_logprobs=message.want.top_logprobs,
@@ -90,14 +97,13 @@ def header_of(message: pb.Step | pb.Activations, rows: int) -> StepHeader:
 
 def activations_of(header: StepHeader) -> pb.Activations:
     """The same header on its way to the next peer: no token ids."""
-    plain_chain = header.parents == chain(header.rows)
     message = pb.Activations(
         step=header.step,
         route_epoch=header.epoch,
         base=header.base,
         commit=header.commit,
         rewind=header.rewind,
-        parents=() if plain_chain else header.parents,
+        parents=() if header.tree.is_chain else header.tree.parents,
         rows=header.rows,
         prefill=header.prefill,
         sample=header.sample,

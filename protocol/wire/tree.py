@@ -1,10 +1,10 @@
-"""Draft trees: tokens and parents in topological order, rooted at the last emitted token."""
+"""Trees of rows in topological order: what a step brings, and what a drafter proposes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 
@@ -12,52 +12,40 @@ class TreeError(ValueError):
     """A tree that no peer may accept; the message says which row is wrong and what is allowed."""
 
 
-def check_parents(parents: Sequence[int]) -> None:
-    """Refuse anything but one tree in topological order: row 0 has parent -1, every other row an earlier one."""
-    if not parents:
-        raise TreeError("a tree needs at least row 0")
-    if parents[0] != -1:
-        raise TreeError(f"row 0 has parent {parents[0]}, it must be -1")
-    for row, parent in enumerate(parents[1:], start=1):
-        if not 0 <= parent < row:
-            raise TreeError(f"row {row} has parent {parent}, it must be from 0 to {row - 1}")
+class StepTree:
+    """The rows of a step: row 0 has parent -1, every other row an earlier one. Walked once, where it is made."""
 
-
-def chain(rows: int) -> tuple[int, ...]:
-    """Parents of a path of `rows` rows."""
-    return tuple(range(-1, rows - 1))
-
-
-def depths(parents: Sequence[int]) -> list[int]:
-    """Distance of every row from row 0."""
-    result: list[int] = []
-    for parent in parents:
-        result.append(0 if parent < 0 else result[parent] + 1)
-    return result
-
-
-@dataclass(frozen=True)
-class DraftTree:
-    """`ids[0]` is the last emitted token, not yet cached; `parents[u] < u` for every other row."""
-
-    ids: tuple[int, ...]
     parents: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        if len(self.ids) != len(self.parents):
-            raise TreeError(f"{len(self.ids)} ids but {len(self.parents)} parents")
-        check_parents(self.parents)
-
-    @classmethod
-    def of_chain(cls, ids: Sequence[int]) -> DraftTree:
-        return cls(tuple(ids), chain(len(ids)))
-
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.parents)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Distance of every row from row 0. Raises TreeError where the rows are no tree."""
+        if not self.parents:
+            raise TreeError("a tree needs at least row 0")
+        if self.parents[0] != -1:
+            raise TreeError(f"row 0 has parent {self.parents[0]}, it must be -1")
+        depths = [0]
+        for row, parent in enumerate(self.parents[1:], start=1):
+            if not 0 <= parent < row:
+                raise TreeError(f"row {row} has parent {parent}, it must be from 0 to {row - 1}")
+            depths.append(depths[parent] + 1)
+        return tuple(depths)
+
+    @cached_property
+    def height(self) -> int:
+        """Of the deepest row."""
+        return max(self.depths)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return self.height == len(self) - 1
 
     @cached_property
     def children(self) -> list[list[int]]:
-        result: list[list[int]] = [[] for _ in self.ids]
+        result: list[list[int]] = [[] for _ in self.parents]
         for row, parent in enumerate(self.parents[1:], start=1):
             result[parent].append(row)
         return result
@@ -69,14 +57,42 @@ class DraftTree:
             rows.append(self.parents[rows[-1]])
         return rows[::-1]
 
+    def check_path(self, rows: Sequence[int]) -> None:
+        """Refuse a commit that is not a path from row 0 downwards. Raises TreeError."""
+        if not rows or rows[0] != 0:
+            raise TreeError("a commit starts with row 0")
+        for before, row in pairwise(rows):
+            if not 0 <= row < len(self.parents) or self.parents[row] != before:
+                raise TreeError(f"row {row} is not a child of row {before} of the step before")
 
-def check_path(parents: Sequence[int], rows: Sequence[int]) -> None:
-    """Refuse a commit that is not a path from row 0 downwards."""
-    if not rows or rows[0] != 0:
-        raise TreeError("a commit starts with row 0")
-    for before, row in pairwise(rows):
-        if not 0 <= row < len(parents) or parents[row] != before:
-            raise TreeError(f"row {row} is not a child of row {before} of the step before")
+
+@dataclass(frozen=True)
+class RowTree(StepTree):
+    """A tree without tokens, which is all that a middle peer sees."""
+
+    parents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _ = self.depths
+
+
+@dataclass(frozen=True)
+class DraftTree(StepTree):
+    """`ids[0]` is the last emitted token, not yet cached."""
+
+    ids: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.parents):
+            raise TreeError(f"{len(self.ids)} ids but {len(self.parents)} parents")
+        _ = self.depths
+
+
+@lru_cache(maxsize=256)
+def chain(rows: int) -> RowTree:
+    """A path of `rows` rows."""
+    return RowTree(tuple(range(-1, rows - 1)))
 
 
 def walk(tree: DraftTree, draw: Callable[[int, list[int]], int]) -> tuple[list[int], int]:

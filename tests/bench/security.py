@@ -30,6 +30,7 @@ from petal.protocol.wire.sampling import SamplingParams
 from petal.protocol.wire.tree import DraftTree
 
 from tests.support.private_swarms import free_ports, home
+from tests.support.trees import token_chain
 
 from .plain_peer import PlainTrust
 from .swarm import console, report, wait_ready
@@ -37,7 +38,7 @@ from .swarm import console, report, wait_ready
 PEERS = 2
 ROWS = 64
 PROMPT = [(7 * i) % 4000 + 100 for i in range(512)]
-TREE = DraftTree.of_chain([(11 * i) % 4000 + 100 for i in range(33)])
+TREE = token_chain([(11 * i) % 4000 + 100 for i in range(33)])
 TLS, BARE = "mutual TLS", "bare TCP"
 Times = dict[str, list[float]]
 BARS = {"mtls_share_decode": 0.05, "mtls_share_tree": 0.05, "mtls_share_prefill": 0.10, "revoke_s": 60.0, "join_s": 5.0}
@@ -67,7 +68,7 @@ async def prefill(session: Session) -> float:
 async def measure(contenders: dict[str, Session], count: int) -> dict[str, Times]:
     """Seconds. The contenders take turns at every step, and at going first: what else runs here hits them alike."""
     kinds: dict[str, tuple[int, Callable[[Session], Awaitable[float]]]] = {
-        "decode": (count, lambda session: step(session, DraftTree.of_chain([300]))),
+        "decode": (count, lambda session: step(session, token_chain([300]))),
         "tree": (count // 2, lambda session: step(session, TREE)),
         "prefill": (count // 10, prefill),
     }
@@ -152,7 +153,7 @@ async def cut(authority: Authority, client: AsyncSwarmModel, session: Session) -
     authority.revoke(client.ends.trust.name)  # type: ignore[attr-defined]
     while time.perf_counter() - started < 120:
         try:
-            await session.step(DraftTree.of_chain([300]))
+            await session.step(token_chain([300]))
         except PeerError:
             break
         await asyncio.sleep(0.05)

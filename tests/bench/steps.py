@@ -19,7 +19,7 @@ from petal.kernels.cpu.linear import arithmetic
 from petal.peer.engine.kv_cache import KVPool
 from petal.peer.engine.runner import Executor, Segment
 from petal.peer.model import Holding, load_span
-from petal.protocol.wire.tree import chain, depths
+from petal.protocol.wire.tree import RowTree, chain
 from transformers import DynamicCache
 
 from tests.support.reference import demo_checkpoint, load_reference
@@ -32,9 +32,9 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[int], object]  # given the number of rows
 
 
-def tree(rows: int) -> list[int]:
+def tree(rows: int) -> RowTree:
     rng = random.Random(rows)
-    return [-1, *(rng.randrange(row) for row in range(1, rows))]
+    return RowTree((-1, *(rng.randrange(row) for row in range(1, rows))))
 
 
 def peer_step(dtype: torch.dtype) -> Step:
@@ -43,13 +43,11 @@ def peer_step(dtype: torch.dtype) -> Step:
     span = load_span(checkpoint, 0, checkpoint.n_blocks, holding=Holding(dtype))
     pool = KVPool(span.layers, 2 * PROMPT)
     executor, cache, blocks = Executor(span, pool), pool.open(), range(checkpoint.n_blocks)
-    prompt = chain(PROMPT)
-    executor.run([Segment(cache, torch.arange(PROMPT), prompt, depths(prompt), blocks)])
+    executor.run([Segment(cache, torch.arange(PROMPT), chain(PROMPT), blocks)])
     pool.commit(cache, range(PROMPT))
 
     def step(rows: int) -> None:
-        parents = tree(rows)
-        (hidden,) = executor.run([Segment(cache, torch.arange(rows), parents, depths(parents), blocks)])
+        (hidden,) = executor.run([Segment(cache, torch.arange(rows), tree(rows), blocks)])
         span.logits(hidden)
         pool.commit(cache, [])
 

@@ -22,10 +22,10 @@ from petal.protocol.trust.trust import PublicTrust
 from petal.protocol.wire.codec import row_bytes
 from petal.protocol.wire.limits import FRAME_BYTES, WINDOW_BYTES
 from petal.protocol.wire.sampling import SamplingParams
-from petal.protocol.wire.tree import DraftTree
 
 from ..support.swarms import LocalSwarm, local_swarm
 from ..support.tiny import VOCAB, tiny_llama
+from ..support.trees import token_chain
 from ..support.wire import CALLER, CLIENT, RawSession, RawStream, Wire, settled
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -63,7 +63,7 @@ async def session_beside(client: AsyncSwarmModel, undisturbed: list[int]) -> Asy
         for token in range(7):
             if token == 3:
                 yield
-            said.append((await session.step(DraftTree.of_chain(said[-1:]))).next_token)
+            said.append((await session.step(token_chain(said[-1:]))).next_token)
     assert said == undisturbed
 
 
@@ -351,10 +351,10 @@ async def test_step_of_an_old_route_epoch_is_dropped(whole: Wire) -> None:
 async def test_steps_go_to_head_and_tail_only(whole: Wire) -> None:
     middle, _ = await whole.session(start=1, end=3)
     await middle.step(1, PROMPT, prefill=True)
-    await middle.refused(Code.INVALID_ARGUMENT, "head and the tail")
+    await middle.refused(Code.INVALID_ARGUMENT, "first and the last stage")
     tail, _ = await whole.session(start=1)
     await tail.step(1, embeddings=b"\0" * 256, prefill=True)
-    await tail.refused(Code.INVALID_ARGUMENT, "embeddings go to the head peer alone")
+    await tail.refused(Code.INVALID_ARGUMENT, "embeddings go to the first stage alone")
 
 
 async def test_a_tail_without_ids_returns_hidden_states_and_cannot_sample_later(whole: Wire) -> None:
@@ -503,7 +503,7 @@ async def test_steps_far_ahead_do_not_pile_up_at_the_tail(tail: Wire) -> None:
 async def test_head_takes_no_activations(head: Wire) -> None:
     session, link = await linked(head)
     await link.send(activations=activations())
-    await session.refused(Code.INVALID_ARGUMENT, "head peer takes no activations")
+    await session.refused(Code.INVALID_ARGUMENT, "first stage takes no activations")
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["wrong token", "unknown session"])

@@ -19,6 +19,7 @@ from petal.protocol.wire.tree import DraftTree
 
 from ..support.swarms import local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
+from ..support.trees import token_chain
 
 LENGTH = 96
 LOGITS = OutputOptions(logits=True)
@@ -56,7 +57,7 @@ async def in_decode_steps(client: AsyncSwarmModel, ids: list[int], prompt: int =
     """The same rows, one token a step behind a short prompt."""
     with closing(await client.open_session(len(ids) + 64)) as session:
         first = await session.prefill(ids[:prompt], SamplingParams(), output=LOGITS)
-        rest = [await session.step(DraftTree.of_chain([token]), output=LOGITS) for token in ids[prompt:]]
+        rest = [await session.step(token_chain([token]), output=LOGITS) for token in ids[prompt:]]
         return np.concatenate([first.logits, *(step.logits for step in rest)])
 
 

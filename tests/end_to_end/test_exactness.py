@@ -22,11 +22,11 @@ from petal.client.session.result import OutputOptions
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingParams
-from petal.protocol.wire.tree import DraftTree
 
 from ..support.reference import GREEDY, NEW_TOKENS, demo_checkpoint, demo_reference, load_reference, reference_logits
 from ..support.swarms import local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
+from ..support.trees import token_chain
 
 MARGIN = 5e-4
 MAX_SHARE = 1e-3
@@ -62,7 +62,7 @@ async def compare_greedy(client: AsyncSwarmModel, expected: dict, new_tokens: in
         result = await session.prefill(expected["prompt"], SamplingParams())
         for position, (token, margin) in enumerate(zip(ids, expected["margins"], strict=False)):
             if position:
-                result = await session.step(DraftTree.of_chain([ids[position - 1]]))
+                result = await session.step(token_chain([ids[position - 1]]))
             counts.take(result.next_token, token, margin)
 
 
@@ -197,7 +197,7 @@ async def test_compaction_equals_a_fresh_prefill() -> None:
                 while len(said) < len(ids):
                     result = await session.step(drafter.propose(said, 10))
                     said += [*result.path_ids, result.next_token]
-                result = await session.step(DraftTree.of_chain(said[-1:]), output=OutputOptions(logits=True))
+                result = await session.step(token_chain(said[-1:]), output=OutputOptions(logits=True))
                 expected = await swarm_logits(client, said)
                 assert np.array_equal(result.logits[-1], expected[-1])
                 with torch.inference_mode():

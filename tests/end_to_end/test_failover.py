@@ -18,7 +18,6 @@ from petal.client.drafting.ngram import NgramDrafter
 from petal.client.routing.route import NoRoute
 from petal.client.session.peer_error import PeerError
 from petal.kernels.cpu import build as native
-from petal.protocol.wire.tree import DraftTree
 
 from ..support.disturbed import (
     PARAMS,
@@ -35,6 +34,7 @@ from ..support.disturbed import (
 )
 from ..support.swarms import LocalSwarm, local_swarm
 from ..support.tiny import tiny_llama
+from ..support.trees import token_chain
 from ..support.wire import released
 from .test_speculation import tiny_drafter
 
@@ -156,14 +156,14 @@ async def test_a_rewind_that_no_peer_has_heard_of(swarm: LocalSwarm, expected: l
         assert result.next_token is None
         [event] = run.session.take_events()
         assert len(event.replacements) == 1
-        again = await run.session.step(DraftTree.of_chain([said[len(PROMPT) + 8]]), PARAMS)
+        again = await run.session.step(token_chain([said[len(PROMPT) + 8]]), PARAMS)
         assert run.session.ids == said[: len(PROMPT) + 9]
         async with swarm.connect(exact=True) as other, await other.open_session(256) as fresh:
             await fresh.prefill(PROMPT, PARAMS)
             for token in run.said[:6]:
-                await fresh.step(DraftTree.of_chain([token]))
+                await fresh.step(token_chain([token]))
             await fresh.prefill(run.said[6:8])
-            assert again.next_token == (await fresh.step(DraftTree.of_chain([run.said[8]]))).next_token
+            assert again.next_token == (await fresh.step(token_chain([run.said[8]]))).next_token
 
 
 async def test_a_fork_of_a_session_that_moved(swarm: LocalSwarm, expected: list[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from petal.protocol import petal_pb2 as pb
 from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingError, SamplingParams
 from petal.protocol.wire.step import StepHeader
-from petal.protocol.wire.tree import DraftTree
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -41,6 +40,7 @@ from transformers import (
 
 from ..support.swarms import LocalSwarm, local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
+from ..support.trees import token_chain
 from .test_exactness import SAMPLING, RandomDrafter
 
 PROMPT = [5, 17, 90, 33, 2, 8]
@@ -126,9 +126,9 @@ async def test_fast_mode_small_codecs_forks_and_rewinds() -> None:
             with closing(await local.open_session(128)) as session:
                 params = SamplingParams(temperature=0.9, presence_penalty=0.5, seed=1)
                 first = await session.prefill(PROMPT, params)
-                step = await session.step(DraftTree.of_chain([first.next_token]))
+                step = await session.step(token_chain([first.next_token]))
                 session.rewind(len(PROMPT))
-                again = await session.step(DraftTree.of_chain([first.next_token]))
+                again = await session.step(token_chain([first.next_token]))
                 assert step.next_token == again.next_token
                 assert step.hidden.shape == (1, 64)
 
@@ -151,7 +151,7 @@ async def test_peers_fail(sent: list[pb.Step]) -> None:
                     if len(said) == len(PROMPT) + 8:
                         [lost] = [p for p in swarm.peers if p.identity.peer_id == session.route[place].peer.peer_id]
                         await lost._grpc.stop(None)
-                    result = await session.step(DraftTree.of_chain(said[-1:]))
+                    result = await session.step(token_chain(said[-1:]))
                     said += [*result.path_ids, result.next_token]
                 assert len(session.take_events()) == 1
             assert said == expected
@@ -172,16 +172,16 @@ async def test_peers_fail(sent: list[pb.Step]) -> None:
 async def test_a_tail_that_sends_no_hidden_states(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes], reason: str
 ) -> None:
-    def altered(header: StepHeader, output: StepOutput, hops: list[pb.Hop]) -> list[pb.PeerFrame]:
+    def altered(header: StepHeader, output: StepOutput, hops: Iterable[pb.Hop]) -> list[pb.PeerFrame]:
         return result_frames(header, replace(output, hidden=change(output.hidden)), hops)
 
     async with local_swarm(tiny_llama(), spans(4, 1)) as swarm, swarm.connect(local_ends=True) as client:
         client.connection.defaults = replace(client.connection.defaults, wait_s=0.0)
         async with await client.open_session(64) as session:
             result = await session.prefill(PROMPT, SamplingParams())
-            monkeypatch.setattr("petal.peer.session.session.result_frames", altered)
+            monkeypatch.setattr("petal.peer.session.outputs.result_frames", altered)
             with pytest.raises((PeerError, NoRoute)):
-                await session.step(DraftTree.of_chain([result.next_token]))
+                await session.step(token_chain([result.next_token]))
             assert re.search(reason, str(session._pipeline.hops[-1].failed))
 
 

@@ -25,11 +25,11 @@ from petal.protocol.private.membership import Membership, request_for
 from petal.protocol.trust.tls_key import TlsKey
 from petal.protocol.trust.trust import PublicTrust
 from petal.protocol.wire.limits import DIRECTORY_OPTIONS
-from petal.protocol.wire.tree import DraftTree
 
 from ..support.private_swarms import PrivateSwarm, free_ports, private_swarm
 from ..support.swarms import local_swarm
 from ..support.tiny import tiny_llama
+from ..support.trees import token_chain
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 PROMPT = [1, 5, 9, 4, 77]
@@ -207,11 +207,11 @@ async def test_quotas_by_label_hold_on_the_wire() -> None:
                 await client.open_session(64, wait_s=0)
             assert refused.value.busy
             with pytest.raises(PeerError, match="tree of 4 nodes; your quota here is 3"):
-                await session.step(DraftTree.of_chain([1, 2, 3, 4, 5]))
+                await session.step(token_chain([1, 2, 3, 4, 5]))
             session = await client.open_session(64)
             await session.prefill([1] * 20)
             with pytest.raises(PeerError, match="20 tokens a minute; retry in"):
                 await session.prefill([2] * 5)
             async with await other.open_session(64) as free:
                 await free.prefill([1] * 40)
-                await free.step(DraftTree.of_chain([1, 2, 3, 4, 5]))
+                await free.step(token_chain([1, 2, 3, 4, 5]))

@@ -272,7 +272,7 @@ async def test_bad_replays_over_the_link_are_refused(tail: Wire, message: pb.Act
 async def test_token_ids_are_not_replayed_to_a_tail(tail: Wire) -> None:
     session, _, _, _ = await linked(tail, resume=pb.Resume(step=1, length=5))
     await session.step(1, [7] * 5, prefill=True, replay=True)
-    await session.refused(Code.INVALID_ARGUMENT, "a client replays to the head peer only")
+    await session.refused(Code.INVALID_ARGUMENT, "a client replays to the first stage only")
 
 
 async def test_after_a_resumption_the_former_link_and_its_token_are_void(tail: Wire) -> None:

@@ -26,6 +26,7 @@ from petal.protocol.wire.tree import DraftTree
 
 from ..support.swarms import LocalSwarm, local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
+from ..support.trees import token_chain
 from ..support.wire import Wire, released, settled
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -72,7 +73,7 @@ async def go_on(session: Session, token: int, count: int) -> list[int]:
     """`count` tokens from `token` on, it included."""
     said = [token]
     while len(said) < count:
-        said.append((await session.step(DraftTree.of_chain(said[-1:]))).next_token)
+        said.append((await session.step(token_chain(said[-1:]))).next_token)
     return said
 
 
@@ -240,7 +241,7 @@ async def test_repeated_step_gets_the_stored_answer_and_the_session_goes_on(sing
 async def test_repeat_travels_through_the_route(client: AsyncSwarmModel) -> None:
     async with await client.open_session(64) as session:
         token = await start(session, PROMPT, GREEDY)
-        first = await session.step(DraftTree.of_chain([token]))
+        first = await session.step(token_chain([token]))
         message = pb.Step(step=2, route_epoch=1, base=len(PROMPT), ids=[token], sample=True, want=pb.Want())
         for hop in (session._pipeline.hops[0], session._pipeline.hops[-1]):
             await hop.send(pb.ClientFrame(step=message))
@@ -299,8 +300,8 @@ async def test_answers_larger_than_a_frame(single: LocalSwarm) -> None:
 async def test_traced_hops_come_in_the_order_of_the_route(client: AsyncSwarmModel) -> None:
     async with await client.open_session(64) as session:
         token = await start(session, PROMPT, GREEDY)
-        result = await session.step(DraftTree.of_chain([token]), output=OutputOptions(trace=True))
-        plain = await session.step(DraftTree.of_chain([result.next_token]))
+        result = await session.step(token_chain([token]), output=OutputOptions(trace=True))
+        plain = await session.step(token_chain([result.next_token]))
     assert [hop.peer_id for hop in result.hops] == [stop.peer.peer_id for stop in session.route]
     times = [time for hop in result.hops for time in (hop.received_ns, hop.start_ns, hop.end_ns)]
     assert times == sorted(times)
@@ -331,7 +332,7 @@ async def test_cancelled_in_the_middle_of_a_step_frees_everything(client: AsyncS
     session = await client.open_session(64)
     token = await start(session, PROMPT, GREEDY)
     swarm.peers[1].engine.call(lambda: gate.wait(10) and None)
-    step = asyncio.create_task(session.step(DraftTree.of_chain([token])))
+    step = asyncio.create_task(session.step(token_chain([token])))
     await settled(swarm.peers[0])
     step.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -406,5 +407,5 @@ async def test_peer_that_shuts_down_says_so() -> None:
         assert len(await go_on(session, token, 3)) == 3
         await leaving.peers[0].service.close()
         with pytest.raises(NoRoute, match="nobody who can be reached hosts blocks 0-3 any more; waited 1 s"):
-            await session.step(DraftTree.of_chain([5]))
+            await session.step(token_chain([5]))
         session.close()

@@ -7,16 +7,17 @@ import threading
 from petal.peer.engine.engine import Engine
 from petal.peer.engine.fair_queue import Tenant
 from petal.peer.engine.kv_cache import KVPool
-from petal.peer.engine.step import StepInput
+from petal.peer.engine.step import Step
 from petal.peer.model import load_span
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.checkpoint.open import open_checkpoint
+from petal.protocol.wire.step import header_of
 
 from ..support.tiny import tiny_llama
 
 
-def _step(commit=None) -> StepInput:
-    return StepInput([1, 2, 3], bytearray(), (-1, 0, 1), 0, commit, None, prefill=True, sample=True)
+def _step() -> Step:
+    return Step(header_of(pb.Step(step=1, prefill=True, sample=True), 3), (1, 2, 3))
 
 
 def _engine() -> Engine:
@@ -67,4 +68,4 @@ def test_a_failing_lm_head_ends_the_step_and_not_the_thread() -> None:
     finally:
         engine.stop()
     assert "out of memory" in str(results[0])
-    assert results[1].verdict is not None
+    assert results[1].verification is not None

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 from petal.peer.engine.kv_cache import DROPPED, PAGE, KVPool, PoolExhausted, RewindRefused, SessionCache
 from petal.peer.model import LayerSpec
-from petal.protocol.wire.tree import DraftTree, chain
+from petal.protocol.wire.tree import RowTree, chain
 
 WINDOW = 20
 LAYERS = [LayerSpec(1, 2, 1, None), LayerSpec(2, 1, 1, WINDOW), LayerSpec(1, 1, 3, None)]
@@ -115,14 +115,14 @@ class PoolMachine(RuleBasedStateMachine):
     def commit_path(self, index: int, leaf: int) -> None:
         waiting = [s for s in self.sessions if s.pending]
         session = waiting[index % len(waiting)]
-        tree = DraftTree((0,) * len(session.parents), session.parents)
+        tree = RowTree(session.parents)
         self._commit(session, tree.path(leaf % len(tree)))
 
     @precondition(lambda self: self.sessions)
     @rule(index=st.integers(0, 5), rows=st.integers(1, 60))
     def prefill(self, index: int, rows: int) -> None:
         session = self._pick(index)
-        if not session.pending and self._append(session, chain(rows)):
+        if not session.pending and self._append(session, chain(rows).parents):
             self._commit(session, list(range(rows)))
 
     @precondition(lambda self: 0 < len(self.sessions) < 6)

@@ -58,7 +58,7 @@ class Model:
 
     def _settle(self, accepted: int, rewind: int | None = None) -> None:
         commit = self._path(accepted)
-        self.log.settle(commit, rewind)
+        self.log.apply(commit, rewind)
         self.rows += [self.tree[row] for row in commit]
         self.tree = []
         if rewind is not None:

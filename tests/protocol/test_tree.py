@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from petal.protocol.wire.tree import DraftTree, TreeError, chain, check_parents, check_path, depths, walk
+from petal.protocol.wire.tree import DraftTree, RowTree, TreeError, chain, walk
 
 
 @st.composite
@@ -28,7 +28,7 @@ def trees(draw: st.DrawFn, max_rows: int = 12, vocab: int = 4) -> DraftTree:
 )
 def test_what_is_no_tree_is_refused(parents, match):
     with pytest.raises(TreeError, match=match):
-        check_parents(parents)
+        RowTree(tuple(parents))
     with pytest.raises(TreeError, match=match):
         DraftTree((7,) * len(parents), tuple(parents))
 
@@ -42,7 +42,7 @@ def test_every_row_has_an_id():
 def test_the_check_agrees_with_the_definition(parents):
     is_tree = bool(parents) and all(p == -1 if row == 0 else p in range(row) for row, p in enumerate(parents))
     try:
-        check_parents(parents)
+        RowTree(tuple(parents))
     except TreeError:
         assert not is_tree
     else:
@@ -50,12 +50,15 @@ def test_the_check_agrees_with_the_definition(parents):
 
 
 def test_a_chain():
-    assert chain(4) == (-1, 0, 1, 2)
-    tree = DraftTree.of_chain([5, 6, 7])
+    assert chain(4) == RowTree((-1, 0, 1, 2))
+    assert chain(4) is chain(4)
+    tree = DraftTree((5, 6, 7), chain(3).parents)
     assert len(tree) == 3
     assert tree.path(2) == [0, 1, 2]
     assert tree.children == [[1], [2], []]
-    assert depths(tree.parents) == [0, 1, 2]
+    assert tree.depths == (0, 1, 2)
+    assert tree.is_chain
+    assert not RowTree((-1, 0, 0)).is_chain
 
 
 @given(trees())
@@ -65,16 +68,16 @@ def test_paths_children_and_depths_agree(tree):
         assert path[0] == 0
         assert path[-1] == row
         assert all(tree.parents[child] == parent for parent, child in pairwise(path))
-        assert depths(tree.parents)[row] == len(path) - 1
+        assert tree.depths[row] == len(path) - 1
         assert tree.children[row] == [c for c in range(len(tree)) if tree.parents[c] == row]
-        check_path(tree.parents, path)
+        tree.check_path(path)
 
 
 @given(trees(), st.lists(st.integers(-2, 13), max_size=5))
 def test_a_commit_is_a_path_from_row_0(tree, rows):
     is_path = any(rows == tree.path(row) for row in range(len(tree)))
     try:
-        check_path(tree.parents, rows)
+        tree.check_path(rows)
     except TreeError:
         assert not is_path
     else:
@@ -96,12 +99,12 @@ def test_a_commit_is_a_path_from_row_0(tree, rows):
     ],
 )
 def test_commits(rows, match):
-    parents = [-1, 0, 0, 1]
+    tree = RowTree((-1, 0, 0, 1))
     if match is None:
-        check_path(parents, rows)
+        tree.check_path(rows)
         return
     with pytest.raises(TreeError, match=match):
-        check_path(parents, rows)
+        tree.check_path(rows)
 
 
 def _successor(path_ids: list[int], seed: int, vocab: int) -> int:
@@ -128,7 +131,7 @@ def test_walk_accepts_the_longest_path_that_the_model_says_itself(tree, seed):
     depth = max(len(ids) for ids in spoken.values() if ids == said[: len(ids)])
     assert [tree.ids[row] for row in accepted[1:]] == said[:depth]
     assert token == said[depth]
-    check_path(tree.parents, accepted)
+    tree.check_path(accepted)
     assert seen == [(row, said[:d]) for d, row in enumerate(accepted)]
 
 

@@ -20,11 +20,11 @@ from petal.protocol.petal_pb2_grpc import add_DirectoryServicer_to_server, add_P
 from petal.protocol.trust.interceptor import TrustInterceptor
 from petal.protocol.wire.limits import SERVER_OPTIONS
 from petal.protocol.wire.sampling import SamplingParams
-from petal.protocol.wire.tree import DraftTree
 
 from ..end_to_end.test_exactness import RandomDrafter
 from .swarms import LocalSwarm
 from .tiny import VOCAB
+from .trees import token_chain
 
 PARAMS = SamplingParams(
     temperature=0.9, top_p=0.95, seed=7, repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1
@@ -112,7 +112,7 @@ async def plain_steps(session: Session, token: int, count: int) -> list[int]:
     """`count` tokens from `token` on, it included, one a step."""
     said = [token]
     while len(said) < count:
-        said.append((await session.step(DraftTree.of_chain(said[-1:]))).next_token)
+        said.append((await session.step(token_chain(said[-1:]))).next_token)
     return said
 
 

@@ -24,7 +24,7 @@ from petal.peer.engine.runner import Executor, Segment
 from petal.peer.model import Span, load_span
 from petal.protocol.checkpoint.layout import CheckpointError
 from petal.protocol.checkpoint.open import open_checkpoint
-from petal.protocol.wire.tree import chain, depths
+from petal.protocol.wire.tree import RowTree, StepTree, chain
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -115,9 +115,9 @@ def served_logits(spans: Sequence[Span]) -> Tensor:
     caches = [pool.open() for pool in pools]
     executors = [Executor(span, pool) for span, pool in zip(spans, pools, strict=True)]
 
-    def step(rows: Tensor, parents: Sequence[int]) -> Tensor:
+    def step(rows: Tensor, shape: StepTree) -> Tensor:
         for span, cache, executor in zip(spans, caches, executors, strict=True):
-            segment = Segment(cache, rows, parents, depths(parents), range(span.start, span.end))
+            segment = Segment(cache, rows, shape, range(span.start, span.end))
             rows = executor.run([segment])[0]
         return spans[-1].logits(rows)
 
@@ -126,7 +126,7 @@ def served_logits(spans: Sequence[Span]) -> Tensor:
         found.append(step(chunk, chain(len(chunk))))
         for pool, cache in zip(pools, caches, strict=True):
             pool.commit(cache, range(len(chunk)))
-    return torch.cat([*found, step(tree, TREE)])
+    return torch.cat([*found, step(tree, RowTree(tuple(TREE)))])
 
 
 def table(verdicts: dict[str, Verdict]) -> str:

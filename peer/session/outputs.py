@@ -1,0 +1,110 @@
+"""Where the outputs of a session go: to the next peer and into the replay log, or from the last stage to the client."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from ...protocol import petal_pb2 as pb
+from ...protocol.wire.step import StepHeader
+from ..engine.step import StepOutput
+from .frames import link_frames, replay_frames, result_frames
+from .next_hop import NextHop
+from .replay import ReplayBudget, ReplayLog
+from .spec import SessionSpec
+from .state import StepRecord
+
+
+class Outputs(ABC):
+    """What both kinds do."""
+
+    @abstractmethod
+    def finished(self, record: StepRecord, output: StepOutput, hops: Iterable[pb.Hop]) -> None:
+        """Put down what a step is answered with."""
+
+    @abstractmethod
+    def answer(self, record: StepRecord, epoch: int) -> int:
+        """Send a step's answer, again where it was sent before; returns the bytes that wait to be read."""
+
+    def replayed(self, header: StepHeader, output: StepOutput, epoch: int) -> None:  # noqa: B027 (the client has it)
+        """Rows that another peer had computed before."""
+
+    def expect_replay(self, passed_on: bool) -> None:  # noqa: B027
+        """Rows will come as a replay, and are `passed_on` to a next peer that lacks them."""
+
+    def resume(self, message: pb.Resume, epoch: int) -> bool:
+        """Go back to where the client stands; whether outputs that it asks for are lost."""
+        return False
+
+    def adopt(self, parent: Outputs) -> None:  # noqa: B027
+        """Start as a fork."""
+
+    def close(self) -> None:  # noqa: B027
+        """Forget everything."""
+
+
+class ToClient(Outputs):
+    """Those of the last stage. The client alone gets them, so nothing is kept but the newest answer."""
+
+    def __init__(self, send: Callable[[pb.PeerFrame], int]) -> None:
+        self._send = send
+
+    def finished(self, record: StepRecord, output: StepOutput, hops: Iterable[pb.Hop]) -> None:
+        record.answer = result_frames(record.header, output, hops)
+
+    def answer(self, record: StepRecord, epoch: int) -> int:
+        return max((self._send(frame) for frame in record.answer if isinstance(frame, pb.PeerFrame)), default=0)
+
+
+class ToNextHop(Outputs):
+    """Those of any other stage; a log keeps them for a peer that takes the next one's place."""
+
+    def __init__(self, spec: SessionSpec, next_hop: NextHop, budget: ReplayBudget) -> None:
+        self._row_bytes = spec.row_bytes
+        self._next_hop = next_hop
+        self._log = ReplayLog(spec.row_bytes, budget)
+        self._passes_replay_on = False
+
+    def finished(self, record: StepRecord, output: StepOutput, hops: Iterable[pb.Hop]) -> None:
+        header = record.header
+        self._log.apply(header.commit, header.rewind)
+        (self._log.append if header.prefill else self._log.hold)(output.hidden)
+        record.answer = link_frames(header, output.hidden, hops)
+
+    def answer(self, record: StepRecord, epoch: int) -> int:
+        queued = 0
+        for frame in record.answer:
+            assert isinstance(frame, pb.LinkFrame)
+            frame.activations.route_epoch = epoch
+            queued = self._next_hop.send(frame)
+        return queued
+
+    def replayed(self, header: StepHeader, output: StepOutput, epoch: int) -> None:
+        self._log.append(output.hidden)
+        if self._passes_replay_on:
+            for frame in self._replay(header.step, epoch, header.base, [output.hidden]):
+                self._next_hop.send(frame)
+
+    def expect_replay(self, passed_on: bool) -> None:
+        self._passes_replay_on = passed_on
+
+    def resume(self, message: pb.Resume, epoch: int) -> bool:
+        log = self._log
+        self._passes_replay_on = message.replay and message.replayed
+        if message.replayed:
+            log.restart()
+        else:
+            log.resume(message.length, message.commit)
+            if message.replay and not log.lost:
+                self._next_hop.restart(self._replay(message.step, epoch, 0, log.chunks))
+        return message.replay and log.lost
+
+    def adopt(self, parent: Outputs) -> None:
+        assert isinstance(parent, ToNextHop)
+        self._log = parent._log.fork()
+
+    def close(self) -> None:
+        self._log.lose()
+
+    def _replay(self, step: int, epoch: int, base: int, chunks: Sequence[bytes]) -> Iterator[pb.LinkFrame]:
+        return replay_frames(step, epoch, base, chunks, self._row_bytes)
