@@ -152,7 +152,7 @@ def serve(
         starting.result()
         ui.ready(server)
         await stopped
-        ui.leaving(server.service.sessions)
+        ui.leaving(len(server.service.sessions))
         draining = asyncio.create_task(server.drain(options.grace_s))
         hurry = asyncio.create_task(hurrying.wait())
         await asyncio.wait([draining, hurry], return_when=asyncio.FIRST_COMPLETED)

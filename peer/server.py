@@ -33,7 +33,8 @@ from .model import Span, load_span
 from .model.precision import NONE, Holding, choose_holding, fitting_blocks, holding_of, span_bytes
 from .options import ServeOptions
 from .placement import choose_span
-from .rpc.service import FEATURES, PeerService, ServiceInfo
+from .rpc.open_checks import FEATURES, ServiceInfo
+from .rpc.service import PeerService
 from .throughput import MEMORY_SHARE, decode_tokens_per_s, free_bytes
 
 log = logging.getLogger(__name__)
@@ -239,7 +240,7 @@ class PeerServer:
         self._state = pb.DRAINING
         announcing = asyncio.create_task(self._announce())
         try:
-            await self.service.drain(grace_s)
+            await self.service.sessions.drain(grace_s)
         finally:
             announcing.cancel()
 
@@ -252,7 +253,7 @@ class PeerServer:
     async def stop(self) -> None:
         """Take no new sessions, withdraw the record, end what runs, leave the DHT."""
         self._state = pb.DRAINING
-        self.service.draining = True
+        self.service.sessions.draining = True
         for task in self._background:
             task.cancel()
         await self._publisher.stop()
@@ -291,7 +292,7 @@ class PeerServer:
             head_digest=self._digests.get("head", b""),
             vocab_size=self.span.vocab_size,
             hidden_size=self.span.hidden_size,
-            features=sorted(self.service.info.features),
+            features=sorted(self.service.sessions.info.features),
             certificates=self.trust.certificates,
             hello_nonce=self.trust.nonce,
         )

@@ -6,8 +6,8 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -65,19 +65,32 @@ async def first_of(requests: AsyncIterator[Frame]) -> Frame | None:
         return await asyncio.wait_for(anext(requests, None), SILENT_S)
     except asyncio.TimeoutError:
         raise SessionFailed(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came within {SILENT_S:g} s") from None
-
-
-async def frames_of(requests: AsyncIterator[Frame]) -> AsyncIterator[Frame]:
-    """The frames of a stream. Raises SessionFailed for bytes that are no frame."""
-    try:
-        async for frame in requests:
-            yield frame
     except DecodeError as error:
-        raise invalid("what arrived is not a message of this protocol") from error
+        raise unreadable() from error
 
 
-def failure_of(tasks: Iterable[asyncio.Future[None]]) -> SessionFailed | None:
-    """Why a stream's task ended: None where the client closed it or its connection broke."""
+def unreadable() -> SessionFailed:
+    return invalid("what arrived is not a message of this protocol")
+
+
+async def run_until_one_ends(
+    *work: Coroutine[Any, Any, None], failed: asyncio.Future[SessionFailed] | None = None
+) -> SessionFailed | None:
+    """Run a stream's parts until one of them ends, or its session has `failed`; the others are cancelled.
+
+    Why it ended: None where the client closed the stream or its connection broke.
+    """
+    tasks = [asyncio.ensure_future(part) for part in work]
+    try:
+        watched: list[asyncio.Future[Any]] = [failed, *tasks] if failed else [*tasks]
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        return failed.result() if failed and failed.done() else _failure_of(tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _failure_of(tasks: Iterable[asyncio.Future[None]]) -> SessionFailed | None:
     for task in (task for task in tasks if task.done()):
         error = task.exception()
         if isinstance(error, SessionFailed):

@@ -158,7 +158,7 @@ def _serve(arguments: list[str], pipe: Connection, log: str) -> None:
         def _tell_holdings(self) -> None:
             self.engine.check()
             pool = self.engine.pool
-            sessions, replay = self.admission.sessions, self.service.replay_budget.used
+            sessions, replay = self.admission.sessions, self.service.sessions.replay_budget.used
             pipe.send(Holdings(sessions, pool.n_pages - pool.free_pages, replay))
 
     server.PeerServer = Observed  # type: ignore[misc]

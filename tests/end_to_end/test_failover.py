@@ -75,7 +75,7 @@ async def nothing_leaks(swarm: LocalSwarm) -> AsyncIterator[None]:
     yield
     for peer in swarm.peers:
         await released(peer)
-        assert peer.service.replay_budget.used == 0
+        assert peer.service.sessions.replay_budget.used == 0
 
 
 FULL = pytest.mark.full
@@ -200,14 +200,14 @@ async def test_a_newcomer_that_is_full_is_waited_for(swarm: LocalSwarm, expected
         [lost] = run.peers([1])
         [other] = [peer for peer in swarm.peers if peer.blocks == SPANS[1] and peer is not lost]
         other.admission.max_sessions, before = 0, other.admission.max_sessions
-        lost.service.draining = True  # it takes no session back either
+        lost.service.sessions.draining = True  # it takes no session back either
         await run.crash([1])
         step = asyncio.create_task(run.step(4))
         await asyncio.sleep(0.5)
         assert not step.done()
         other.admission.max_sessions = before
         await asyncio.wait_for(step, 10)
-        lost.service.draining = False
+        lost.service.sessions.draining = False
         assert await run.finish() == expected
 
 
@@ -220,7 +220,7 @@ async def test_a_lost_log_is_made_up_for_by_token_ids(
 ) -> None:
     """Peers that keep nothing: the head gets the tokens again, and everybody behind it computes anew."""
     for peer in swarm.peers:
-        monkeypatch.setattr(peer.service.replay_budget, "_cap", 0)
+        monkeypatch.setattr(peer.service.sessions.replay_budget, "_cap", 0)
     async with disturbed(swarm, expected) as run:
         await run.prefill()
         await run.step(6)
@@ -362,7 +362,7 @@ async def test_without_another_host_a_peer_that_drains_finishes_first(bare: Loca
 async def test_a_peer_that_drains_ends_idle_sessions_and_they_resume(
     swarm: LocalSwarm, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("petal.peer.rpc.service.DRAIN_IDLE_S", 0.2)
+    monkeypatch.setattr("petal.peer.rpc.sessions.DRAIN_IDLE_S", 0.2)
     async with disturbed(swarm, expected) as run:
         await run.prefill()
         await run.step(4)

@@ -401,7 +401,7 @@ async def test_peer_that_shuts_down_says_so() -> None:
     async with local_swarm(tiny_llama(), [range(0, 4)]) as leaving, leaving.connect(wait_s=1) as client:
         session = await client.open_session(64)
         token = await start(session, PROMPT, GREEDY)
-        leaving.peers[0].service.draining = True
+        leaving.peers[0].service.sessions.draining = True
         with pytest.raises(PeerError, match="leaving and takes no new sessions"):
             await client.open_session(64, wait_s=0)
         assert len(await go_on(session, token, 3)) == 3

@@ -286,8 +286,8 @@ def fresh_at(ids: list[int]) -> ModelDrafter:
 
 async def test_peers_without_trees_get_plain_steps() -> None:
     async with local_swarm(tiny_llama(), spans(4, 2)) as swarm:
-        service = swarm.peers[1].service
-        service.info = replace(service.info, features=service.info.features - {"tree"})
+        sessions = swarm.peers[1].service.sessions
+        sessions.info = replace(sessions.info, features=sessions.info.features - {"tree"})
         async with swarm.connect() as client:
             plain, trips = await said(client, PROMPT, drafter="none", max_new_tokens=12, eos_token_id=-1)
             drafted, rounds = await said(

@@ -121,12 +121,12 @@ async def draining(peer: PeerServer) -> AsyncIterator[asyncio.Task[None]]:
     """The peer drains; afterwards it has thought better of it."""
     task = asyncio.create_task(peer.drain(20))
     await asyncio.sleep(0)
-    assert peer.service.draining
+    assert peer.service.sessions.draining
     try:
         yield task
     finally:
         task.cancel()
-        peer.service.draining = False
+        peer.service.sessions.draining = False
         peer._state = pb.ONLINE
         await peer._publisher.publish()
 
