@@ -208,7 +208,7 @@ class Want(_message.Message):
     def __init__(self, top_logprobs: _Optional[int] = ..., logits: bool = ..., hidden: bool = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "client_id", "protocol", "required_features", "model_digest", "start", "end", "reserve_tokens", "codec", "route_epoch", "fork_of", "exact", "adapter_id", "priority", "trace_id", "block_prompts", "resume", "hello", "revocations")
+    __slots__ = ("session_id", "client_id", "protocol", "required_features", "model_digest", "start", "end", "reserve_tokens", "codec", "route_epoch", "fork_of", "adapter_id", "priority", "trace_id", "block_prompts", "resume", "hello", "revocations")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -220,7 +220,6 @@ class Open(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     FORK_OF_FIELD_NUMBER: _ClassVar[int]
-    EXACT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TRACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -239,7 +238,6 @@ class Open(_message.Message):
     codec: Codec
     route_epoch: int
     fork_of: bytes
-    exact: bool
     adapter_id: str
     priority: int
     trace_id: bytes
@@ -247,7 +245,7 @@ class Open(_message.Message):
     resume: Resume
     hello: Hello
     revocations: _containers.RepeatedCompositeFieldContainer[RevocationList]
-    def __init__(self, session_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., protocol: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., reserve_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., route_epoch: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., exact: bool = ..., adapter_id: _Optional[str] = ..., priority: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., block_prompts: _Optional[bytes] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., protocol: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., reserve_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., route_epoch: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., adapter_id: _Optional[str] = ..., priority: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., block_prompts: _Optional[bytes] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("public_key", "signature")
@@ -363,25 +361,17 @@ class Step(_message.Message):
     replay: bool
     def __init__(self, step: _Optional[int] = ..., route_epoch: _Optional[int] = ..., base: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., rewind: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., prefill: bool = ..., sample: bool = ..., want: _Optional[_Union[Want, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., history: _Optional[_Union[History, _Mapping]] = ..., op: _Optional[_Union[Op, str]] = ..., embeddings: _Optional[bytes] = ..., trace: bool = ..., deadline_ms: _Optional[int] = ..., replay: bool = ...) -> None: ...
 
-class Route(_message.Message):
-    __slots__ = ("route_epoch",)
-    ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
-    route_epoch: int
-    def __init__(self, route_epoch: _Optional[int] = ...) -> None: ...
-
 class ClientFrame(_message.Message):
-    __slots__ = ("open", "link_to", "step", "route", "resume")
+    __slots__ = ("open", "link_to", "step", "resume")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     LINK_TO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
-    ROUTE_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     open: Open
     link_to: LinkTo
     step: Step
-    route: Route
     resume: Resume
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., link_to: _Optional[_Union[LinkTo, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., link_to: _Optional[_Union[LinkTo, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
 
 class Hop(_message.Message):
     __slots__ = ("peer_id", "received_ns", "start_ns", "end_ns", "queue_ns")

@@ -138,7 +138,6 @@ class Pipeline:
             codec=options.codec,
             route_epoch=self.epoch,
             fork_of=fork_of,
-            exact=options.exact,
             priority=options.priority,
             resume=resume,
             hello=trust.hello(stop.peer, self.session_id),

@@ -51,7 +51,6 @@ FRAMES = [
             history=pb.History(ids=[1, 5], prompt_length=2),
         )
     ),
-    pb.ClientFrame(route=pb.Route(route_epoch=2)),
     pb.ClientFrame(link_to=pb.LinkTo(peer_id="Qm", token=b"t" * 16, route_epoch=2)),
     pb.ClientFrame(resume=pb.Resume(route_epoch=2, step=0, length=0, commit=[0], replayed=True, replay=True)),
 ]

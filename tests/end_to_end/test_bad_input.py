@@ -337,14 +337,14 @@ async def test_step_past_the_context_is_refused(whole: Wire) -> None:
 
 async def test_step_of_an_old_route_epoch_is_dropped(whole: Wire) -> None:
     session, token = await whole.prefilled(PROMPT)
-    await session.send(route=pb.Route(route_epoch=3))
+    await session.raise_epoch(3)
     await session.step(2, [99] * 3, base=77, commit=[5], route_epoch=1)
     await session.step(2, [token], sample=True, route_epoch=3, **AT)
     answer = await session.result()
     plain, _ = await whole.prefilled(PROMPT)
     await plain.step(2, [token], sample=True, **AT)
     assert (await plain.result()).next_token == answer.next_token
-    await session.send(route=pb.Route(route_epoch=2))
+    await session.send(link_to=pb.LinkTo(peer_id="nobody", route_epoch=2))
     await session.refused(Code.INVALID_ARGUMENT, "route epoch 2 is older than 3")
 
 
@@ -517,7 +517,7 @@ async def test_link_without_the_token_is_refused(tail: Wire, known: bool) -> Non
         hello = tail.link_hello(b"u" * 16, opened.link_token, 1)
     await link.send(hello=hello)
     await link.refused(Code.PERMISSION_DENIED, "token opens no session here")
-    await session.send(route=pb.Route(route_epoch=2))  # the session itself lives on
+    await session.raise_epoch(2)  # the session itself lives on
 
 
 async def test_link_of_an_old_epoch_is_refused(tail: Wire) -> None:

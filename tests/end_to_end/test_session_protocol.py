@@ -228,7 +228,7 @@ async def test_repeated_step_gets_the_stored_answer_and_the_session_goes_on(sing
             await session.step(2, **tree)
             answers.append(await session.result())
         assert answers[0] == answers[1] == answers[2]
-        await session.send(route=pb.Route(route_epoch=2))
+        await session.raise_epoch(2)
         await session.step(2, **tree, route_epoch=2)
         assert await session.result() == answers[0]
         row = len(answers[0].accepted)

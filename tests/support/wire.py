@@ -68,6 +68,12 @@ class RawSession(RawStream):
         fields.setdefault("route_epoch", 1)
         await self.send(step=pb.Step(step=step, ids=ids, **fields))
 
+    async def raise_epoch(self, epoch: int) -> None:
+        """Change the route to a peer that nobody knows: the new epoch is all that comes of it."""
+        await self.send(link_to=pb.LinkTo(peer_id="nobody", route_epoch=epoch))
+        fault = (await self.read()).fault
+        assert (fault.peer_id, fault.route_epoch) == ("nobody", epoch)
+
     async def result(self) -> pb.Result:
         whole = pb.Result()
         while not whole.last_part:
