@@ -85,7 +85,7 @@ class PeerService(PeerServicer):
                     else:
                         session.on_resume(frame.resume)
                 else:
-                    raise invalid("after the open frame only step, link_to and resume frames follow")
+                    raise invalid("after the open frame only resume, link_to and step frames follow")
         except DecodeError as error:
             raise unreadable() from error
         finally:

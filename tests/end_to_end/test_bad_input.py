@@ -204,7 +204,7 @@ async def test_garbage_is_no_frame(whole: Wire, opened: bool) -> None:
 async def test_only_known_frames_follow_the_open(whole: Wire, frame: dict[str, Any]) -> None:
     session, _ = await whole.session()
     await session.send(**frame)
-    await session.refused(Code.INVALID_ARGUMENT, "link_to, step and route")
+    await session.refused(Code.INVALID_ARGUMENT, "resume, link_to and step")
 
 
 # Steps.
