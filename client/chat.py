@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
-from .config import GenerationConfig, GenerationSettings
+from .config import GenerationSettings
 from .event_loop import EventLoopThread
 from .generation import Generator
 from .output import OutputChunk
@@ -24,7 +24,7 @@ class AsyncChat:
     def __init__(self, generator: Generator, system: str | None = None, reserve_tokens: int = 4096) -> None:
         """`reserve_tokens`: what the session keeps room for, where the peers have it."""
         if generator.tokenizer is None:
-            raise ValueError("a chat needs a tokenizer")
+            raise ValueError(f"a chat needs a tokenizer: {generator.lack}")
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self._generator = generator
         self._tokenizer = generator.tokenizer
@@ -53,7 +53,7 @@ class AsyncChat:
         while self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         try:
-            config = GenerationConfig(**settings)
+            config = self._generator.config(settings)
             prompt = self._tokenizer.apply_chat_template(self.messages)
             session = await self._session_for(len(prompt) + config.max_new_tokens)
             async for chunk in await self._generator.chunks(session, prompt, config):

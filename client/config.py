@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from ..protocol.checkpoint.generation_defaults import GenerationDefaults
 from ..protocol.checkpoint.tokenizer import Tokenizer
 from ..protocol.wire.sampling import SamplingParams
 from .drafting.registry import DrafterChoice
@@ -28,7 +30,7 @@ class GenerationSettings(TypedDict, total=False):
     repetition_penalty: float | None
     presence_penalty: float
     frequency_penalty: float
-    seed: int
+    seed: int | None
     eos_token_id: int | Collection[int] | None
     stop_strings: str | Sequence[str] | None
     top_logprobs: int
@@ -42,8 +44,9 @@ class GenerationSettings(TypedDict, total=False):
 class GenerationConfig:
     """What to generate, in transformers' words.
 
-    Sampling is off unless `do_sample` or a temperature asks for it; without it, as in transformers, `top_k`, `top_p`
-    and `min_p` have no effect. The same `seed` gives the same text; `sequence` tells apart the answers of one seed.
+    Sampling is off unless `do_sample`, a temperature, or the model's generation_config.json asks for it; without it, as
+    in transformers, `top_k`, `top_p` and `min_p` have no effect. The same `seed` gives the same text, and by default it
+    is 0; None takes a fresh one. `sequence` tells apart the answers of one seed.
     `eos_token_id`: ids that end the text, by default the model's own; -1 for none. `stop_strings` end it, too.
     `top_logprobs`: so many of the likeliest tokens come with each token. `trace`: times of each hop come along.
     `drafter` guesses ahead: "auto", "ngram", "model", "none", a checkpoint, several with commas, or Drafter objects;
@@ -62,7 +65,7 @@ class GenerationConfig:
     repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seed: int = 0
+    seed: int | None = 0
     sequence: int = 0
     eos_token_id: int | Collection[int] | None = None
     stop_strings: str | Sequence[str] | None = None
@@ -79,6 +82,8 @@ class GenerationConfig:
             raise ValueError("do_sample=False contradicts a temperature")
         if not all(self.stops):
             raise ValueError("a stop string has at least one character: an empty one would stop every answer at once")
+        if self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbits(64))
         _ = self.sampling  # checks the values
 
     @cached_property
@@ -94,7 +99,7 @@ class GenerationConfig:
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            seed=self.seed,
+            seed=self.seed or 0,
             sequence=self.sequence,
         )
 
@@ -112,5 +117,21 @@ class GenerationConfig:
         """Ids that end the text of a model with this tokenizer."""
         if self.eos_token_id is None:
             return frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
-        ids = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
-        return frozenset(ids) - {-1}
+        # A tensor's elements are tensors, which equal no id in a set.
+        listed: Any = self.eos_token_id.tolist() if hasattr(self.eos_token_id, "tolist") else self.eos_token_id
+        return frozenset([listed] if isinstance(listed, int) else map(int, listed)) - {-1}
+
+
+def with_defaults(settings: GenerationSettings, defaults: GenerationDefaults) -> GenerationConfig:
+    """`settings`, and the model's own for what they leave open. Raises as GenerationConfig does."""
+    filled: dict[str, Any] = {**settings}
+    if filled.get("eos_token_id") is None and defaults.eos_ids:
+        filled["eos_token_id"] = defaults.eos_ids
+    if filled.get("do_sample") is None:
+        temperature = filled.get("temperature")
+        filled["do_sample"] = defaults.do_sample if temperature is None else temperature > 0
+    for name, value in defaults.sampling.items():
+        # As in transformers, a penalty acts on greedy text, too.
+        if filled.get(name) is None and (filled["do_sample"] or name == "repetition_penalty"):
+            filled[name] = value
+    return GenerationConfig(**filled)

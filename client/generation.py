@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 from ..protocol.checkpoint.tokenizer import Tokenizer
-from .config import GenerationConfig
+from .config import GenerationConfig, GenerationSettings, with_defaults
 from .connection import TREE_ROOM, SwarmConnection
 from .drafting.registry import DrafterRegistry
 from .drafting.rounds import Speculation, Verified
+from .model_text import ModelText
 from .output import OutputChunk, OutputCutter
 from .session.peer_error import PeerError
 from .session.session import Session
@@ -24,9 +25,10 @@ Prompt = str | Sequence[int]
 class Generator:
     """Answers of one model: sessions of `connection`, drafts for them, text by `tokenizer`."""
 
-    def __init__(self, connection: SwarmConnection, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, connection: SwarmConnection, text: ModelText) -> None:
         self.connection = connection
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = text.tokenizer
+        self._text = text
         self._drafters = DrafterRegistry(tokenizer, connection.known.digest or b"")
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -34,8 +36,17 @@ class Generator:
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
-            raise ValueError("a text prompt needs a tokenizer; give token ids")
+            raise ValueError(f"a text prompt needs a tokenizer, give token ids: {self.lack}")
         return self.tokenizer.encode(prompt)
+
+    @property
+    def lack(self) -> str:
+        """Why there is no tokenizer."""
+        return self._text.lack
+
+    def config(self, settings: GenerationSettings) -> GenerationConfig:
+        """`settings`, with the model's own where they say nothing. Raises SamplingError, ValueError."""
+        return with_defaults(settings, self._text.defaults)
 
     async def speculation(self, config: GenerationConfig, session: Session) -> Speculation:
         """Drafting for one sequence, as `config` asks; what was learned about a route serves all its sessions."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..protocol.checkpoint.generation_defaults import GenerationDefaults
 from ..protocol.checkpoint.layout import CheckpointError
 from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.checkpoint.tokenizer import Tokenizer
@@ -16,7 +16,9 @@ from .config import GenerationConfig, GenerationSettings
 from .connection import SwarmConnection
 from .event_loop import EventLoopThread
 from .generation import Generator, Prompt
+from .model_text import ModelText
 from .output import OutputChunk
+from .prompts import Prompts
 from .routing.connect import connect
 from .routing.peers import ConnectError, KnownPeers
 from .routing.route import Route
@@ -82,7 +84,7 @@ class AsyncSwarmModel:
             raise ValueError("exact and allow_mixed contradict each other: a mixed route is not exact")
         if codec not in CODECS:
             raise ValueError(f"codec is one of {', '.join(CODECS)}, not {codec!r}")
-        name, digest, tokenizer = await asyncio.to_thread(_identify, model, tokenizer)
+        name, digest, text = await asyncio.to_thread(_identify, model, tokenizer)
         trust, directory = await connect(initial_peers, join)
         ends = TrustedEnds(trust, frozenset([trusted_ends] if isinstance(trusted_ends, str) else trusted_ends))
         defaults = SessionOptions(0, CODECS[codec], exact, allow_mixed, wait_s=WAIT_S if wait_s is None else wait_s)
@@ -93,7 +95,7 @@ class AsyncSwarmModel:
         except BaseException:
             await connection.close()
             raise
-        return cls(name, Generator(connection, tokenizer))
+        return cls(name, Generator(connection, text))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -118,7 +120,7 @@ class AsyncSwarmModel:
 
     def stream(self, prompt: Prompt, **settings: Unpack[GenerationSettings]) -> AsyncIterator[OutputChunk]:
         """Chunks of the answer as they come."""
-        return self.generator.stream(self.generator.encode(prompt), GenerationConfig(**settings))
+        return self.generator.stream(self.generator.encode(prompt), self.generator.config(settings))
 
     async def generate(
         self,
@@ -130,22 +132,22 @@ class AsyncSwarmModel:
     ) -> Any:
         """As transformers' `generate`: ids in, prompt + answer ids out; text in, the answer's text out.
 
-        `inputs` is one prompt or a list: text, token ids, or a tensor [batch, length] (then a tensor comes back,
-        padded with the end-of-text id). With `num_return_sequences` above 1 every prompt gives that many results.
+        `inputs` is one prompt or a list: text, token ids, a tensor [batch, length] (then a tensor comes back, padded
+        with the end-of-text id), or what a tokenizer of transformers returns: padding counts by its mask, and stays in
+        the results. With `num_return_sequences` above 1 every prompt gives that many results.
         """
-        config = GenerationConfig(**settings)
-        prompts, single = _prompts(inputs)
-        encoded = [self.generator.encode(prompt) for prompt in prompts]
+        if settings.get("top_logprobs") or settings.get("trace"):
+            raise ValueError("generate gives text or ids alone: top_logprobs and trace come with what stream() yields")
+        config = self.generator.config(settings)
+        prompts = Prompts.of(inputs)
+        encoded = [self.generator.encode(prompt) for prompt in prompts.rows]
         if streamer is not None:
-            if len(prompts) != 1 or num_return_sequences != 1:
+            if len(encoded) != 1 or num_return_sequences != 1:
                 raise ValueError("a streamer takes one prompt and one sequence")
             groups = [[await self._stream_to(streamer, encoded[0], config)]]
         else:
             groups = await self.generator.answers(encoded, num_return_sequences, config)
-        results = [_result(prompt, chunks) for prompt, group in zip(prompts, groups, strict=True) for chunks in group]
-        if type(inputs).__module__.partition(".")[0] == "torch":
-            return _tensor_like(inputs, results, pad=min(GenerationConfig().eos_ids(self.tokenizer), default=0))
-        return results[0] if single and num_return_sequences == 1 else results
+        return prompts.result(groups, pad=min(self.generator.config({}).eos_ids(self.tokenizer), default=0))
 
     async def _stream_to(self, streamer: Streamer, ids: list[int], config: GenerationConfig) -> list[OutputChunk]:
         chunks = []
@@ -277,39 +279,13 @@ class SwarmModel:
         self.close()
 
 
-def _identify(model: str, tokenizer: Tokenizer | None) -> tuple[str, bytes | None, Tokenizer | None]:
-    """Name, digest and tokenizer of a checkpoint; where there is none, the name will do. Raises ConnectError."""
+def _identify(model: str, tokenizer: Tokenizer | None) -> tuple[str, bytes | None, ModelText]:
+    """Name, digest and text of a checkpoint; where there is none, the name will do. Raises ConnectError."""
     try:
         with open_checkpoint(model) as checkpoint:
-            digest = bytes.fromhex(checkpoint.digest())
-            with contextlib.suppress(CheckpointError):  # token ids still work
-                tokenizer = tokenizer or checkpoint.tokenizer()
-            return checkpoint.name, digest, tokenizer
+            return checkpoint.name, bytes.fromhex(checkpoint.digest()), ModelText.of(checkpoint, tokenizer)
     except CheckpointError as error:
         if tokenizer is None:
             raise ConnectError(f"no tokenizer for {model}: {error}") from error
-        return model, None, tokenizer
-
-
-def _prompts(inputs: Any) -> tuple[list[Prompt], bool]:
-    """Prompts, and whether there was just one, not in a list."""
-    if isinstance(inputs, str):
-        return [inputs], True
-    items = inputs.tolist() if hasattr(inputs, "tolist") else list(inputs)
-    if items and isinstance(items[0], int):
-        return [items], True
-    if not items:
-        raise ValueError("there is no prompt")
-    return items, False
-
-
-def _result(prompt: Prompt, chunks: list[OutputChunk]) -> str | list[int]:
-    if isinstance(prompt, str):
-        return "".join(chunk.text for chunk in chunks)
-    return [*prompt, *(token for chunk in chunks for token in chunk.ids)]
-
-
-def _tensor_like(inputs: Any, rows: Sequence[Any], pad: int) -> Any:
-    width = max(map(len, rows))
-    padded = [[*row, *[pad] * (width - len(row))] for row in rows]
-    return inputs.new_tensor(padded)
+        ends = GenerationDefaults(tokenizer.eos_ids)
+        return model, None, ModelText(tokenizer, defaults=ends)

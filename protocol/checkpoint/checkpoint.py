@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .digest import DigestCache, model_digest
+from .generation_defaults import GenerationDefaults, generation_defaults
 from .layout import CheckpointError, Layout, TensorInfo, arrange, text_config
 from .tokenizer import Tokenizer
 
@@ -64,6 +65,10 @@ class Checkpoint(ABC):
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; raises CheckpointError if it has none that can be read, or another model's."""
 
+    def generation_defaults(self) -> GenerationDefaults:
+        """What its makers want generation to be like, whether or not there is a tokenizer."""
+        return generation_defaults(self.config, {}, self.name)
+
     def _suiting(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer, unless it makes ids that the model has no rows for."""
         rows = text_config(self.config).get("vocab_size")
@@ -89,10 +94,10 @@ class Checkpoint(ABC):
         matrices = [self.info(name) for name in (self.layout.token_matrix, *self.layout.head)]
         if len({(info.shape, info.dtype) for info in matrices}) > 1:
             return False
-        stored = [self.raw(info.name) for info in matrices]
-        equal = np.array_equal(*stored)
-        for view in stored:
-            self.forget(view)
+        first, second = (self.raw(info.name) for info in matrices)
+        equal = np.array_equal(first, second)
+        self.forget(first)
+        self.forget(second)
         return equal
 
     def draft_vocabulary(self) -> npt.NDArray[np.int64] | None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint import Checkpoint
+from .generation_defaults import GenerationDefaults, generation_defaults
 from .json_files import Finder, read_json
 from .layout import CheckpointError, TensorInfo, text_config
 from .safetensors import SafetensorsFile
@@ -82,6 +83,10 @@ class SafetensorsCheckpoint(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         """See Checkpoint.tokenizer."""
         return self._suiting(folder_tokenizer(self._folder, self.config))
+
+    def generation_defaults(self) -> GenerationDefaults:
+        """See Checkpoint.generation_defaults."""
+        return generation_defaults(self.config, read_json(self._folder, "generation_config.json") or {}, self.name)
 
     def close(self) -> None:
         """See Checkpoint.close."""

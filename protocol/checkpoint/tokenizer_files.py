@@ -7,8 +7,9 @@ from typing import Any
 
 import tokenizers
 
+from .generation_defaults import listed_eos_ids
 from .json_files import Finder, read_json
-from .layout import CheckpointError, text_config
+from .layout import CheckpointError
 from .tokenizer import Specials, Tokenizer
 from .tokenizer_added import add_tokens, named_tokens, tokenizer_settings
 
@@ -29,19 +30,10 @@ def folder_tokenizer(folder: Finder, config: Mapping[str, Any]) -> Tokenizer:
     add_tokens(backend, folder, settings)
     named = named_tokens(settings)
     bos = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
-    specials = Specials(bos, _eos_ids(folder, config, backend, named.get("eos_token")), named)
+    eos_ids = listed_eos_ids(config, read_json(folder, "generation_config.json") or {})
+    own = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
+    specials = Specials(bos, eos_ids if own is None else eos_ids | {own}, named)
     return Tokenizer(backend, specials, _chat_template(folder, settings))
-
-
-def _eos_ids(
-    folder: Finder, config: Mapping[str, Any], backend: tokenizers.Tokenizer, eos_token: str | None
-) -> frozenset[int]:
-    """All ids that end a text: the generation config's, else the config's, and the tokenizer's own."""
-    generation = read_json(folder, "generation_config.json") or {}
-    listed = generation.get("eos_token_id", text_config(config).get("eos_token_id"))
-    ids = {id for id in (listed if isinstance(listed, list) else [listed]) if isinstance(id, int)}
-    own = backend.token_to_id(eos_token) if eos_token else None
-    return frozenset(ids if own is None else ids | {own})
 
 
 def _chat_template(folder: Finder, settings: Mapping[str, Any]) -> str | None:

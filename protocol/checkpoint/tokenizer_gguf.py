@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,8 +77,11 @@ class _Fields:
 
     def tokens(self) -> list[str]:
         tokens = self.get("tokens")
-        if not isinstance(tokens, list) or not tokens or len(set(tokens)) != len(tokens):
+        if not isinstance(tokens, list) or not tokens:
             raise self.wrong("tokens must be a list of different texts")
+        if len(set(tokens)) != len(tokens):
+            twice = next(token for token, times in Counter(tokens).items() if times > 1)
+            raise self.wrong(f"tokens must be a list of different texts, {twice[:40]!r} comes twice")
         return tokens
 
     def numbers(self, key: str, length: int) -> list[Any]:

@@ -15,7 +15,11 @@ ARCHITECTURES = {
 
 
 def write_gguf(
-    path: Path, model: torch.nn.Module, kind: gguf.GGMLQuantizationType | None = None, fields: dict | None = None
+    path: Path,
+    model: torch.nn.Module,
+    kind: gguf.GGMLQuantizationType | None = None,
+    fields: dict | None = None,
+    tokens: list[str] | None = None,
 ) -> None:
     """Write `model`, matrices quantized to `kind`; `fields` are further metadata of the architecture."""
     config = model.config
@@ -37,7 +41,7 @@ def write_gguf(
         (writer.add_string if isinstance(value, str) else writer.add_float32)(f"{name}.{key}", value)
     if name == "gemma3":
         writer.add_sliding_window(config.sliding_window)
-    tokens = [f"<{i}>" for i in range(config.vocab_size)]
+    tokens = tokens or [f"<{i}>" for i in range(config.vocab_size)]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))

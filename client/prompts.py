@@ -1,0 +1,68 @@
+"""What `generate` takes and gives: one prompt or many, as text, ids, a tensor, or what a tokenizer returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .generation import Prompt
+from .output import OutputChunk
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """`rows` without padding; `given` as they came, which is what results begin with. `like`: the tensor they were."""
+
+    rows: Sequence[Prompt]
+    given: Sequence[Prompt]
+    single: bool = False
+    like: Any = None
+
+    @classmethod
+    def of(cls, inputs: Any) -> Prompts:
+        """Text, ids, a list of either, a tensor [batch, length], or a mapping with input_ids and attention_mask.
+
+        Raises ValueError for anything else.
+        """
+        if isinstance(inputs, str):
+            return cls([inputs], [inputs], single=True)
+        mask = None
+        if isinstance(inputs, Mapping):
+            if "input_ids" not in inputs:
+                raise ValueError(f"a mapping of prompts has input_ids, not {', '.join(map(str, inputs)) or 'nothing'}")
+            inputs, mask = inputs["input_ids"], inputs.get("attention_mask")
+        like = inputs if type(inputs).__module__.partition(".")[0] == "torch" else None
+        rows, single = _rows(inputs)
+        if mask is None:
+            return cls(rows, rows, single, like)
+        masks = _rows(mask)[0]
+        if [*map(len, rows)] != [*map(len, masks)]:
+            raise ValueError("attention_mask has a number for each of input_ids")
+        kept = [[id for id, counts in zip(*pair, strict=True) if counts] for pair in zip(rows, masks, strict=True)]
+        return cls(kept, rows, single, like)
+
+    def result(self, groups: Sequence[Sequence[list[OutputChunk]]], pad: int) -> Any:
+        """The answers of each prompt in the form in which prompts came; rows of a tensor are padded with `pad`."""
+        pairs = zip(self.given, groups, strict=True)
+        results = [_answer(prompt, chunks) for prompt, group in pairs for chunks in group]
+        if self.like is not None:
+            width = max(map(len, results))
+            return self.like.new_tensor([[*row, *[pad] * (width - len(row))] for row in results])
+        return results[0] if self.single and len(results) == 1 else results
+
+
+def _rows(inputs: Any) -> tuple[list[Any], bool]:
+    """Prompts, and whether there was just one, not in a list."""
+    items = inputs.tolist() if hasattr(inputs, "tolist") else list(inputs)
+    if not items:
+        raise ValueError("there is no prompt")
+    if not isinstance(items[0], str) and hasattr(items[0], "__index__"):
+        return [[int(item) for item in items]], True
+    return items, False
+
+
+def _answer(prompt: Prompt, chunks: list[OutputChunk]) -> str | list[int]:
+    if isinstance(prompt, str):
+        return "".join(chunk.text for chunk in chunks)
+    return [*prompt, *(token for chunk in chunks for token in chunk.ids)]
