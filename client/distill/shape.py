@@ -6,9 +6,8 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-# Q8_0 stores 32 values of a row in 34 bytes, so every width is a multiple of this.
+# Q8_0 stores the values of a row by so many, so every width is a multiple of this.
 GROUP = 32
-_BYTES_PER_GROUP = 34
 _HEAD_DIM = 64
 # The embedding's share of the parameters, above which fewer blocks cost more than wider rows bring.
 _EMBEDDING_SHARE = 0.72
@@ -34,12 +33,6 @@ class DrafterShape:
     def parameters(self) -> int:
         """Values in all matrices and norms."""
         return self.vocab * self.hidden + self.layers * self._block + (2 * self.layers + 1) * self.hidden
-
-    @property
-    def q8_bytes(self) -> int:
-        """Bytes of the tensors in a Q8_0 file, norms in float32."""
-        matrices = self.vocab * self.hidden + self.layers * self._block
-        return matrices // GROUP * _BYTES_PER_GROUP + 4 * (2 * self.layers + 1) * self.hidden
 
     @property
     def _block(self) -> int:

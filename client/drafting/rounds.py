@@ -58,7 +58,9 @@ class Speculation:
 
     async def round(self, session: Session, ids: Sequence[int], room: int, output: OutputOptions) -> Verified:
         """One trip. `ids` are prompt and output so far; at most `room` drafted tokens could be used."""
-        budget = min(self._budget(session), room) if self._drafters else 0
+        if not self._drafters:
+            return Verified(await session.step(ScoredTree.root(ids[-1]), output=output))
+        budget = min(self._budget(session), room)
         started = time.perf_counter()
         tree = await self._run(self._propose, ids, budget) if budget > 0 else ScoredTree.root(ids[-1])
         drafted = time.perf_counter()

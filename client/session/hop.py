@@ -19,7 +19,7 @@ class Hop:
     def __init__(
         self, stop: Stop, channel: grpc.aio.Channel, deliver: Callable[[Hop, pb.PeerFrame | PeerError], None]
     ) -> None:
-        """`deliver` gets results, faults and, as the last of all, an error."""
+        """`deliver` gets results, faults, a notice that the peer will leave and, as the last of all, an error."""
         self.stop = stop
         self.up_to_date = False
         self.draining = False
@@ -124,10 +124,8 @@ class Hop:
         kind = frame.WhichOneof("kind")
         if kind == "credit":
             self._grant(frame.credit.bytes)
-        elif kind in ("result", "fault"):
+        elif kind in ("result", "fault", "draining"):
             self._deliver(self, frame)
-        elif kind == "draining":
-            self.draining = True
         elif self._reply and not self._reply.done():
             self._reply.set_result(frame)
 

@@ -37,6 +37,8 @@ class Pipeline:
         self.epoch = 0
         self._channels = channels
         self._options = options
+        # Some peer is about to leave, or was when the route last changed.
+        self.draining = False
         # None says that a hop failed.
         self._results: asyncio.Queue[pb.Result | None] = asyncio.Queue()
         self._patience_s = options.step_timeout_s
@@ -81,6 +83,7 @@ class Pipeline:
             if staying.get(hop.stop.key) is not hop:
                 hop.close()
         self.hops = [staying.get(stop.key) or self._hop(stop) for stop in route]
+        self.draining = any(hop.draining for hop in self.hops)
         # A peer whose outputs are lost needs a replay itself, which the peers before it then have to hear.
         while untold := [(hop, message) for hop, message in self._resume_messages(point) if hop.told != message]:
             await _all(self._tell(hop, message) for hop, message in untold)
@@ -188,6 +191,8 @@ class Pipeline:
             self._results.put_nowait(None)
         elif frame.HasField("result"):
             self._results.put_nowait(frame.result)
+        elif frame.HasField("draining"):
+            self.draining = hop.draining = True
         else:
             self._fault(hop, frame.fault)
 

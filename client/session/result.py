@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,29 +50,38 @@ class StepResult:
         return [self.tree.ids[row] for row in self.accepted[1:]] if self.tree else []
 
 
-async def read_result(
-    next_part: Callable[[], Awaitable[pb.Result]], asked: pb.Step, codec: pb.Codec, last: pb.PeerRecord
-) -> StepResult:
-    """The answer to `asked` from its parts. Raises ResultError for one that does not fit, PeerError as `next_part`."""
-    result = StepResult()
-    logits, hidden = bytearray(), bytearray()
-    while True:
-        part = await next_part()
-        if part.step != asked.step:
-            continue  # the answer to a repeat that was no longer needed
+class ResultReader:
+    """Puts the answer to `asked` together from its parts; `last` is the record of the peer that sends them."""
+
+    def __init__(self, asked: pb.Step, codec: pb.Codec, last: pb.PeerRecord) -> None:
+        self._asked, self._codec, self._last = asked, codec, last
+        self._result = StepResult()
+        self._logits, self._hidden = bytearray(), bytearray()
+
+    def add(self, part: pb.Result) -> StepResult | None:
+        """Take a part; the answer where that was its last one. Raises ResultError for one that does not fit."""
+        if part.step != self._asked.step:
+            return None  # of the answer to a repeat that was no longer needed
+        result = self._result
         if part.sampled:
             result.accepted, result.next_token = list(part.accepted), part.next_token
             result.logprobs = list(part.logprobs)
         result.hops.extend(part.hops)
-        logits += part.logits
-        hidden += part.hidden
-        if part.last_part:
-            break
-    if logits:
-        result.logits = np.frombuffer(bytes(logits), np.float32).reshape(-1, last.vocab_size)
-    if hidden or asked.want.hidden:
-        result.hidden = _hidden(bytes(hidden), asked, codec, last.hidden_size)
-    return result
+        self._logits += part.logits
+        self._hidden += part.hidden
+        if not part.last_part:
+            return None
+        if self._logits:
+            result.logits = _logits(bytes(self._logits), self._last.vocab_size)
+        if self._hidden or self._asked.want.hidden:
+            result.hidden = _hidden(bytes(self._hidden), self._asked, self._codec, self._last.hidden_size)
+        return result
+
+
+def _logits(data: bytes, vocab_size: int) -> Array:
+    if len(data) % (4 * vocab_size):
+        raise ResultError(f"sent logits that are none: {len(data)} bytes are no rows of {vocab_size} values")
+    return np.frombuffer(data, np.float32).reshape(-1, vocab_size)
 
 
 def _hidden(data: bytes, asked: pb.Step, codec: pb.Codec, width: int) -> Array:

@@ -150,7 +150,7 @@ class Session:
         if self.options.local_ends:
             await self._draw(result, tree, output)
         self._sequence.commit, result.tree = result.accepted, tree
-        self.ids.extend(tree.ids[row] for row in result.accepted)
+        self._sequence.ids.extend([tree.ids[row] for row in result.accepted])
         return result
 
     async def _send(
@@ -163,7 +163,8 @@ class Session:
         sample: bool,
         sampling: SamplingParams | None,
     ) -> None:
-        await self._steps.prepare()
+        if self._pipeline.draining:
+            await self._steps.hand_over()
         step = self._sequence.next_step(
             ids,
             parents,

@@ -9,7 +9,7 @@ from .failover import RouteKeeper
 from .options import SessionOptions
 from .peer_error import PeerError
 from .pipeline import Pipeline
-from .result import ResultError, StepResult, read_result
+from .result import ResultError, ResultReader, StepResult
 from .resume import ResumePoint
 from .sequence import SequenceState
 
@@ -27,15 +27,16 @@ class StepStream:
         # Without an answer yet, oldest first; a change of route sends them again.
         self._unanswered: dict[int, pb.Step] = {}
 
-    async def prepare(self) -> None:
-        """Before the next step is made: leave peers that are about to leave. Raises PeerError."""
+    async def hand_over(self) -> None:
+        """Leave peers that are about to leave, before the next step is made. Raises PeerError."""
         if not self._unanswered:
             self._keeper.waiting()
-        if any(hop.draining for hop in self._pipeline.hops):
-            await self._keeper.hand_over(self)
+        await self._keeper.hand_over(self)
 
     async def send(self, step: pb.Step) -> None:
         """Raises PeerError, NoRoute."""
+        if not self._unanswered:
+            self._keeper.waiting()
         self._unanswered[step.step] = step
         try:
             await self._transmit(step)
@@ -47,8 +48,10 @@ class StepStream:
         step = self._unanswered[number]
         while True:
             last = self._pipeline.hops[-1]
+            reader = ResultReader(step, self._options.codec, last.stop.peer)
             try:
-                result = await read_result(self._pipeline.result, step, self._options.codec, last.stop.peer)
+                while (result := reader.add(await self._pipeline.result())) is None:
+                    pass
             except ResultError as error:
                 await self._keeper.fail_over(last.fail_with(grpc.StatusCode.DATA_LOSS, str(error)), self)
             except PeerError as error:

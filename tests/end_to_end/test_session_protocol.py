@@ -15,7 +15,7 @@ from petal.client.config import GenerationConfig
 from petal.client.generation import generate
 from petal.client.routing.route import NoRoute
 from petal.client.session.peer_error import PeerError
-from petal.client.session.result import OutputOptions, read_result
+from petal.client.session.result import OutputOptions, ResultReader
 from petal.client.session.session import Session
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol import petal_pb2 as pb
@@ -245,7 +245,9 @@ async def test_repeat_travels_through_the_route(client: AsyncSwarmModel) -> None
         message = pb.Step(step=2, route_epoch=1, base=len(PROMPT), ids=[token], sample=True, want=pb.Want())
         for hop in (session._pipeline.hops[0], session._pipeline.hops[-1]):
             await hop.send(pb.ClientFrame(step=message))
-        again = await read_result(session._pipeline.result, message, session.options.codec, hop.stop.peer)
+        reader = ResultReader(message, session.options.codec, hop.stop.peer)
+        while (again := reader.add(await session._pipeline.result())) is None:
+            pass
         assert (again.accepted, again.next_token) == (first.accepted, first.next_token)
         expected = await fresh(client, PROMPT, GREEDY)
         assert await go_on(session, first.next_token, 4) == expected[1:5]
