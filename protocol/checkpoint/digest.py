@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 
+from ..trust.private_file import remove_stale, write_private
 from .layout import Layout, TensorInfo
 
 # What peer records carry.
@@ -88,10 +87,8 @@ class DigestCache:
 
     def _store(self, path: Path, entries: dict[str, str]) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".tmp", delete=False) as file:
-                json.dump(entries, file)
-            os.replace(file.name, path)
+            write_private(path, json.dumps(entries).encode())
+            remove_stale(self.folder, "*.tmp")
         except OSError:
             return
 

@@ -1,6 +1,7 @@
 """Checkpoints of safetensors and from the hub: layout, values, digests, and refusal of everything broken."""
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -283,3 +284,24 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
 
 def test_config_is_the_folders(saved):
     assert AutoConfig.for_model(**open_checkpoint(saved).config).num_hidden_layers == 3
+
+
+def test_half_written_digests_do_not_pile_up(saved, tmp_path, monkeypatch):
+    cache = tmp_path / "digests"
+    cache.mkdir()
+    (cache / "tmpabc.tmp").write_text("{")
+    os.utime(cache / "tmpabc.tmp", (1, 1))
+    (cache / "tmpxyz.tmp").write_text("{")  # somebody may be writing this one
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    with open_checkpoint(saved, cache) as checkpoint:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.block_digests(0, 1)
+        assert sorted(path.name for path in cache.iterdir()) == ["tmpabc.tmp", "tmpxyz.tmp"]
+        checkpoint.block_digests(0, 1)
+    assert [path.suffix for path in sorted(cache.iterdir())] == [".json", ".tmp"]
+    assert (cache / "tmpxyz.tmp").exists()
