@@ -74,7 +74,8 @@ def serve(
     identity: Annotated[Path | None, typer.Option(help="Identity file, made if missing.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     dtype: Annotated[
-        str | None, typer.Option(help="Of dense weights: float32 (default), or bf16 for half the memory; unpacks quantized ones.")
+        str | None,
+        typer.Option(help="Of dense weights: float32 (default), or bf16 for half the memory; unpacks quantized ones."),
     ] = None,
     quant: Annotated[
         str | None,

@@ -64,6 +64,10 @@ class GgufFile:
         tensor = self.tensors[name]
         return np.asarray(self._data[tensor.offset : tensor.offset + tensor.nbytes])
 
+    def file_of(self, name: str) -> Path:
+        """Where a tensor is stored."""
+        return self.path
+
     def forget(self, view: npt.NDArray[Any]) -> None:
         """See MappedFile.forget; a copy is nobody's view, hence left alone."""
         if np.may_share_memory(view, self._data):

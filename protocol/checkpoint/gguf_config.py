@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .gguf import GgufFile
+from .gguf_split import SplitGguf
 from .layout import CheckpointError
 
 _LARGEST = 1 << 31
@@ -55,7 +56,7 @@ FAMILIES = {
 }
 
 
-def family(file: GgufFile) -> tuple[str, Family]:
+def family(file: GgufFile | SplitGguf) -> tuple[str, Family]:
     """The file's architecture name and how to read it; raises CheckpointError for one that is not known."""
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -63,7 +64,7 @@ def family(file: GgufFile) -> tuple[str, Family]:
     return name, FAMILIES[name]
 
 
-def hf_config(file: GgufFile) -> dict[str, Any]:
+def hf_config(file: GgufFile | SplitGguf) -> dict[str, Any]:
     """The config dict; raises CheckpointError if a field is missing or impossible."""
     name, kind = family(file)
     fields = _Fields(file, name)
@@ -96,7 +97,7 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
 class _Fields:
     """Metadata of one architecture, with types and ranges checked."""
 
-    def __init__(self, file: GgufFile, architecture: str) -> None:
+    def __init__(self, file: GgufFile | SplitGguf, architecture: str) -> None:
         self._file, self._prefix = file, architecture
 
     def get(self, key: str) -> Any:
@@ -119,7 +120,7 @@ class _Fields:
         return CheckpointError(f"{self._file.path}: {self._prefix}.{key} must be {wanted}, found {found}.")
 
 
-def _vocab_size(file: GgufFile) -> int:
+def _vocab_size(file: GgufFile | SplitGguf) -> int:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{file.path} holds no token_embd.weight: only whole models can be read.")
@@ -136,13 +137,13 @@ def _gemma3(config: dict[str, Any], fields: _Fields) -> dict[str, Any]:
     }
 
 
-def _token_ids(file: GgufFile) -> dict[str, int]:
+def _token_ids(file: GgufFile | SplitGguf) -> dict[str, int]:
     keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     found = {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in keys.items()}
     return {key: value for key, value in found.items() if isinstance(value, int)}
 
 
-def _drafter(file: GgufFile) -> dict[str, Any]:
+def _drafter(file: GgufFile | SplitGguf) -> dict[str, Any]:
     """What a drafter's file says of its vocabulary, see Checkpoint; checked there."""
     found = {key: file.metadata.get(f"petal.{key}") for key in DRAFTER_KEYS}
     return {
@@ -152,7 +153,7 @@ def _drafter(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(file: GgufFile, fields: _Fields, head_dim: int, theta: float) -> dict[str, Any] | None:
+def _rope_scaling(file: GgufFile | SplitGguf, fields: _Fields, head_dim: int, theta: float) -> dict[str, Any] | None:
     if "rope_freqs.weight" in file.tensors:
         return _llama3_scaling(file, head_dim, theta)
     kind = fields.get("rope.scaling.type")
@@ -166,7 +167,7 @@ def _rope_scaling(file: GgufFile, fields: _Fields, head_dim: int, theta: float) 
     return scaling
 
 
-def _llama3_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
+def _llama3_scaling(file: GgufFile | SplitGguf, head_dim: int, theta: float) -> dict[str, Any]:
     """GGUF stores Llama 3's frequency divisors instead of their parameters: recover these, and check them."""
     tensor = file.tensors["rope_freqs.weight"]
     if tensor.kind.name != "F32" or tensor.shape != (head_dim // 2,):

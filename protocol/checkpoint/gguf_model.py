@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint
 from .gguf import GgufFile, StoredTensor
 from .gguf_config import Family, family, hf_config
 from .gguf_quants import dequantize
+from .gguf_split import SplitGguf, open_gguf
 from .layout import CheckpointError, TensorInfo
 from .tokenizer import Tokenizer
 from .tokenizer_gguf import gguf_tokenizer
@@ -23,10 +24,10 @@ _FOLDED = {"rope_freqs.weight"}
 
 
 class GgufCheckpoint(Checkpoint):
-    """A model in one GGUF file."""
+    """A model in one GGUF file, or in the parts of one."""
 
     def __init__(self, path: Path, name: str, cache: Path | None = None) -> None:
-        self._file = GgufFile(path)
+        self._file = open_gguf(path)
         self._family = family(self._file)[1]
         config = hf_config(self._file)
         self._stored = _by_hf_name(self._file, self._family, config["num_hidden_layers"])
@@ -61,7 +62,7 @@ class GgufCheckpoint(Checkpoint):
 
     def files(self, names: Iterable[str]) -> set[Path]:
         """See Checkpoint.files."""
-        return {self._file.path}
+        return {self._file.file_of(self._stored[name].name) for name in names}
 
     def tokenizer(self) -> Tokenizer:
         """See Checkpoint.tokenizer."""
@@ -81,7 +82,7 @@ class GgufCheckpoint(Checkpoint):
         return raw.reshape(n_heads, rows // n_heads // 2, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
-def _by_hf_name(file: GgufFile, kind: Family, n_blocks: int) -> dict[str, StoredTensor]:
+def _by_hf_name(file: GgufFile | SplitGguf, kind: Family, n_blocks: int) -> dict[str, StoredTensor]:
     """The tensor table under Hugging Face names; raises CheckpointError if a tensor is unknown or missing."""
     stored: dict[str, StoredTensor] = {}
     for name, tensor in file.tensors.items():

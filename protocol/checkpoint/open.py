@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .gguf_model import GgufCheckpoint
+from .gguf_split import model_name
 from .hub import HubFolder
 from .layout import CheckpointError
 from .safetensors_model import LocalFolder, SafetensorsCheckpoint
@@ -26,7 +27,7 @@ def open_checkpoint(model: str | Path, cache: Path | None = None) -> Checkpoint:
     if path.is_dir():
         return SafetensorsCheckpoint(LocalFolder(path), cache)
     if path.is_file() and path.suffix == ".gguf":
-        return GgufCheckpoint(path, path.stem, cache)
+        return GgufCheckpoint(path, model_name(path), cache)
     if path.is_file() and path.suffix == ".safetensors":
         return SafetensorsCheckpoint(LocalFolder(path.parent), cache, weights=path.name)
     if path.is_file():

