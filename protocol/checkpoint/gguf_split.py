@@ -60,8 +60,8 @@ def open_gguf(path: Path) -> GgufFile | SplitGguf:
     match = _PART.fullmatch(path.stem)
     if match is None or int(match["count"]) != count:
         raise CheckpointError(
-            f"{path} is one of {count} parts of a model: name it NAME-00001-of-{count:05}.gguf, as gguf-split does, and "
-            "its siblings beside it likewise."
+            f"{path} is one of {count} parts of a model: name it NAME-00001-of-{count:05}.gguf, as gguf-split does, "
+            "and its siblings beside it likewise."
         )
     paths = [path.with_name(f"{match['name']}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
     missing = [part.name for part in paths if not part.is_file()]
