@@ -1,12 +1,21 @@
-"""Every test has a home of its own: what one pins or joins is nobody else's."""
+"""What holds for every test."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Other programs may keep the machine busy: no example has a deadline. `make test` tries the same examples on any day,
+# `make test-full` others every time.
+settings.register_profile("same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile("other", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("PETAL_EXAMPLES", "same"))
 
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home of its own: what one test pins or joins is nobody else's."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))

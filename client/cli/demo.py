@@ -69,17 +69,19 @@ class ChildPeer:
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if not line.startswith("{"):
-                continue
-            event = json.loads(line)
-            if event["event"] == "ready":
-                self.ready, self.loaded = event, 1.0
-            elif event["event"] == "loading":
-                self.loaded = event["done"] / max(1, event["total"])
-            elif event["event"] == "error":
-                self.error = event["message"]
-            self.changed.set()
+        with self.process.stdout as lines:
+            for line in lines:
+                if line.startswith("{"):
+                    self._take(json.loads(line))
+        self.changed.set()
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["event"] == "ready":
+            self.ready, self.loaded = event, 1.0
+        elif event["event"] == "loading":
+            self.loaded = event["done"] / max(1, event["total"])
+        elif event["event"] == "error":
+            self.error = event["message"]
         self.changed.set()
 
     @property

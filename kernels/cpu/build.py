@@ -41,7 +41,8 @@ def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None where `PETAL_NATIVE=0` is set, there is no C compiler or the build fails.
 
     `PETAL_NATIVE=portable` leaves the matrix unit out: bits as on any processor, for exact mode over mixed machines.
-    Built files are kept in `$XDG_CACHE_HOME/petal/native` (default `~/.cache`). Calls release the interpreter lock.
+    `PETAL_NATIVE_FLAGS` adds flags of the compiler, such as a sanitizer's. Built files are kept in
+    `$XDG_CACHE_HOME/petal/native` (default `~/.cache`). Calls release the interpreter lock.
     """
     if os.environ.get("PETAL_NATIVE") == "0":
         return None
@@ -66,7 +67,9 @@ def function(name: str, *arguments: type, returns: type | None = None) -> Callab
 
 def _built() -> Path:
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    flags = [*FLAGS, "-DPETAL_PORTABLE"] if os.environ.get("PETAL_NATIVE") == "portable" else FLAGS
+    flags = [*FLAGS, *shlex.split(os.environ.get("PETAL_NATIVE_FLAGS", ""))]
+    if os.environ.get("PETAL_NATIVE") == "portable":
+        flags.append("-DPETAL_PORTABLE")
     files = sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")])
     version = _run([*compiler, "--version"])
     identity = [*compiler, *flags, version, _cpu(), *(file.read_text() for file in files)]
@@ -78,7 +81,7 @@ def _built() -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             _run([*compiler, *flags, "-c", *(str(file) for file in files if file.suffix == ".c")], folder)
             objects = sorted(str(file) for file in Path(folder).glob("*.o"))
-            _run([*compiler, "-shared", "-pthread", "-o", "out.so", *objects, "-lm"], folder)
+            _run([*compiler, *flags, "-shared", "-o", "out.so", *objects, "-lm"], folder)
             os.replace(Path(folder) / "out.so", target)  # atomic: several processes may build at once
     return target
 

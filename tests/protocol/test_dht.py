@@ -12,6 +12,7 @@ from petal.protocol.directory.publisher import Publisher
 from petal.protocol.directory.records import sign_record, tombstone
 from petal.protocol.trust.identity import Identity
 
+from ..support.servers import silent_server
 from .records_for_tests import good_record, signed_record
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -242,19 +243,18 @@ async def test_publisher_stops_though_its_registry_swallows_the_cancellation():
 
 @pytest.mark.parametrize("kind", ["refused", "silent", "another peer"])
 async def test_no_dht(kind, join):
-    silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     node = await join()
     (living,) = await node.multiaddrs()
-    transport = {
-        "refused": "/ip4/127.0.0.1/tcp/1",
-        "silent": f"/ip4/127.0.0.1/tcp/{silent.sockets[0].getsockname()[1]}",
-        "another peer": living.rpartition("/p2p/")[0],
-    }[kind]
-    started = time.monotonic()
-    with pytest.raises(DirectoryError, match=r"^None of the DHT's initial peers answers .*: check .*\.$"):
-        await DhtDirectory.create(initial_peers=[f"{transport}/p2p/{EVE.peer_id}"], client_mode=True)
-    assert time.monotonic() - started < 20
-    silent.close()
+    async with silent_server() as silent:
+        transport = {
+            "refused": "/ip4/127.0.0.1/tcp/1",
+            "silent": f"/ip4/127.0.0.1/tcp/{silent.address.rpartition(':')[2]}",
+            "another peer": living.rpartition("/p2p/")[0],
+        }[kind]
+        started = time.monotonic()
+        with pytest.raises(DirectoryError, match=r"^None of the DHT's initial peers answers .*: check .*\.$"):
+            await DhtDirectory.create(initial_peers=[f"{transport}/p2p/{EVE.peer_id}"], client_mode=True)
+        assert time.monotonic() - started < 20
     gc.collect()  # what hivemind leaves behind complains once its loop is closed
 
 

@@ -19,6 +19,7 @@ from petal.protocol.directory.records import RecordError, sign_record, tombstone
 from petal.protocol.trust.identity import Identity
 from petal.protocol.wire.limits import DIRECTORY_OPTIONS
 
+from ..support.servers import silent_server
 from .records_for_tests import good_record, signed_record, trust_of
 
 TRUSTED = Identity.ephemeral()
@@ -62,10 +63,9 @@ async def serve():
 
 @pytest.fixture
 async def silent():
-    """The address of a server that accepts and says nothing."""
-    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
-    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    server.close()
+    """A server that accepts and says nothing."""
+    async with silent_server() as server:
+        yield server
 
 
 NOBODY = "127.0.0.1:1"
@@ -148,25 +148,27 @@ async def test_a_reply_is_bounded_and_names_the_bootstrap(serve, monkeypatch):
 
 
 async def test_tries_the_next_address(serve, silent):
-    directory = GrpcDirectory([NOBODY, silent, await serve(signed_record(ALICE))], timeout_s=0.5)
+    addresses = [NOBODY, silent.address, await serve(signed_record(ALICE))]
+    directory = GrpcDirectory(addresses, timeout_s=30.0, patience_s=0.1)
     assert ids(await directory.list()) == {ALICE.peer_id}
-    started = time.monotonic()
-    await directory.list()
-    assert time.monotonic() - started < 0.4, "the address that answered comes first from now on"
+    directory._patience_s, asked = 30.0, len(silent.callers)
+    assert asked
+    assert ids(await directory.list()) == {ALICE.peer_id}
+    assert len(silent.callers) == asked, "the address that answered comes first from now on"
 
 
 async def test_a_silent_address_holds_nobody_up(serve, silent):
     started = time.monotonic()
-    directory = GrpcDirectory([silent, await serve(signed_record(ALICE))], timeout_s=30.0)
+    directory = GrpcDirectory([silent.address, await serve(signed_record(ALICE))], timeout_s=30.0)
     assert ids(await directory.list()) == {ALICE.peer_id}
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 async def test_nobody_answers(silent):
     started = time.monotonic()
-    with pytest.raises(DirectoryError, match=rf"^No peer answered .*{NOBODY}.*{silent}.*check.*\.$"):
-        await GrpcDirectory([NOBODY, silent], timeout_s=0.5).list()
-    assert time.monotonic() - started < 3
+    with pytest.raises(DirectoryError, match=rf"^No peer answered .*{NOBODY}.*{silent.address}.*check.*\.$"):
+        await GrpcDirectory([NOBODY, silent.address], timeout_s=0.5).list()
+    assert time.monotonic() - started < 20
 
 
 async def test_an_empty_swarm_is_no_error(serve):
@@ -214,12 +216,11 @@ async def test_peers_that_it_learned_of_are_asked_too(serve):
 
 async def test_ping(serve, silent):
     address = await serve()
+    started = time.monotonic()
     pong = await ping(partial(TRUST.dial, address, DIRECTORY_OPTIONS))
     assert (pong.peer_id, pong.state) == (ALICE.peer_id, pb.DRAINING)
-    assert 0 < pong.rtt_s < 0.5
-    started = time.monotonic()
-    places = {ALICE: NOBODY, BOB: silent, EVE: address}
+    assert 0 < pong.rtt_s < time.monotonic() - started
+    places = {ALICE: NOBODY, BOB: silent.address, EVE: address}
     records = [good_record(identity, addresses=[place]) for identity, place in places.items()]
-    pongs = await ping_all([*records, good_record(TRUSTED, addresses=[address])], TRUST, timeout=0.5)
+    pongs = await ping_all([*records, good_record(TRUSTED, addresses=[address])], TRUST, timeout=2.0)
     assert {peer for peer, pong in pongs.items() if pong} == {TRUSTED.peer_id}, "Eve's record has another TLS key"
-    assert time.monotonic() - started < 1.5

@@ -27,7 +27,6 @@ async def test_a_failed_beat_is_not_the_last(monkeypatch: pytest.MonkeyPatch, ca
     membership = SimpleNamespace(reload=reload, admin=None, addresses=[], remember=lambda addresses: None)
     directory = GossipDirectory(cast("Membership", membership), "127.0.0.1:1")
     await directory.join()
-    async with asyncio.timeout(10):
-        await again.wait()
+    await asyncio.wait_for(again.wait(), 10)
     await directory.close()
     assert "no space left" in caplog.text

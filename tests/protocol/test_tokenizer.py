@@ -22,7 +22,9 @@ from transformers import AutoTokenizer, GemmaTokenizer, Qwen2Tokenizer
 from .gguf_maker import write_tables
 
 TOKENS = "tokenizer.ggml.tokens"
-PROMPTS = [json.loads(line)["text"] for line in (Path(__file__).parents[1] / "data/prompts.jsonl").open()]
+PROMPTS = [
+    json.loads(line)["text"] for line in (Path(__file__).parents[1] / "data/prompts.jsonl").read_text().splitlines()
+]
 TEXTS = [
     *PROMPTS,
     "",

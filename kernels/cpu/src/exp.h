@@ -24,7 +24,7 @@ static inline f32x16 exp16(f32x16 x)
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    f32x16 result = (f32x16)((i32x16)p + ((i32x16)shifted << 23));
+    f32x16 result = (f32x16)((u32x16)p + ((u32x16)shifted << 23));
     return select16(tiny, (f32x16){0}, result);
 }
 

@@ -1,0 +1,78 @@
+"""What is installed: every package folder, and every file that is no Python."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .support.imports import FOLDERS, ROOT, SOURCES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SETUPTOOLS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+DATA = sorted(
+    path.relative_to(ROOT)
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file() and path.suffix not in (".py", ".md") and "__pycache__" not in path.parts
+)
+
+
+def unlisted(data: list[Path]) -> list[Path]:
+    """Files that no pattern of package-data names."""
+    patterns = [
+        f"{package.removeprefix('petal.')}/{pattern}"
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+    ]
+    return [path for path in data if not any(fnmatch(path.as_posix(), pattern) for pattern in patterns)]
+
+
+def test_every_package_folder_is_listed():
+    folders = {path.parent.as_posix() for path in SOURCES}
+    assert sorted(SETUPTOOLS["packages"]) == sorted(f"petal.{folder.replace('/', '.')}" for folder in folders)
+    assert [path for path in folders if not (ROOT / path / "__init__.py").exists()] == []
+
+
+def test_every_data_file_is_listed():
+    kinds = {path.suffix for path in DATA} | {path.name for path in DATA}
+    assert {".c", ".h", ".proto", ".gguf", "registry.json", "py.typed"} <= kinds
+    assert unlisted(DATA) == []
+    assert unlisted([Path("kernels/cpu/src/x.cu"), Path("client/x.json")]) != []
+
+
+def test_every_folder_says_that_it_is_typed():
+    assert [folder for folder in FOLDERS if Path(folder, "py.typed") not in DATA] == []
+
+
+def test_constraints_name_whatever_make_installs():
+    """Each dependency of pyproject.toml is held to a tested version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    names = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted} - {"petal-swarm"}
+    held = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert sorted(names - held) == []
+
+
+@pytest.mark.full
+def test_what_is_built_holds_every_file(tmp_path: Path):
+    """A source archive, and a wheel made of that archive: its quick twins are the lists above."""
+    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = {path.as_posix() for path in [*DATA, *SOURCES]}
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        assert expected <= {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        assert {f"petal/{name}" for name in expected} <= set(wheel.namelist())
