@@ -48,14 +48,15 @@ class AsyncChat:
     async def _answer(self, question: str | None, settings: GenerationSettings) -> AsyncIterator[OutputChunk]:
         """One turn; without a question the last one is answered anew."""
         before, said = list(self.messages), ""
-        if question is not None:
-            self.messages.append({"role": "user", "content": question})
-        while self.messages and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
+        messages = [*before, {"role": "user", "content": question}] if question is not None else list(before)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        # What is refused here leaves conversation and session as they are.
+        config = self._generator.config(settings)
+        prompt = self._tokenizer.apply_chat_template(messages)
+        session = await self._session_for(len(prompt) + config.max_new_tokens)
+        self.messages[:] = messages
         try:
-            config = self._generator.config(settings)
-            prompt = self._tokenizer.apply_chat_template(self.messages)
-            session = await self._session_for(len(prompt) + config.max_new_tokens)
             async for chunk in await self._generator.chunks(session, prompt, config):
                 said += chunk.text
                 yield chunk
@@ -74,7 +75,8 @@ class AsyncChat:
         held = self._session
         if held is None or min(tokens, held.context_length) > held.options.reserve_tokens:
             await self.close()
-            self._session = await self._generator.connection.open_session(max(tokens, self._reserve_tokens))
+            spare = max(0, self._reserve_tokens - tokens)
+            self._session = await self._generator.connection.open_session(tokens, spare_tokens=spare)
             return self._session
         return held
 

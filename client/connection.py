@@ -13,7 +13,7 @@ from ..protocol.directory.directory import Directory
 from ..protocol.trust.channels import Channels
 from .load_once import LoadOnce
 from .routing.peers import ConnectError, KnownPeers
-from .routing.route import NoRoute, Route, choose_route, context_of
+from .routing.route import NoRoute, Route, choose_route, context_of, sessions_that_fit
 from .routing.trusted_ends import TrustedEnds
 from .session.options import SessionOptions
 from .session.peer_error import PeerError
@@ -85,16 +85,26 @@ class SwarmConnection:
             limits = filter(None, [str(self.ends) if self.ends.labels else "", known.left_out])
             raise NoRoute("; ".join([str(error), *limits])) from None
 
-    async def open_session(self, reserve_tokens: int, wait_s: float | None = None) -> Session:
+    async def sessions_that_fit(self, reserve_tokens: int) -> int:
+        """How many sessions of so many tokens the peers have room for, as far as their records say; 0 where none is."""
+        try:
+            route = await self.route(reserve_tokens)
+        except NoRoute:
+            return 0
+        return sessions_that_fit(self.known.reachable(), min(reserve_tokens, context_of(route) + TREE_ROOM))
+
+    async def open_session(self, reserve_tokens: int, wait_s: float | None = None, spare_tokens: int = 0) -> Session:
         """Open along the best route; where peers are busy or missing, try again with jitter, for `wait_s` seconds.
 
-        Reserves no more than the model's context and room for a tree. Raises PeerError, NoRoute.
+        Reserves no more than the model's context and room for a tree; up to `spare_tokens` more where the peers have
+        them free and as many again. Raises PeerError, NoRoute.
         """
         deadline = time.monotonic() + (self.defaults.wait_s if wait_s is None else wait_s)
         while True:
             try:
-                return await self._open(reserve_tokens)
+                return await self._open(reserve_tokens, spare_tokens)
             except PeerError as error:
+                spare_tokens = 0  # others were quicker than the records
                 if not (error.busy or error.gone) or time.monotonic() > deadline:
                     raise
                 if error.gone and error.peer_id:
@@ -106,11 +116,13 @@ class SwarmConnection:
                 await self.known.try_banned()
                 await asyncio.sleep(random.uniform(0.1, 0.5))
 
-    async def _open(self, reserve_tokens: int) -> Session:
+    async def _open(self, reserve_tokens: int, spare_tokens: int) -> Session:
         route = await self.route(reserve_tokens)
+        free = min(stop.peer.cache_tokens_free for stop in route) - reserve_tokens
+        wanted = reserve_tokens + max(0, min(spare_tokens, free // 2))
         options = replace(
             self.defaults,
-            reserve_tokens=min(reserve_tokens, context_of(route) + TREE_ROOM),
+            reserve_tokens=min(wanted, context_of(route) + TREE_ROOM),
             local_ends=await self._local_ends_for(route),
         )
         session = Session(route, self.known, self.channels, options)

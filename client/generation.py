@@ -1,11 +1,9 @@
-"""Generation: prompt in, tokens out; over one session, or over as many as there are answers."""
+"""Generation over one session: prompt in, tokens out, and where to stop."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 
 from ..protocol.checkpoint.tokenizer import Tokenizer
 from .config import GenerationConfig, GenerationSettings, with_defaults
@@ -14,11 +12,8 @@ from .drafting.registry import DrafterRegistry
 from .drafting.rounds import Speculation, Verified
 from .model_text import ModelText
 from .output import OutputChunk, OutputCutter
-from .session.peer_error import PeerError
 from .session.session import Session
 
-# Shorter beginnings are not worth the wait until the trunk is there.
-SHARED_PREFIX = 32
 Prompt = str | Sequence[int]
 
 
@@ -67,44 +62,6 @@ class Generator:
                 yield chunk
         finally:
             session.close()
-
-    async def answers(
-        self, prompts: Sequence[Sequence[int]], n: int, config: GenerationConfig
-    ) -> list[list[list[OutputChunk]]]:
-        """`n` answers to each prompt. What all prompts begin with is computed once; their sessions fork behind it."""
-        reserve = max(map(len, prompts)) + config.max_new_tokens + TREE_ROOM
-        shared = shared_prefix(prompts) if len(prompts) * n > 1 else []
-        trunk = None
-        if len(shared) >= (1 if n > 1 else SHARED_PREFIX):
-            trunk = await self.connection.open_session(reserve)
-        try:
-            if trunk:
-                await trunk.prefill(shared)
-            configs = [replace(config, sequence=i) for i in range(n)]
-            answers = await asyncio.gather(*(self._answer(ids, c, trunk, reserve) for ids in prompts for c in configs))
-        finally:
-            if trunk:
-                trunk.close()
-        return [answers[i : i + n] for i in range(0, len(answers), n)]
-
-    async def _answer(
-        self, ids: Sequence[int], config: GenerationConfig, trunk: Session | None, reserve: int
-    ) -> list[OutputChunk]:
-        session = await self._branch(trunk, reserve)
-        try:
-            return [chunk async for chunk in await self.chunks(session, ids, config)]
-        finally:
-            session.close()
-
-    async def _branch(self, trunk: Session | None, reserve: int) -> Session:
-        """A fork of the trunk; a session of its own, waited for, where the trunk's peers are full or gone."""
-        if trunk:
-            try:
-                return await trunk.fork()
-            except PeerError as error:
-                if not (error.busy or error.gone):
-                    raise
-        return await self.connection.open_session(reserve)
 
 
 async def generate(
@@ -162,11 +119,3 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
             break
         length += 1
     return length
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """What all prompts begin with; every prompt keeps at least one token of its own, whose row predicts the first."""
-    shared = prompts[0][:-1]
-    for prompt in prompts[1:]:
-        shared = shared[: common_prefix(shared, prompt[:-1])]
-    return list(shared)

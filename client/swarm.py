@@ -11,6 +11,7 @@ from ..protocol.checkpoint.layout import CheckpointError
 from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.checkpoint.tokenizer import Tokenizer
 from ..protocol.wire.codec import CODECS
+from .batch import answers
 from .chat import AsyncChat, Chat
 from .config import GenerationConfig, GenerationSettings
 from .connection import SwarmConnection
@@ -102,6 +103,11 @@ class AsyncSwarmModel:
         """The model's own, or the one given to `connect`."""
         return self.generator.tokenizer
 
+    @property
+    def trusted_ends(self) -> TrustedEnds:
+        """Whom the first and the last block are left to."""
+        return self.connection.ends
+
     async def close(self) -> None:
         """Leave the swarm; sessions end."""
         await self.connection.close()
@@ -146,7 +152,7 @@ class AsyncSwarmModel:
                 raise ValueError("a streamer takes one prompt and one sequence")
             groups = [[await self._stream_to(streamer, encoded[0], config)]]
         else:
-            groups = await self.generator.answers(encoded, num_return_sequences, config)
+            groups = await answers(self.generator, encoded, num_return_sequences, config)
         return prompts.result(groups, pad=min(self.generator.config({}).eos_ids(self.tokenizer), default=0))
 
     async def _stream_to(self, streamer: Streamer, ids: list[int], config: GenerationConfig) -> list[OutputChunk]:
@@ -223,7 +229,7 @@ class SwarmModel:
     @property
     def trusted_ends(self) -> TrustedEnds:
         """Whom the first and the last block are left to."""
-        return self._core.connection.ends
+        return self._core.trusted_ends
 
     def generate(
         self,

@@ -50,6 +50,17 @@ def is_full(record: pb.PeerRecord, reserve_tokens: int) -> bool:
     return record.cache_tokens_free < reserve_tokens or record.sessions >= record.max_sessions
 
 
+def sessions_that_fit(records: Sequence[pb.PeerRecord], reserve_tokens: int) -> int:
+    """Sessions of so many tokens that all blocks have room for, as far as the records say."""
+    room: dict[int, int] = defaultdict(int)
+    for record in filter(usable, records):
+        tokens = record.cache_tokens_free // max(1, reserve_tokens)
+        for block in range(record.start, record.end):
+            room[block] += max(0, min(tokens, record.max_sessions - record.sessions))
+    n_blocks = max((record.n_blocks for record in records), default=0)
+    return min((room[block] for block in range(n_blocks)), default=0)
+
+
 def missing_blocks(records: Iterable[pb.PeerRecord], n_blocks: int) -> list[range]:
     """Runs of blocks that no usable peer hosts."""
     hosted = {block for r in records if usable(r) for block in range(r.start, r.end)}

@@ -176,7 +176,7 @@ async def test_without_an_admin_nobody_joins_and_all_else_goes_on(swarm: Private
         newcomer = await join(swarm.invite("client"), folder=swarm.folder / "late")
         assert await listed(newcomer, swarm.peers[1].address)
         assert await client.generate(PROMPT, **SETTINGS) == expected
-        trust = client.ends.trust
+        trust = client.trusted_ends.trust
         before = trust.certificates[0]
         await trust.renew(None)
         assert trust.certificates[0] != before
