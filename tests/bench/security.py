@@ -150,7 +150,7 @@ async def run(count: int) -> tuple[dict[str, Times], dict[str, float]]:
 async def cut(authority: Authority, client: AsyncSwarmModel, session: Session) -> float:
     """Seconds from a revocation to the end of a stream that is in use."""
     started = time.perf_counter()
-    authority.revoke(client.ends.trust.name)  # type: ignore[attr-defined]
+    authority.revoke(client.trusted_ends.trust.name)  # type: ignore[attr-defined]
     while time.perf_counter() - started < 120:
         try:
             await session.step(token_chain([300]))
