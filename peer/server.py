@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +14,7 @@ from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint.checkpoint import Checkpoint
 from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.directory.dht import DhtDirectory
-from ..protocol.directory.directory import DirectoryError, DirectoryService
-from ..protocol.directory.publisher import Publisher
+from ..protocol.directory.directory import DirectoryError
 from ..protocol.petal_pb2_grpc import DirectoryStub, add_DirectoryServicer_to_server, add_PeerServicer_to_server
 from ..protocol.private.gossip import GossipDirectory
 from ..protocol.private.joining import join
@@ -33,13 +30,11 @@ from .model import Span, load_span
 from .model.precision import NONE, Holding, choose_holding, fitting_blocks, holding_of, span_bytes
 from .options import ServeOptions
 from .placement import choose_span
+from .rpc.announcement import Announcement
 from .rpc.open_checks import FEATURES, ServiceInfo
 from .rpc.service import PeerService
 from .throughput import MEMORY_SHARE, decode_tokens_per_s, free_bytes
 
-log = logging.getLogger(__name__)
-
-REFRESH_S = 2.0
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner", "ffn_dim")
 
 
@@ -61,9 +56,6 @@ class PeerServer:
     def __init__(self, options: ServeOptions, progress: Progress | None = None) -> None:
         self.options = options
         self._progress = progress or Progress()
-        self._state: pb.PeerState = pb.JOINING
-        self._throughput = 0.0
-        self._bootstrap: list[str] = []
 
     async def start(self) -> None:
         """Raises CheckpointError, DirectoryError or ServeError."""
@@ -198,7 +190,7 @@ class PeerServer:
         return choose_span([r for r in records if r.model_digest == digest], n_blocks, size)
 
     async def _serve(self) -> None:
-        self.context_length = self.span.context_length
+        self.announcement = Announcement(self.directory, self.identity, self.trust, self._served(), self.admission)
         info = ServiceInfo(
             peer_id=self.identity.peer_id,
             model=self.checkpoint.name,
@@ -208,55 +200,33 @@ class PeerServer:
             n_blocks=self.checkpoint.n_blocks,
             hidden_size=self.span.hidden_size,
             vocab_size=self.span.vocab_size,
-            context_length=self.context_length,
-            features=FEATURES | ({"exact"} if self.options.exact else set()),
+            context_length=self.span.context_length,
+            features=self._features,
             idle_s=self.options.idle_s,
             replay_bytes=self.options.replay_bytes,
         )
-        self.service = PeerService(info, self.engine, self.admission, self.trust, self._resolve, self.options.quotas)
-        served = DirectoryService(
-            self.identity.peer_id,
-            state=lambda: self._state,
-            records=self.directory.book.signed,
-            bootstrap=lambda: self._bootstrap,
-            heard=self.directory.hear,
-            revocations=lambda: self.trust.revocations,
-        )
+        resolve, quotas = self.announcement.resolve, self.options.quotas
+        self.service = PeerService(info, self.engine, self.admission, self.trust, resolve, quotas)
         add_PeerServicer_to_server(self.service, self._grpc)
-        add_DirectoryServicer_to_server(served, self._grpc)
-        self._bootstrap = list(await self.directory.multiaddrs())
+        add_DirectoryServicer_to_server(self.announcement.service(), self._grpc)
+        await self.announcement.prepare()
         self.engine.start()
-        with contextlib.suppress(DirectoryError):  # who asks this peer for the directory shall not find it alone
-            await self.directory.list()
         await self._grpc.start()
-        self._state = pb.ONLINE
-        self._publisher = Publisher(self.directory, self.identity, self.record, period_s=self.options.publish_s)
-        await self._publisher.start()
-        work = (self._refresh(), self.trust.keep(self.identity))
-        self._background = [asyncio.create_task(part) for part in work]
+        await self.announcement.start(self.options.publish_s, self.service.sweep)
 
     async def drain(self, grace_s: float) -> None:
         """Say in the record that this peer leaves, take no new sessions, and give the running ones time to move."""
-        self._state = pb.DRAINING
-        announcing = asyncio.create_task(self._announce())
+        self.announcement.state = pb.DRAINING
+        announcing = asyncio.create_task(self.announcement.publish())
         try:
             await self.service.sessions.drain(grace_s)
         finally:
             announcing.cancel()
 
-    async def _announce(self) -> None:
-        try:
-            await self._publisher.publish()
-        except DirectoryError as error:
-            log.warning("leaving, but the directory does not hear of it: %s", error)
-
     async def stop(self) -> None:
         """Take no new sessions, withdraw the record, end what runs, leave the DHT."""
-        self._state = pb.DRAINING
         self.service.sessions.draining = True
-        for task in self._background:
-            task.cancel()
-        await self._publisher.stop()
+        await self.announcement.stop()
         await self.service.close()
         await self._grpc.stop(grace=1.0)
         await asyncio.to_thread(self.engine.stop)
@@ -264,6 +234,14 @@ class PeerServer:
 
     def record(self) -> pb.PeerRecord:
         """What the directory says of this peer, as of now."""
+        return self.announcement.record()
+
+    @property
+    def _features(self) -> frozenset[str]:
+        return FEATURES | ({"exact"} if self.options.exact else set())
+
+    def _served(self) -> pb.PeerRecord:
+        """What never changes of the record."""
         return pb.PeerRecord(
             peer_id=self.identity.peer_id,
             model=self.checkpoint.name,
@@ -272,18 +250,14 @@ class PeerServer:
             start=self.blocks.start,
             end=self.blocks.stop,
             addresses=[self.address],
-            multiaddrs=self._bootstrap[:8],
             dtype=self._holding.dtype_name,
             quantization=self._holding.quant,
             numerics=self._holding.numerics,
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL,
-            state=self._state,
-            context_length=self.context_length,
+            context_length=self.span.context_length,
             cache_tokens=self.options.cache_tokens,
-            cache_tokens_free=self.admission.free_tokens,
             max_sessions=self.options.max_sessions,
-            sessions=self.admission.sessions,
             max_rows=MAX_ROWS,
             throughput=self._throughput,
             block_digests=[self._digests[str(block)] for block in self.blocks],
@@ -292,31 +266,11 @@ class PeerServer:
             head_digest=self._digests.get("head", b""),
             vocab_size=self.span.vocab_size,
             hidden_size=self.span.hidden_size,
-            features=sorted(self.service.sessions.info.features),
-            certificates=self.trust.certificates,
-            hello_nonce=self.trust.nonce,
+            features=sorted(self._features),
         )
 
     def _model_digest(self) -> bytes:
         return bytes.fromhex(self.checkpoint.digest())
-
-    async def _resolve(self, peer_id: str, fresh: bool) -> pb.PeerRecord | None:
-        """A peer's own signed record; where `fresh`, the DHT is asked for it anew."""
-        if fresh:
-            with contextlib.suppress(DirectoryError):  # then the book is all there is
-                await self.directory.list(self.checkpoint.name)
-        records = self.directory.book.list(self.checkpoint.name)
-        return next((record for record in records if record.peer_id == peer_id), None)
-
-    async def _refresh(self) -> None:
-        """Keep the book that clients and links read fresh."""
-        while True:
-            try:
-                await self.directory.list()
-            except DirectoryError as error:
-                log.warning("the directory is out of reach: %s", error)
-            self.service.sweep()
-            await asyncio.sleep(REFRESH_S)
 
 
 def exactness_obstacle(checkpoint: Checkpoint) -> str:

@@ -146,7 +146,7 @@ def _serve(arguments: list[str], pipe: Connection, log: str) -> None:
         async def start(self) -> None:
             await super().start()
             asyncio.get_running_loop().add_reader(pipe.fileno(), self._tell)
-            pipe.send((self.identity.peer_id, self._bootstrap[0]))
+            pipe.send((self.identity.peer_id, self.announcement.bootstrap[0]))
 
         def _tell(self) -> None:
             try:

@@ -15,7 +15,6 @@ from petal.client.swarm import AsyncSwarmModel
 from petal.peer.server import PeerServer
 from petal.peer.session.replay import ReplayLog
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.directory.directory import DirectoryService
 from petal.protocol.petal_pb2_grpc import add_DirectoryServicer_to_server, add_PeerServicer_to_server
 from petal.protocol.trust.interceptor import TrustInterceptor
 from petal.protocol.wire.limits import SERVER_OPTIONS
@@ -55,8 +54,7 @@ async def crash(peer: PeerServer) -> None:
     peer._grpc = grpc.aio.server(interceptors=[TrustInterceptor(peer.trust)], options=SERVER_OPTIONS)
     peer._bind(peer.address)
     add_PeerServicer_to_server(peer.service, peer._grpc)
-    directory = DirectoryService(peer.identity.peer_id, state=lambda: peer._state, records=peer.directory.book.signed)
-    add_DirectoryServicer_to_server(directory, peer._grpc)
+    add_DirectoryServicer_to_server(peer.announcement.service(), peer._grpc)
     await peer._grpc.start()
 
 
@@ -127,8 +125,8 @@ async def draining(peer: PeerServer) -> AsyncIterator[asyncio.Task[None]]:
     finally:
         task.cancel()
         peer.service.sessions.draining = False
-        peer._state = pb.ONLINE
-        await peer._publisher.publish()
+        peer.announcement.state = pb.ONLINE
+        await peer.announcement.publish()
 
 
 async def replayed(
