@@ -72,6 +72,8 @@ class Scheduler(Generic[Key]):
 
     budget: Budget = field(default_factory=Budget)
     _ready: dict[Key, Ready[Key]] = field(default_factory=dict)
+    # A step that is ready alone stands in no queue: there is nobody to be fair to.
+    _sole: Ready[Key] | None = None
     # One for each class: what decoding cost a client says nothing of its turn to prefill.
     _queues: dict[tuple[int, bool], TenantQueue] = field(default_factory=dict)
     _orders: int = 0
@@ -93,8 +95,17 @@ class Scheduler(Generic[Key]):
         assert step.rows > 0
         self._orders += 1
         step.order = self._orders
-        self._queues.setdefault((step.precedence, step.prefill), TenantQueue()).join(step.tenant)
+        if not self._ready:
+            self._sole = step
+        else:
+            if self._sole:
+                self._join(self._sole)
+                self._sole = None
+            self._join(step)
         self._ready[step.key] = step
+
+    def _join(self, step: Ready[Key]) -> None:
+        self._queues.setdefault((step.precedence, step.prefill), TenantQueue()).join(step.tenant)
 
     def cancel(self, key: Key) -> None:
         if key in self._ready:
@@ -102,6 +113,9 @@ class Scheduler(Generic[Key]):
 
     def _remove(self, step: Ready[Key]) -> None:
         del self._ready[step.key]
+        if step is self._sole:
+            self._sole = None
+            return
         queue = self._queue_of(step)
         queue.leave(step.tenant)
         if not queue.clients.waiting:
@@ -160,6 +174,8 @@ class Scheduler(Generic[Key]):
         return chunks
 
     def _by_turn(self, steps: Sequence[Ready[Key]]) -> list[Ready[Key]]:
+        if self._sole:
+            return [*steps]
         arrived: dict[str, int] = {}  # a client's first step stands for all of them where clients are level
         for step in steps:
             arrived.setdefault(step.tenant.client, step.order)
@@ -172,6 +188,7 @@ class Scheduler(Generic[Key]):
 
     def _charge(self, chunk: Chunk[Key]) -> None:
         step = chunk.step
-        cost = self.budget.cost(chunk.stop - chunk.start, step.context + chunk.start)
-        self._queue_of(step).charge(step.tenant, cost)
         step.done = chunk.stop
+        if step is not self._sole:
+            cost = self.budget.cost(chunk.stop - chunk.start, step.context + chunk.start)
+            self._queue_of(step).charge(step.tenant, cost)

@@ -132,10 +132,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.scheduler) == len(self.ready)
         assert all(key in self.scheduler for key in self.ready)
         # Queues exist only where something waits, and nobody is remembered for nothing.
-        queues = self.scheduler._queues
-        assert queues.keys() == {(step.precedence, step.prefill) for step in self.ready.values()}
+        queues, sole = self.scheduler._queues, self.scheduler._sole
+        queued = [step for step in self.ready.values() if sole is None or step.key != sole.key]
+        assert sole is None or not queued, "only who is alone stands in no queue"
+        assert queues.keys() == {(step.precedence, step.prefill) for step in queued}
         for kind, queue in queues.items():
-            clients = [s.tenant.client for s in self.ready.values() if (s.precedence, s.prefill) == kind]
+            clients = [s.tenant.client for s in queued if (s.precedence, s.prefill) == kind]
             assert queue.clients.waiting == {client: clients.count(client) for client in clients}
             assert queue.clients.served.keys() >= set(clients)
 
