@@ -133,6 +133,8 @@ class Scheduler(Generic[Key]):
 
     def take(self, now: float) -> list[Chunk[Key]]:
         """The chunks of the next iteration; steps that they finish leave the scheduler."""
+        if self._sole and not self._sole.prefill:
+            return [self._take_sole(now)]
         steps = list(self._ready.values())
         decodes = self._take_decodes([s for s in steps if not s.prefill])
         if decodes:
@@ -146,6 +148,15 @@ class Scheduler(Generic[Key]):
         for queue in self._queues.values():
             queue.forget()
         return chunks
+
+    def _take_sole(self, now: float) -> Chunk[Key]:
+        """All rows of the one decode step that is ready."""
+        assert self._sole
+        step, self._sole = self._sole, None
+        del self._ready[step.key]
+        self._last_decode = now
+        step.done = step.rows
+        return Chunk(step, 0, step.rows)
 
     def _take_decodes(self, steps: Sequence[Ready[Key]]) -> list[Chunk[Key]]:
         chunks: list[Chunk[Key]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class CachedSequence:
     done: Done | None = None
     broken: bool = False
 
-    @property
+    @cached_property
     def is_last(self) -> bool:
         """Whether this is the last stage."""
         return self.blocks.stop == self.span.n_blocks

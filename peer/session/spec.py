@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import grpc
 
@@ -39,19 +40,19 @@ class SessionSpec:
     peer_id: str
     max_nodes: int = MAX_ROWS - 1
 
-    @property
+    @cached_property
     def is_first(self) -> bool:
         return self.blocks.start == 0
 
-    @property
+    @cached_property
     def is_last(self) -> bool:
         return self.blocks.stop == self.n_blocks
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return row_bytes(self.codec, self.hidden_size)
 
-    @property
+    @cached_property
     def max_rows(self) -> int:
         """Half a window must hold a step, so that another can follow while its credit is on the way."""
         return min(MAX_ROWS, WINDOW_BYTES // 2 // self.row_bytes)

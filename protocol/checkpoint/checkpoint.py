@@ -118,10 +118,6 @@ class Checkpoint(ABC):
     def close(self) -> None:
         """Let go of the files. Arrays already read stay valid."""
 
-    def need(self, names: Iterable[str]) -> None:
-        """Fetch now what `names` will read later; local files need nothing."""
-        self.files(names)
-
     def packed(self, name: str) -> npt.NDArray[np.uint8]:
         """Stored bytes by row, uint8 [rows, bytes of a row], in the order in which `read` gives the rows.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .. import petal_pb2 as pb
 from .limits import MAX_ROWS, TOP_LOGPROBS
@@ -35,7 +36,7 @@ class StepHeader:
     deadline_ms: int
     replay: bool
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return len(self.tree)
 

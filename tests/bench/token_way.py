@@ -28,6 +28,8 @@ from .swarm import report
 
 ROOT = Path(petal.peer.__path__[0]).resolve().parent
 FOLDERS = tuple(f"{ROOT / name}/" for name in ("client", "kernels", "peer", "protocol"))
+# What peers do all the time, whether there are tokens or not: whatever these call is no token's way.
+HOUSEKEEPING = tuple(f"{ROOT / name}" for name in ("protocol/directory/", "peer/rpc/announcement.py"))
 CLIENT, MIDDLE = -1, 1
 WARM_UP = 8
 PROMPT = list(range(20, 40))
@@ -48,7 +50,7 @@ class Token:
 class Way:
     """The way of each token, as far as it was watched.
 
-    Figures are medians, and files those that most tokens enter: peers also keep house meanwhile.
+    Figures are medians, and files those that most tokens enter.
     """
 
     tokens: list[Token] = field(default_factory=list)
@@ -82,6 +84,8 @@ class Way:
         code = frame.f_code
         if event != "call" or not self.on or not code.co_filename.startswith(FOLDERS):
             return
+        if _keeps_house(frame):
+            return
         thread, path = threading.get_ident(), code.co_filename[len(str(ROOT)) + 1 :]
         if thread in self.owners:
             _whose.set(self.owners[thread])
@@ -100,6 +104,14 @@ class Way:
         finally:
             sys.setprofile(None)
             threading.setprofile(None)
+
+
+def _keeps_house(frame: FrameType | None) -> bool:
+    while frame:
+        if frame.f_code.co_filename.startswith(HOUSEKEEPING):
+            return True
+        frame = frame.f_back
+    return False
 
 
 async def token_way(model: str | Path, n_blocks: int, tokens: int, prompt: list[int] = PROMPT) -> Way:

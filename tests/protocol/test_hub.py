@@ -56,7 +56,7 @@ def test_only_the_shards_of_the_span_are_fetched(hub: FakeHub, cache: HubCache, 
     names = checkpoint.block_tensors(1)
     assert sum(checkpoint.tensors[name].nbytes for name in names) > 0
     assert set(hub.fetched) == {"config.json", "model.safetensors.index.json"}, "headers were enough so far"
-    checkpoint.need(names)
+    checkpoint.files(names)
     shards = shards_of(model)
     wanted = {shards[name] for name in names}
     assert set(hub.fetched[2:]) == wanted
@@ -65,7 +65,7 @@ def test_only_the_shards_of_the_span_are_fetched(hub: FakeHub, cache: HubCache, 
     for name in names:
         np.testing.assert_array_equal(checkpoint.read(name), local.read(name))
     assert len(hub.fetched) == 2 + len(wanted), "each file once"
-    SafetensorsCheckpoint(folder_of(hub, cache), tmp_path / "digests").need(names)
+    SafetensorsCheckpoint(folder_of(hub, cache), tmp_path / "digests").files(names)
     assert len(hub.fetched) == 2 + len(wanted), "the second time from the cache"
 
 
@@ -90,13 +90,13 @@ def test_a_cached_model_opens_offline_and_at_the_same_commit(
     hub: FakeHub, cache: HubCache, tmp_path: Path, model: Path
 ):
     names = SafetensorsCheckpoint(folder_of(hub, cache), tmp_path / "digests").block_tensors(0)
-    SafetensorsCheckpoint(folder_of(hub, cache), tmp_path / "digests").need(names)
+    SafetensorsCheckpoint(folder_of(hub, cache), tmp_path / "digests").files(names)
     gone = FakeHub(model, url="http://127.0.0.1:9")
     for revision in ("main", COMMIT):
         checkpoint = SafetensorsCheckpoint(folder_of(gone, cache, revision), tmp_path / "digests")
-        checkpoint.need(names)
+        checkpoint.files(names)
         with pytest.raises(CheckpointError, match="not cached and the hub cannot be reached"):
-            checkpoint.need(checkpoint.tensors)
+            checkpoint.files(checkpoint.tensors)
 
 
 def test_no_network_is_said_at_once(model: Path, cache: HubCache):
