@@ -1,16 +1,51 @@
-"""What attention must know about one ragged batch: built once a forward, used by every layer."""
+"""What attention must know about one ragged batch: planned on the host, put on a device once a forward."""
 
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """Concatenated rows of S segments (one step of one session each), N rows in all. Tensors are int32, on the CPU.
+class BatchPlan:
+    """S segments, one step of one session each, as numbers of the host. See `AttentionMetadata`.
+
+    `tables` has one page table a segment for each group of layers: [groups][S][pages].
+    """
+
+    counts: Sequence[int]
+    bases: Sequence[int]
+    positions: Sequence[int]
+    parents: Sequence[int]
+    tables: Sequence[Sequence[Sequence[int]]]
+    page_size: int
+
+    def metadata(self, device: torch.device) -> list[AttentionMetadata]:
+        """For each group of layers; they differ in the page table alone."""
+        starts = list(accumulate(self.counts, initial=0))[:-1]
+        parts = [starts, self.counts, self.bases, self.positions, self.parents]
+        widths = [max(map(len, group), default=0) for group in self.tables]
+        for group, width in zip(self.tables, widths, strict=True):
+            parts += ([*table, *[-1] * (width - len(table))] for table in group)
+        # One tensor for all: for a single row, making them one by one would take as long as a layer.
+        flat = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int32).to(device)
+        n, rows = len(starts), len(self.positions)
+        start, count, base, place, parent, tables = flat.split([n, n, n, rows, rows, len(flat) - 3 * n - 2 * rows])
+        pieces = tables.split([n * width for width in widths])
+        return [
+            AttentionMetadata(start, count, base, place, parent, piece.view(n, width), self.page_size)
+            for piece, width in zip(pieces, widths, strict=True)
+        ]
+
+
+@dataclass
+class AttentionMetadata:
+    """Concatenated rows of S segments (one step of one session each), N rows in all. Tensors are int32, on one device.
 
     Slot s of a segment lies at offset s % page_size of page page_table[segment, s // page_size]. Slots below `base`
     are committed: slot j holds position j. Row u of a segment is pending, in slot base + u, whatever its position.
@@ -33,19 +68,15 @@ class AttentionPlan:
     page_size: int
     stored: Tensor | None = None
     """[S] how many of a segment's first rows an earlier forward stored; None: none of any."""
+    prepared: Any = field(default=None, init=False, repr=False, compare=False)
+    """What a backend made of it at first use."""
 
-    @functools.cached_property
-    def asking(self) -> int:
-        """Rows of the queries."""
-        return len(self.positions) - (0 if self.stored is None else int(self.stored.sum()))
-
-    @functools.cached_property
-    def fields(self) -> tuple[int, ...]:
-        """Addresses and sizes as the native call wants them. Raises ValueError if shapes or dtypes do not fit."""
+    def check(self) -> None:
+        """Raise ValueError if shapes or dtypes do not fit."""
         tensors = [self.row_start, self.row_count, self.base, self.positions, self.parents, self.page_table]
         tensors += [] if self.stored is None else [self.stored]
-        if any(t.dtype != torch.int32 or not t.is_cpu or not t.is_contiguous() for t in tensors):
-            raise ValueError("plan tensors are contiguous int32 tensors on the CPU")
+        if any(t.dtype != torch.int32 or not t.is_contiguous() for t in tensors):
+            raise ValueError("metadata consists of contiguous int32 tensors")
         segments, rows = len(self.row_start), len(self.positions)
         if not (
             self.row_count.shape == self.base.shape == (segments,)
@@ -53,15 +84,18 @@ class AttentionPlan:
             and self.page_table.shape[:-1] == (segments,)
             and self.page_size > 0
         ):
-            raise ValueError("plan tensors disagree about the number of segments or rows")
-        lowest = torch.stack((self.row_start, self.row_count, self.base))
-        if segments and (lowest.min() < 0 or (self.row_start + self.row_count).max() > rows):
-            raise ValueError("a segment of the plan reaches outside the batch")
-        addresses = [t.data_ptr() for t in tensors] + ([0] if self.stored is None else [])
-        return (*addresses, segments, self.page_table.shape[1], self.page_size)
+            raise ValueError("metadata disagrees about the number of segments or rows")
+        starts, counts, bases = self.row_start.tolist(), self.row_count.tolist(), self.base.tolist()
+        if any(min(s, n, b) < 0 or s + n > rows for s, n, b in zip(starts, counts, bases, strict=True)):
+            raise ValueError("a segment of the metadata reaches outside the batch")
+
+    @property
+    def asking(self) -> int:
+        """Rows of the queries."""
+        return len(self.positions) - (0 if self.stored is None else int(self.stored.sum()))
 
     def segments(self) -> Iterator[tuple[int, slice, slice]]:
-        """Each segment's index, its rows in the plan, and those that ask, as rows of the queries."""
+        """Each segment's index, its rows in the batch, and those that ask, as rows of the queries."""
         passed = 0
         for index, (start, count) in enumerate(zip(self.row_start.tolist(), self.row_count.tolist(), strict=True)):
             before = start - passed

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .metadata import AttentionPlan
+from .metadata import AttentionMetadata
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -16,27 +16,30 @@ def attention(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    plan: AttentionPlan,
+    metadata: AttentionMetadata,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`paged_attention` in float64, with one boolean mask per segment. Same arguments; returns [N, Hq, Dv]."""
+    """Attention over stored rows in float64, with one boolean mask per segment.
+
+    Arguments as `ops.attend` has them; returns [N, Hq, Dv].
+    """
     out = q.new_zeros(*q.shape[:2], v_pages.shape[3], dtype=torch.float64)
-    for segment in range(len(plan.row_start)):
-        start, count = int(plan.row_start[segment]), int(plan.row_count[segment])
-        base = int(plan.base[segment])
-        pages = plan.page_table[segment].clamp(min=0)
+    for segment in range(len(metadata.row_start)):
+        start, count = int(metadata.row_start[segment]), int(metadata.row_count[segment])
+        base = int(metadata.base[segment])
+        pages = metadata.page_table[segment].clamp(min=0)
         keys = k_pages[pages].flatten(0, 1)[: base + count].double().nan_to_num()  # masked below where unused
         values = v_pages[pages].flatten(0, 1)[: base + count].double().nan_to_num()
-        row_positions = plan.positions[start : start + count].long()
+        row_positions = metadata.positions[start : start + count].long()
         key_positions = torch.cat((torch.arange(base), row_positions))
         mask = torch.zeros(count, base + count, dtype=torch.bool)
         mask[:, :base] = True
         for row in range(count):
-            parent = int(plan.parents[start + row])
+            parent = int(metadata.parents[start + row])
             if parent >= 0:
                 mask[row] = mask[parent]
             mask[row, base + row] = True

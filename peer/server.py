@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import grpc
 import torch
 
-from ..kernels.cpu import build as native
+from ..kernels.registry import NoBackend, backend_for
 from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint.checkpoint import Checkpoint
 from ..protocol.checkpoint.open import open_checkpoint
@@ -24,10 +24,10 @@ from ..protocol.trust.interceptor import TrustInterceptor
 from ..protocol.trust.trust import PublicTrust, Trust
 from ..protocol.wire.limits import DIRECTORY_OPTIONS, MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
 from .engine.engine import Engine
-from .engine.kv_cache import KVPool
+from .engine.kv_cache import KVCache
 from .limits.admission import Admission
 from .model import Span, load_span
-from .model.precision import NONE, Holding, choose_holding, fitting_blocks, holding_of, span_bytes
+from .model.precision import NONE, WeightPrecision, choose_precision, fitting_blocks, precision_of, span_bytes
 from .options import ServeOptions
 from .placement import choose_span
 from .rpc.announcement import Announcement
@@ -61,7 +61,11 @@ class PeerServer:
         """Raises CheckpointError, DirectoryError or ServeError."""
         options = self.options
         self.checkpoint = open_checkpoint(options.model)
-        self._holding = self._choose_holding()
+        try:
+            self.backend = backend_for(options.device)
+        except NoBackend as error:
+            raise ServeError(str(error)) from error
+        self._precision = self._choose_precision()
         self._set_up_threads()
         self.identity = Identity.load_or_create(options.identity)
         self.trust = await self._trust()
@@ -85,9 +89,9 @@ class PeerServer:
         """In exact mode torch's own operations keep to one thread: where it cuts a tensor would show in the bits."""
         options = self.options
         threads = options.threads or torch.get_num_threads()
-        if options.exact and (obstacle := exactness_obstacle(self.checkpoint)):
+        if options.exact and (obstacle := self.backend.exactness_obstacle(layer_widths(self.checkpoint))):
             raise ServeError(f"--exact cannot be promised here: {obstacle}")
-        native.set_threads(threads)
+        self.backend.threads = threads
         torch.set_num_threads(1 if options.exact else threads)
 
     async def _trust(self) -> Trust:
@@ -101,13 +105,13 @@ class PeerServer:
         folder = options.identity.with_name(f"{options.identity.name}.members")
         return await join(options.join, self.identity, folder)
 
-    def _choose_holding(self) -> Holding:
+    def _choose_precision(self) -> WeightPrecision:
         options = self.options
         if options.quant is not None:
-            return holding_of(self.checkpoint, options.quant, options.dtype)
+            return precision_of(self.checkpoint, options.quant, options.dtype)
         wanted = len(options.blocks) if options.blocks else options.num_blocks
-        native_code = native.library() is not None
-        return choose_holding(self.checkpoint, options.dtype, wanted, free_bytes(), native_code)
+        free = free_bytes(self.backend)
+        return choose_precision(self.checkpoint, options.dtype, wanted, free, self.backend)
 
     def _bind(self, wanted: str) -> int:
         try:
@@ -133,17 +137,17 @@ class PeerServer:
         """Choose a span, load it off the loop, and measure it."""
         checkpoint, options = self.checkpoint, self.options
         self.blocks = await self._choose_blocks()
-        quant = "" if self._holding.quant == NONE else f" in {self._holding.quant}"
+        quant = "" if self._precision.quant == NONE else f" in {self._precision.quant}"
         self._progress.stage(f"loading blocks {self.blocks.start}:{self.blocks.stop} of {checkpoint.name}{quant}")
         self.span = await asyncio.to_thread(self._load_span)
         if options.exact and (obstacle := self.span.exactness_obstacle()):
             raise ServeError(f"--exact cannot be promised here: {obstacle}")
-        pool = KVPool(self.span.layers, options.cache_tokens)
+        cache = KVCache(self.backend, self.span.layers, options.cache_tokens)
         self._throughput = await asyncio.to_thread(decode_tokens_per_s, self.span)
         digests = await asyncio.to_thread(checkpoint.block_digests, self.blocks.start, self.blocks.stop)
         self._digests = {part: bytes.fromhex(digest) for part, digest in digests.items()}
-        self.admission = Admission(pool.n_pages, options.max_sessions)
-        self.engine = Engine(self.span, pool)
+        self.admission = Admission(cache.n_pages, options.max_sessions)
+        self.engine = Engine(self.span, cache)
 
     def _load_span(self) -> Span:
         total = loaded_bytes(self.checkpoint, self.blocks)
@@ -156,20 +160,24 @@ class PeerServer:
             self._progress.loading(done, total)
 
         try:
-            return load_span(self.checkpoint, self.blocks.start, self.blocks.stop, progress, self._holding)
+            return load_span(
+                self.checkpoint, self.blocks.start, self.blocks.stop, progress, self._precision, self.backend
+            )
         except MemoryError as error:
             raise ServeError(f"the memory ran out while loading: {self._what_fits()}") from error
 
     def _check_memory(self) -> None:
         """Refuse early what cannot fit: the system would end the process in the midst of it."""
-        if span_bytes(self.checkpoint, self._holding, self.blocks) > free_bytes() / MEMORY_SHARE:
+        needed = span_bytes(self.checkpoint, self._precision, self.blocks, self.backend)
+        if needed > free_bytes(self.backend) / MEMORY_SHARE:
             raise ServeError(
                 f"blocks {self.blocks.start}:{self.blocks.stop} do not fit the memory: {self._what_fits()}"
             )
 
     def _what_fits(self) -> str:
-        ways = [self._holding, *(holding_of(self.checkpoint, quant) for quant in ("int8", "int4"))]
-        counts = {way.quant: fitting_blocks(self.checkpoint, way, free_bytes()) for way in ways}
+        ways = [self._precision, *(precision_of(self.checkpoint, quant) for quant in ("int8", "int4"))]
+        free = free_bytes(self.backend)
+        counts = {way.quant: fitting_blocks(self.checkpoint, way, free, self.backend) for way in ways}
         fits = ", ".join(f"{count} with --quant {quant}" for quant, count in counts.items())
         return f"of {self.checkpoint.n_blocks} blocks fit {fits}; ask for fewer with --num-blocks"
 
@@ -182,7 +190,8 @@ class PeerServer:
                     f"which has blocks 0:{n_blocks}"
                 )
             return options.blocks
-        size = options.num_blocks or fitting_blocks(self.checkpoint, self._holding, free_bytes())
+        free = free_bytes(self.backend)
+        size = options.num_blocks or fitting_blocks(self.checkpoint, self._precision, free, self.backend)
         if size < 1:
             raise ServeError(f"not one block fits the free memory: {self._what_fits()}, or try a smaller model")
         records = await self.directory.list(self.checkpoint.name)
@@ -250,9 +259,9 @@ class PeerServer:
             start=self.blocks.start,
             end=self.blocks.stop,
             addresses=[self.address],
-            dtype=self._holding.dtype_name,
-            quantization=self._holding.quant,
-            numerics=self._holding.numerics,
+            dtype=self._precision.dtype_name,
+            quantization=self._precision.quant,
+            numerics=self._precision.numerics(self.backend),
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL,
             context_length=self.span.context_length,
@@ -273,23 +282,15 @@ class PeerServer:
         return bytes.fromhex(self.checkpoint.digest())
 
 
-def exactness_obstacle(checkpoint: Checkpoint) -> str:
-    """Why rows of this model may not have the same bits in every batch here; empty where they do."""
-    if native.library() is None:
-        return "the native kernels need a C compiler; install one"
-    widths = [value for name, value in checkpoint.config.items() if name in _WIDTHS and isinstance(value, int)]
-    # torch computes the ends of odd tensors with other code than their bulk.
-    odd = [width for width in widths if width % 32]
-    return f"the model has layers of width {odd[0]}, no multiple of 32" if odd else ""
+def layer_widths(checkpoint: Checkpoint) -> list[int]:
+    """Of hidden states and what is within blocks, as the config names them."""
+    return [value for name, value in checkpoint.config.items() if name in _WIDTHS and isinstance(value, int)]
 
 
 def loaded_bytes(checkpoint: Checkpoint, blocks: range) -> int:
     """Stored bytes that a span reads."""
-    names = [name for block in blocks for name in checkpoint.block_tensors(block)]
-    shared = checkpoint.shared_tensors()
-    names += shared["embedding"] if blocks.start == 0 else []
-    names += shared["norm"] + shared["head"] if blocks.stop == checkpoint.n_blocks else []
-    return sum(checkpoint.info(name).nbytes for name in names)
+    parts = checkpoint.span_tensors(blocks.start, blocks.stop)
+    return sum(checkpoint.info(name).nbytes for names in parts.values() for name in names)
 
 
 async def bootstrap_addresses(initial_peers: tuple[str, ...], trust: Trust) -> list[str]:

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.cpu.linear import PackedLinear
-from ...kernels.cpu.topk import topk
-from ...peer.model import Holding, Span, load_span
+from ...kernels.registry import backend_for
+from ...peer.model import Span, WeightPrecision, load_span
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.layout import CheckpointError
 from ...protocol.checkpoint.open import open_checkpoint
@@ -38,7 +37,7 @@ PREFILL_ROWS = 256
 
 
 class DraftModel:
-    """A draft model's weights, on this machine's CPU in bfloat16. Every sequence has a `ModelDrafter` of its own."""
+    """A draft model's weights in bfloat16, on a backend. Every sequence has a `ModelDrafter` of its own."""
 
     def __init__(self, name: str, span: Span, vocab_size: int, trimmed: Ints | None = None) -> None:
         """`trimmed` are the ids that the LM head computes, where it does not compute all (FR-Spec, 2502.14856)."""
@@ -46,10 +45,11 @@ class DraftModel:
         self.span = span
         self.vocab_size = vocab_size
         # Of the columns of `logits`.
+        self.backend = span.backend
         self.ids = torch.arange(vocab_size) if trimmed is None else torch.from_numpy(trimmed[trimmed < vocab_size])
         if trimmed is not None:
             head = span.model.get_output_embeddings()
-            span.model.set_output_embeddings(PackedLinear(head.dense()[self.ids]))
+            span.model.set_output_embeddings(self.backend.linear(head.rows(self.ids), dtype=torch.bfloat16))
 
     @classmethod
     def load(cls, source: str, tokenizer: Tokenizer) -> DraftModel:
@@ -57,7 +57,8 @@ class DraftModel:
         try:
             with open_checkpoint(source) as checkpoint:
                 _check_vocabulary(checkpoint, tokenizer)
-                span = load_span(checkpoint, 0, checkpoint.n_blocks, holding=Holding(torch.bfloat16))
+                weights = WeightPrecision(torch.bfloat16)
+                span = load_span(checkpoint, 0, checkpoint.n_blocks, precision=weights, backend=backend_for())
                 vocab_size = min(tokenizer.vocab_size, span.vocab_size)
                 return cls(checkpoint.name, span, vocab_size, checkpoint.draft_vocabulary())
         except CheckpointError as error:
@@ -89,7 +90,7 @@ class ModelDrafter(Drafter):
 
     def __init__(self, model: DraftModel) -> None:
         self._model = model
-        self._cache = TreeCache(model.span.layers)
+        self._cache = TreeCache(model.backend, model.span.layers)
         self._params = SamplingParams()
         self._prompt_length = 0
         self._counts = TokenCounts()
@@ -183,7 +184,7 @@ class ModelDrafter(Drafter):
 
     def _forward(self, ids: list[int], parents: Sequence[int]) -> Tensor:
         positions, attend = self._cache.add(parents)
-        return self._model.span.forward(torch.tensor(ids), positions, attend)
+        return self._model.span.forward(torch.tensor(ids, device=self._model.backend.device), positions, attend)
 
     def _grow(self, nodes: Ints, hidden: Tensor) -> None:
         """Add the children of nodes, given their last hidden states [n, d]."""
@@ -194,7 +195,7 @@ class ModelDrafter(Drafter):
                 path = self._tree.tokens[self._path(node)].tolist()
                 self._counts.penalize(row, self._params, path)
         candidates = NOISY_CANDIDATES if self._params.temperature else CANDIDATES
-        values, columns = topk(logits, min(candidates, logits.shape[1]))
+        values, columns = self._model.backend.topk(logits, min(candidates, logits.shape[1]))
         positions = len(self._ids) + self._tree.depths[nodes]
         tokens, logprobs = score_children(
             ids[columns].numpy(), values.double().numpy(), positions, self._params, BRANCH

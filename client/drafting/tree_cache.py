@@ -3,54 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.cpu.attention import attend, move_rows
-from ...kernels.metadata import AttentionPlan
-from ...peer.model import LayerSpec
+from ...kernels.backend import Attend, Backend, LayerSpec
+from ...kernels.metadata import AttentionMetadata
 
-_FIRST = 1024
-_PAGE = torch.zeros(1, dtype=torch.int32)
+_PAGE = 1024
 
 
 class TreeCache:
     """Keys and values of one sequence. Tree rows are numbered from 0, as they were added; -1 is the text's last row."""
 
-    def __init__(self, layers: Sequence[LayerSpec], dtype: torch.dtype = torch.float32) -> None:
-        self._keys = [torch.zeros(1, _FIRST, layer.kv_heads, layer.key_width, dtype=dtype) for layer in layers]
-        self._values = [torch.zeros(1, _FIRST, layer.kv_heads, layer.value_width, dtype=dtype) for layer in layers]
+    def __init__(self, backend: Backend, layers: Sequence[LayerSpec]) -> None:
+        self._device = backend.device
+        # Pages in their order: a row's place is its slot.
+        self._storage = backend.kv_storage(layers, 1, _PAGE)
+        self._pages = self._int32([[0]])
         self._length = 0
         self._parents: list[int] = []
         self._positions: list[int] = []
 
-    def add(self, parents: Sequence[int]) -> tuple[Tensor, Any]:
+    def add(self, parents: Sequence[int]) -> tuple[Tensor, Attend]:
         """Tree rows below `parents`: their positions [N] and the attention of the forward that is to store them."""
         stored = len(self._parents)
         for parent in parents:
             self._parents.append(parent)
             self._positions.append(self._length if parent < 0 else self._positions[parent] + 1)
         rows = len(self._parents)
-        while self._length + rows > self._keys[0].shape[1]:
-            self._grow()
-        plan = AttentionPlan(
-            row_start=torch.zeros(1, dtype=torch.int32),
-            row_count=_int32([rows]),
-            base=_int32([self._length]),
-            positions=_int32(self._positions),
-            parents=_int32(self._parents),
-            page_table=_PAGE[None],
-            page_size=self._keys[0].shape[1],
-            stored=_int32([stored]),
+        if self._length + rows > self._storage.n_pages * _PAGE:
+            self._storage.grow(max(2 * self._storage.n_pages, -(-(self._length + rows) // _PAGE)))
+            self._pages = self._int32([range(self._storage.n_pages)])
+        metadata = AttentionMetadata(
+            row_start=self._int32([0]),
+            row_count=self._int32([rows]),
+            base=self._int32([self._length]),
+            positions=self._int32(self._positions),
+            parents=self._int32(self._parents),
+            page_table=self._pages,
+            page_size=_PAGE,
+            stored=self._int32([stored]),
         )
-
-        def attend_rows(layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-            return attend(query, key, value, self._keys[layer], self._values[layer], plan, **options)
-
-        return plan.positions[stored:].long(), attend_rows
+        attend = self._storage.attention([metadata] * len(self._storage.layers))
+        return metadata.positions[stored:].long(), attend
 
     def commit(self, path: Sequence[int], kept: Sequence[int] = ()) -> None:
         """Tree rows of `path` become text; of the others only `kept` stay, which hang below its end.
@@ -58,8 +55,10 @@ class TreeCache:
         Both are in order; the rows kept are numbered anew, from 0.
         """
         order = [*path, *kept]
-        slots = torch.arange(self._length, self._length + len(order), dtype=torch.int32)
-        move_rows(self._keys + self._values, _PAGE, _int32(order) + self._length, slots)
+        moved = [(self._length + row, self._length + new) for new, row in enumerate(order) if row != new]
+        if moved:
+            sources, targets = zip(*moved, strict=True)
+            self._storage.move(range(len(self._storage.layers)), sources, targets)
         number = {row: new for new, row in enumerate(kept)}
         self._parents = [number.get(self._parents[row], -1) for row in kept]
         self._positions = [self._positions[row] for row in kept]
@@ -70,10 +69,5 @@ class TreeCache:
         self._length = min(self._length, length)
         self._parents, self._positions = [], []
 
-    def _grow(self) -> None:
-        for rows in (self._keys, self._values):
-            rows[:] = [torch.cat((r, torch.zeros_like(r)), dim=1) for r in rows]
-
-
-def _int32(values: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.int32))
+    def _int32(self, values: Sequence[object]) -> Tensor:
+        return torch.from_numpy(np.array(values, dtype=np.int32)).to(self._device)

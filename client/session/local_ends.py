@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...peer.model import Ends, holding_of, load_ends
+from ...kernels.registry import backend_for
+from ...peer.model import Ends, load_ends, precision_of
 from ...protocol import petal_pb2 as pb
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.digest import part_digest
@@ -52,13 +53,15 @@ class LocalEnds:
             raise LocalEndsError(f"peers compute in {last.dtype}; local ends in {' or '.join(_DTYPES)}")
         try:
             with open_checkpoint(source) as checkpoint:
-                holding = holding_of(checkpoint, last.quantization or "none", last.dtype)
-                if exact and holding.numerics != last.numerics:
+                precision = precision_of(checkpoint, last.quantization or "none", last.dtype)
+                backend = backend_for()
+                numerics = precision.numerics(backend)
+                if exact and numerics != last.numerics:
                     raise LocalEndsError(
-                        f"exact mode needs one arithmetic: here it is {holding.numerics}, on peers {last.numerics}"
+                        f"exact mode needs one arithmetic: here it is {numerics}, on peers {last.numerics}"
                     )
                 _check_weights(checkpoint, last)
-                return cls(load_ends(checkpoint, holding))
+                return cls(load_ends(checkpoint, precision, backend))
         except CheckpointError as error:
             raise LocalEndsError(f"no local ends in {source}: {error}") from error
 
@@ -71,7 +74,7 @@ class LocalEnds:
         tree = RowTree(tuple(step.parents)) if step.parents else chain(len(step.ids))
         positions = [step.base + depth for depth in tree.depths]
         rows = await asyncio.to_thread(self._ends.embed, torch.tensor(step.ids), torch.tensor(positions))
-        step.embeddings = encode(codec, rows.float().numpy())
+        step.embeddings = encode(codec, rows.float().cpu().numpy())
         step.ClearField("ids")
 
     async def draw(
@@ -91,7 +94,7 @@ class LocalEnds:
 
         def work() -> VerificationResult:
             rows = hidden[-1:] if tree is None else hidden
-            logits = self._ends.logits(torch.tensor(rows)).float().numpy()
+            logits = self._ends.scores(torch.tensor(rows))
             if tree is None:
                 return draw_after_prefill(logits[0], params, history, top_logprobs, reshape)
             return verify(tree, logits, params, history, len(history.ids), top_logprobs, reshape)

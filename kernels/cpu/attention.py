@@ -1,9 +1,10 @@
 """Attention of a ragged batch over a paged cache, the same to the bit however rows are batched, cut or stored.
 
 A row's result depends on its query and on the ordered list of keys and values it sees, nothing else: not on other
-rows, pages, threads, or whether an ancestor is committed or pending. The torch code that stands in where there are
-no native kernels works row by row for the same reason, and is slow.
+rows, pages, threads, or whether an ancestor is committed or pending.
 """
+
+from __future__ import annotations
 
 import ctypes
 import struct
@@ -12,222 +13,155 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..metadata import AttentionPlan
-from . import build as native
+from ..backend import Attend, KVStorage, LayerSpec
+from ..metadata import AttentionMetadata
+from .build import Library
 
-_CALL = struct.Struct("33q2d")  # call_t of attention.h
-_FAULTS = {1: "a visible slot has no page", 2: "parents and positions of the plan do not make a tree"}
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    plan: AttentionPlan,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Stores k and v in the cache, then returns the attention of q over it: `write_kv` and `paged_attention` at once.
-
-    q: [N, Hq, D], k: [N, Hkv, D], v: [N, Hkv, Dv]: any strides, values side by side are cheapest. k_pages:
-    [P, page, Hkv, D], v_pages: [P, page, Hkv, Dv]: contiguous. All float32 or all bfloat16, on the CPU; sums are
-    float32. Returns [N, Hq, Dv]. Query head h reads kv head h // (Hq / Hkv).
-
-    window: a row at position p sees positions above p - window only. softcap: scores become cap * tanh(score / cap).
-    sinks: [Hq] float32, one more logit per head, in the denominator only.
-    Raises ValueError for tensors that do not fit together or a plan that is no tree, IndexError for a missing page.
-    """
-    out = q.new_empty(*q.shape[:2], v_pages.shape[3])
-    _call(q, k, v, out, k_pages, v_pages, plan, scale, window, softcap, sinks)
-    return out
+_CALL = struct.Struct("32q2d")  # call_t of attention.h
+_FAULTS = {1: "a visible slot has no page", 2: "parents and positions do not make a tree"}
 
 
-def paged_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    plan: AttentionPlan,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """`attend` for rows whose keys and values are stored already."""
-    out = q.new_empty(*q.shape[:2], v_pages.shape[3])
-    _call(q, None, None, out, k_pages, v_pages, plan, scale, window, softcap, sinks)
-    return out
+class CpuKVStorage(KVStorage):
+    """Pages of each layer: keys [P, page, Hkv, D], values [P, page, Hkv, Dv], float32 or bfloat16."""
+
+    def __init__(
+        self, library: Library, layers: Sequence[LayerSpec], n_pages: int, page_size: int, dtype: torch.dtype
+    ) -> None:
+        self.layers, self.n_pages, self.page_size = layers, n_pages, page_size
+        self._library, self.dtype = library, dtype
+        shape = (n_pages, page_size)
+        # Zeroed, so that the memory is really there.
+        self.keys = [torch.zeros(*shape, s.kv_heads, s.key_width, dtype=dtype) for s in layers]
+        self.values = [torch.zeros(*shape, s.kv_heads, s.value_width, dtype=dtype) for s in layers]
+
+    @property
+    def page_nbytes(self) -> int:
+        """See `KVStorage`."""
+        per_row = sum(s.kv_heads * (s.key_width + s.value_width) for s in self.layers)
+        return self.page_size * per_row * self.dtype.itemsize
+
+    def attention(self, metadata: Sequence[AttentionMetadata]) -> Attend:
+        """See `KVStorage`."""
+        for one in metadata:
+            if one.prepared is None:
+                one.prepared = _prepare(one)
+        return _Attention(self, metadata)
+
+    def copy_page(self, layers: Sequence[int], source: int, target: int) -> None:
+        """See `KVStorage`."""
+        for layer in layers:
+            for pages in (self.keys[layer], self.values[layer]):
+                pages[target] = pages[source]
+
+    def move(self, layers: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See `KVStorage`."""
+        places = torch.tensor([*sources, *targets], dtype=torch.int64)
+        if not len(places):
+            return
+        if int(places.min()) < 0 or int(places.max()) >= self.n_pages * self.page_size:
+            raise IndexError(_FAULTS[1])
+        pools = [pool for layer in layers for pool in (self.keys[layer], self.values[layer])]
+        addresses = (ctypes.c_void_p * len(pools))(*(pool.data_ptr() for pool in pools))
+        sizes = (ctypes.c_int64 * len(pools))(*(pool.stride(1) * pool.element_size() for pool in pools))
+        rows, start = len(sources), places.data_ptr()
+        if self._library.move_rows(addresses, sizes, len(pools), start, start + 8 * rows, rows):
+            raise MemoryError(f"no memory to move {rows} rows")
+
+    def read(self, layer: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """See `KVStorage`."""
+        return self.keys[layer].flatten(0, 1)[places].float(), self.values[layer].flatten(0, 1)[places].float()
+
+    def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """See `KVStorage`."""
+        self.keys[layer].flatten(0, 1)[places] = keys.to(self.dtype)
+        self.values[layer].flatten(0, 1)[places] = values.to(self.dtype)
+
+    def grow(self, n_pages: int) -> None:
+        """See `KVStorage`."""
+        for pools in (self.keys, self.values):
+            pools[:] = [torch.cat((p, p.new_zeros(n_pages - self.n_pages, *p.shape[1:]))) for p in pools]
+        self.n_pages = n_pages
 
 
-def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan) -> None:
-    """Stores row u of each segment in slot base + u. Shapes and errors as in `attend`."""
-    _call(None, k, v, None, k_pages, v_pages, plan, 1.0, None, None, None)
+def _prepare(metadata: AttentionMetadata) -> tuple[int, ...]:
+    """Addresses and sizes as the native call wants them, and the rows that ask. Raises ValueError."""
+    metadata.check()
+    m = metadata
+    tensors = [m.row_start, m.row_count, m.base, m.positions, m.parents, m.page_table]
+    tensors += [] if m.stored is None else [m.stored]
+    addresses = [t.data_ptr() for t in tensors] + ([0] if m.stored is None else [])
+    return (m.asking, m.page_size, *addresses, len(m.row_start), m.page_table.shape[1], m.page_size)
 
 
-def _call(
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    out: Tensor | None,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> None:
-    fields = plan.fields
-    pages, page_size, kv_heads, key_width = k_pages.shape
-    value_width = v_pages.shape[3]
-    rows = plan.asking
-    dtype = k_pages.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or v_pages.dtype != dtype:
-        raise ValueError(f"pages are float32 or bfloat16, not {dtype} and {v_pages.dtype}")
-    if v_pages.shape[:3] != k_pages.shape[:3] or page_size != plan.page_size:
-        raise ValueError(f"pages {tuple(k_pages.shape)} and {tuple(v_pages.shape)} do not fit the plan")
-    if not (k_pages.is_contiguous() and v_pages.is_contiguous() and k_pages.is_cpu and v_pages.is_cpu):
-        raise ValueError("pages are contiguous tensors on the CPU")
-    q_heads = kv_heads
-    if q is not None:
-        q_heads = q.shape[1]
-        q = _rows(q, (rows, q_heads, key_width), dtype)
-        if q_heads % kv_heads or (sinks is not None and (sinks.shape != (q_heads,) or sinks.dtype != torch.float32)):
-            raise ValueError(f"{q_heads} query heads do not fit {kv_heads} kv heads or the sinks")
+class _Attention:
+    """`Attend` for one forward."""
+
+    def __init__(self, storage: CpuKVStorage, metadata: Sequence[AttentionMetadata]) -> None:
+        self._storage, self._prepared = storage, [one.prepared for one in metadata]
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        storage = self._storage
+        rows, page_size, *fields = self._prepared[layer]
+        k_pages, v_pages = storage.keys[layer], storage.values[layer]
+        pages, stored_size, kv_heads, key_width = k_pages.shape
+        value_width = v_pages.shape[3]
+        heads, dtype = query.shape[1], query.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"queries are float32 or bfloat16, not {dtype}")
+        if page_size != stored_size:
+            raise ValueError(f"pages of {stored_size} rows do not fit metadata for {page_size}")
+        query = _rows(query, (rows, heads, key_width), dtype)
+        key = _rows(key, (rows, kv_heads, key_width), dtype)
+        value = _rows(value, (rows, kv_heads, value_width), dtype)
+        if heads % kv_heads or (sinks is not None and (sinks.shape != (heads,) or sinks.dtype != torch.float32)):
+            raise ValueError(f"{heads} query heads do not fit {kv_heads} kv heads or the sinks")
         sinks = None if sinks is None else sinks.contiguous()
-    if k is not None and v is not None:
-        k = _rows(k, (rows, kv_heads, key_width), dtype)
-        v = _rows(v, (rows, kv_heads, value_width), dtype)
-    if (function := native.function("petal_attention", ctypes.c_char_p, returns=ctypes.c_int)) is None:
-        if k is not None and v is not None:
-            _write(k, v, k_pages, v_pages, plan)
-        if q is not None and out is not None:
-            _attend(q, out, k_pages, v_pages, plan, scale, window, softcap, sinks)
-        return
-    status = function(
-        _CALL.pack(
-            *(0 if t is None else t.data_ptr() for t in (q, k, v, out, k_pages, v_pages, sinks)),
-            *fields,
-            pages,
-            q_heads,
-            kv_heads,
-            key_width,
-            value_width,
-            *(0, 0) if q is None else q.stride()[:2],
-            *(0, 0) if k is None else k.stride()[:2],
-            *(0, 0) if v is None else v.stride()[:2],
-            window or 0,
-            dtype == torch.bfloat16,
-            k is not None,
-            q is not None,
-            native.threads(),
-            scale,
-            softcap or 0.0,
+        out = query.new_empty(rows, heads, value_width)
+        status = storage._library.attention(
+            _CALL.pack(
+                query.data_ptr(),
+                key.data_ptr(),
+                value.data_ptr(),
+                out.data_ptr(),
+                k_pages.data_ptr(),
+                v_pages.data_ptr(),
+                0 if sinks is None else sinks.data_ptr(),
+                *fields,
+                pages,
+                heads,
+                kv_heads,
+                key_width,
+                value_width,
+                *query.stride()[:2],
+                *key.stride()[:2],
+                *value.stride()[:2],
+                window or 0,
+                dtype == torch.bfloat16,
+                storage.dtype == torch.bfloat16,
+                storage._library.threads,
+                scale,
+                softcap or 0.0,
+            )
         )
-    )
-    if status == 3:
-        raise MemoryError("no memory for the plan's segments")
-    if status:
-        raise (IndexError if status == 1 else ValueError)(_FAULTS[status])
+        if status == 3:
+            raise MemoryError(f"no memory for the attention of {rows} rows")
+        if status:
+            raise (IndexError if status == 1 else ValueError)(_FAULTS[status])
+        return out
 
 
 def _rows(x: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
     if x.shape != shape or x.dtype != dtype or not x.is_cpu:
         raise ValueError(f"{tuple(x.shape)} {x.dtype} given, expected {shape} {dtype} on the CPU")
     return x if x.stride(2) == 1 else x.contiguous()
-
-
-def _write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan) -> None:
-    for segment, rows, asking in plan.segments():
-        end = int(plan.base[segment]) + rows.stop - rows.start
-        places = plan.places(segment, torch.arange(end - (asking.stop - asking.start), end))
-        k_pages.flatten(0, 1)[places] = k[asking]
-        v_pages.flatten(0, 1)[places] = v[asking]
-
-
-def _attend(
-    q: Tensor,
-    out: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> None:
-    """One product per row and kv head, of a shape that only the row decides."""
-    group = q.shape[1] // k_pages.shape[2]
-    for segment, rows, asking in plan.segments():
-        for row in range(asking.start, asking.stop):
-            seen = _visible(plan, segment, rows, row + rows.stop - asking.stop, window)
-            places = plan.places(segment, seen)
-            keys = k_pages.flatten(0, 1)[places].float().transpose(0, 1)
-            values = v_pages.flatten(0, 1)[places].float().transpose(0, 1)
-            query = q[row].float().view(len(keys), group, -1)
-            scores = torch.matmul(query, keys.transpose(1, 2)) * scale
-            if softcap:
-                scores = softcap * torch.tanh(scores / softcap)
-            if sinks is not None:
-                scores = torch.cat((scores, sinks.view(len(keys), group, 1)), dim=2)
-            weights = torch.softmax(scores, dim=2)[:, :, : len(places)]
-            out[row] = torch.matmul(weights, values).flatten(0, 1).to(out.dtype)
-
-
-def _visible(plan: AttentionPlan, segment: int, rows: slice, row: int, window: int | None) -> Tensor:
-    """Slots that a row sees, by position."""
-    base, path, at = int(plan.base[segment]), [], row - rows.start
-    while at >= 0:
-        path.append(base + at)
-        at = int(plan.parents[rows.start + at])
-    slots = torch.cat((torch.arange(base), torch.tensor(path[::-1])))
-    return slots[-window:] if window else slots
-
-
-def move_rows(pools: Sequence[Tensor], pages: Tensor, from_slots: Tensor, to_slots: Tensor) -> None:
-    """Moves slots of one sequence down in every pool: the commit of a path through a tree.
-
-    pools: key and value pages of any number of layers, each [P, page, ...] and contiguous, one page size.
-    pages: [max_pages] int32, the sequence's row of a page table. from_slots, to_slots: [n] int32, both increasing,
-    to <= from. Raises ValueError for other tensors, IndexError for a slot without a page.
-    """
-    slots = torch.cat((from_slots, to_slots))
-    if any(t.dtype != torch.int32 for t in (pages, slots)) or len(from_slots) != len(to_slots):
-        raise ValueError("pages and slots are int32, and every slot has a target")
-    if not pools or not len(from_slots):
-        return
-    page_size = pools[0].shape[1]
-    if any(not p.is_contiguous() or not p.is_cpu or p.shape[:2] != pools[0].shape[:2] for p in pools):
-        raise ValueError("pools are contiguous, on the CPU and agree about pages")
-    if bool((to_slots > from_slots).any()) or int(slots.min()) < 0:
-        raise ValueError("rows move down only")
-    used = pages[slots // page_size]  # IndexError where the table is too short
-    if int(used.min()) < 0 or int(used.max()) >= len(pools[0]):
-        raise IndexError(_FAULTS[1])
-    library = native.library()
-    if library is None:
-        places = used * page_size + slots % page_size
-        for pool in pools:
-            rows = pool.flatten(0, 1)
-            rows[places[len(from_slots) :]] = rows[places[: len(from_slots)]]
-        return
-    count = len(pools)
-    addresses = (ctypes.c_void_p * count)(*(p.data_ptr() for p in pools))
-    sizes = (ctypes.c_int64 * count)(*(p.stride(1) * p.element_size() for p in pools))
-    slots, pages = slots.contiguous(), pages.contiguous()
-    start = slots.data_ptr()
-    library.petal_move_rows(
-        addresses,
-        sizes,
-        ctypes.c_int64(count),
-        ctypes.c_void_p(pages.data_ptr()),
-        ctypes.c_int64(page_size),
-        ctypes.c_void_p(start),
-        ctypes.c_void_p(start + 4 * len(from_slots)),
-        ctypes.c_int64(len(from_slots)),
-    )

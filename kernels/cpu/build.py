@@ -1,5 +1,7 @@
 """The C kernels of this folder: compiled for this machine at first use, loaded once a process."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import hashlib
@@ -13,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
@@ -22,47 +22,52 @@ SOURCES = Path(__file__).parent / "src"
 FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-pthread", "-ffp-contract=fast"]
 
 
-_threads: int | None = None
+class Library:
+    """The loaded kernels: C functions with the types of their arguments, and how many threads their callers use.
 
+    Calls release the interpreter lock. Raises OSError.
+    """
 
-def threads() -> int:
-    """Threads of the native kernels: torch's number, unless `set_threads` chose another."""
-    return _threads or torch.get_num_threads()
+    def __init__(self, path: Path, threads: int) -> None:
+        loaded = ctypes.CDLL(str(path))
+        self.threads = threads
 
+        def function(name: str, pointers: int, *others: type, returns: type | None = None) -> Callable[..., Any]:
+            found = loaded[f"petal_{name}"]
+            found.argtypes, found.restype = [ctypes.c_void_p] * pointers + list(others), returns
+            return found
 
-def set_threads(count: int | None) -> None:
-    """Give the native kernels a number of threads of their own; None follows torch again."""
-    global _threads
-    _threads = count
+        integer, real, status = ctypes.c_long, ctypes.c_double, ctypes.c_int
+        self.linear = function("linear", 4, *[integer] * 5, returns=status)
+        self.quantized = function("quantized", 4, *[integer] * 2, returns=status)
+        self.integer = function("integer", 4, *[integer] * 2, returns=status)
+        self.attention = function("attention", 1, returns=status)
+        self.move_rows = function("move_rows", 2, integer, *[ctypes.c_void_p] * 2, integer, returns=status)
+        self.rms_norm = function("rms_norm", 3, integer, real, *[integer] * 2)
+        self.rotate = function("rotate", 3, *[integer] * 5)
+        self.silu_gate = function("silu_gate", 3, *[integer] * 2)
+        self.topk = function("topk", 3, *[integer] * 4)
+        self.matrix_unit: Callable[[], int] = function("matrix_unit", 0, returns=status)
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The loaded kernels, or None where `PETAL_NATIVE=0` is set, there is no C compiler or the build fails.
+def compiled() -> Path | None:
+    """The file of the kernels, or None where `PETAL_NATIVE=0` is set, there is no C compiler or the build fails.
 
     `PETAL_NATIVE=portable` leaves the matrix unit out: bits as on any processor, for exact mode over mixed machines.
     `PETAL_NATIVE_FLAGS` adds flags of the compiler, such as a sanitizer's. Built files are kept in
-    `$XDG_CACHE_HOME/petal/native` (default `~/.cache`). Calls release the interpreter lock.
+    `$XDG_CACHE_HOME/petal/native` (default `~/.cache`).
     """
     if os.environ.get("PETAL_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_built()))
+        path = _built()
+        ctypes.CDLL(str(path))
+        return path
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         log.warning("no native kernels, using slower torch code: %s", detail[0] if detail else error)
         return None
-
-
-@functools.cache
-def function(name: str, *arguments: type, returns: type | None = None) -> Callable[..., Any] | None:
-    """A function of the library with the types of its arguments; None where there is no library."""
-    kernels = library()
-    if kernels is None:
-        return None
-    found = kernels[name]
-    found.argtypes, found.restype = arguments, returns
-    return found
 
 
 def _built() -> Path:

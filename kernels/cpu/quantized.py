@@ -1,29 +1,25 @@
-"""The C product with packed weights, for every format that it decodes."""
+"""The C product with packed weights, for every format."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from ..backend import Linear
 from ..formats.aqlm import Aqlm
-from ..formats.base import Format, Shape
-from ..formats.dense import Dense
+from ..formats.base import Format, QuantizedTensor
 from ..formats.gguf import SMALL, Gguf
 from ..formats.int4 import Int4
 from ..formats.int8 import Int8
 from ..formats.nf4 import BLOCK, LEVELS, Nf4
 from ..formats.spqr import Spqr, permutation
-from . import build as native
-from .interleave import LANE
+from .build import Library
+from .layout import INTERLEAVED, pack, take_rows, unpack
+from .linear import biases
 
-if TYPE_CHECKING:
-    from ..quantized import QuantizedLinear
-
-_ARGUMENTS = (*[ctypes.c_void_p] * 4, *[ctypes.c_long] * 2)
 # In the order of kind_t in quantized.h.
 KINDS = ("fp16", "int8", "int4", "nf4", "aqlm", "spqr", "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")
 
@@ -37,37 +33,81 @@ class _Weights(ctypes.Structure):
     ]
 
 
-class NativeWeights:
-    """What C reads of one layer and which function; it keeps the tensors alive whose addresses it holds."""
+class QuantizedLinear(Linear):
+    """y = x Wᵀ + b with W in any format.
 
-    def __init__(self, format: Format, packed: Mapping[str, Tensor], shape: Shape, bias: Tensor) -> None:
-        kind, fields = _fields(format, packed)
-        self._kept = [bias, *(value for value in fields.values() if isinstance(value, Tensor))]
+    int8, int4, nf4 and the small GGUF types multiply in integers (integer.h); others are decoded to bfloat16, bit for
+    bit as `PackedLinear` has it with the dequantized weights.
+    """
+
+    def __init__(self, library: Library, matrix: QuantizedTensor, bias: Tensor | None = None) -> None:
+        """Raises FormatError where the tensors do not fit, ValueError for a bias that does not."""
+        super().__init__()
+        self.format, shape = matrix.format, matrix.shape
+        self.out_features, self.in_features = shape
+        shown, whole_bias = biases(bias, shape[0])
+        packed = pack(matrix)
+        for name, tensor in packed.items():
+            self.register_buffer(f"packed_{name}", tensor)
+        self.register_buffer("bias", shown)
+        self.adapter, self._library = None, library
+        kind, fields = _fields(self.format, packed)
+        self._kept = [whole_bias, *(value for value in fields.values() if isinstance(value, Tensor))]
         values = {name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in fields.items()}
         codes = fields["codes"]
         assert isinstance(codes, Tensor)
-        laned = codes.dim() == 4
-        values["row_bytes"] = codes.nbytes // (len(codes) * LANE if laned else len(codes))
+        laid = codes.dim() == 4
+        values["row_bytes"] = codes.nbytes // (len(codes) * INTERLEAVED if laid else len(codes))
         self._struct = _Weights(**{"kind": KINDS.index(kind), "out": shape[0], "in": shape[1], **values})
-        self.address, self.bias = ctypes.addressof(self._struct), bias.data_ptr()
-        self.columns = permutation(packed, shape[1]) if isinstance(format, Spqr) and packed["in_perm"].numel() else None
-        function = native.function("petal_integer" if laned else "petal_quantized", *_ARGUMENTS, returns=ctypes.c_int)
-        assert function is not None
-        self.function = function
+        self._weights = ctypes.addressof(self._struct), whole_bias.data_ptr()
+        self._columns = permutation(packed, shape[1]) if isinstance(self.format, Spqr) else None
+        self._multiply = library.integer if laid else library.quantized
 
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The weights in the kernels' layout."""
+        return {name.removeprefix("packed_"): t for name, t in self.named_buffers() if name.startswith("packed_")}
 
-def decodes(format: Format) -> bool:
-    """Whether there is C code for the format."""
-    if isinstance(format, Dense):
-        return format.dtype == torch.float16
-    return True
+    @property
+    def nbytes(self) -> int:
+        """See `Linear`."""
+        return sum(tensor.nbytes for tensor in self.packed.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Linear`. Raises MemoryError."""
+        width = self.in_features
+        if x.shape[-1] != width:
+            raise ValueError(f"rows of {x.shape[-1]} values, expected {width}")
+        if x.dtype != torch.float32:
+            return self.forward(x.float()).to(x.dtype)
+        columns = self._columns
+        given = x.contiguous() if columns is None else x[..., columns].contiguous()
+        y = torch.empty(*x.shape[:-1], self.out_features)
+        rows = x.numel() // width
+        if self._multiply(y.data_ptr(), given.data_ptr(), *self._weights, rows, self._library.threads):
+            raise MemoryError(f"no memory to lay out {rows} rows of {width} values")
+        return y if self.adapter is None else y + self.adapter(x)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `Linear`."""
+        return unpack(self.format, self.packed, (self.out_features, self.in_features)).dense(dtype)
+
+    def rows(self, which: Tensor) -> Tensor:
+        """See `Linear`."""
+        taken = take_rows(self.format, self.packed, (self.out_features, self.in_features), which)
+        return taken.dense()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format.name}"
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """What is packed is never converted or moved: it belongs to its backend."""
+        return self
 
 
 def _fields(format: Format, packed: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor | int]]:
     named: dict[str, Tensor | int]
     match format:
-        case Dense():
-            return "fp16", {"codes": packed["weight"]}
         case Int8():
             outliers = packed["outliers"]
             named = {"codes": packed["codes"], "scales": packed["scales"], "zeros": outliers}
@@ -89,23 +129,10 @@ def _fields(format: Format, packed: Mapping[str, Tensor]) -> tuple[str, dict[str
             named = {"codes": packed["dense_weights"], "scales": packed["row_offsets"]}
             return "spqr", named | {"zeros": packed["col_vals"], "extra": packed["numbers"]}
         case Gguf():
-            if format.laned:
+            if "codes" in packed:
                 return format.name, {"codes": packed["codes"], "scales": packed["scales"], "group": SMALL}
             return format.name, {"codes": packed["blocks"]}
-    raise AssertionError(f"no C code for {format.name}")
-
-
-def multiply(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    """x [..., in] -> [..., out] float32. Raises MemoryError."""
-    weights = layer.native()
-    if x.dtype != torch.float32:
-        x = x.float()
-    x = x.contiguous() if weights.columns is None else x[..., weights.columns].contiguous()
-    y = torch.empty(*x.shape[:-1], layer.out_features)
-    rows = x.numel() // layer.in_features
-    if weights.function(y.data_ptr(), x.data_ptr(), weights.address, weights.bias, rows, native.threads()):
-        raise MemoryError(f"no memory to lay out {rows} rows of {layer.in_features} values")
-    return y
+    return "fp16", {"codes": packed["weight"]}
 
 
 def _depth(codes: Tensor) -> int:

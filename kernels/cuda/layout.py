@@ -263,7 +263,7 @@ def fields(format: Format, tensors: Mapping[str, Tensor], shape: Shape) -> Field
 
 def dense(format: Format, tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
     """Any format as bfloat16."""
-    weight = format.dequantize(format.pack(tensors, shape), shape, torch.float32)
+    weight = format.dequantize(tensors, shape, torch.float32)
     return Fields(LAYOUTS["Bf16"], shape[1], {"codes": weight.bfloat16()})
 
 

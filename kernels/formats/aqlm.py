@@ -54,21 +54,18 @@ class Aqlm(Format):
         if highest >> self.bits:
             raise FormatError(f"a code of {self.name} weights is {highest}, a codebook has {1 << self.bits} vectors.")
 
-    def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-        codes, books = _unsigned(packed["codes"]), packed["codebooks"].to(dtype)
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
+        codes, books = _unsigned(tensors["codes"]), tensors["codebooks"].to(dtype)
         vectors = [book[codes[..., c], 0] for c, book in enumerate(books)]
         total = vectors[0]
         for vector in vectors[1:]:
             total = total + vector
-        return (total * packed["scales"].to(dtype)[..., 0]).flatten(1)
+        return (total * tensors["scales"].to(dtype)[..., 0]).flatten(1)
 
-    def rows(
-        self, packed: Mapping[str, Tensor], shape: Shape, which: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        taken = {name: t if name == "codebooks" else t[which] for name, t in packed.items()}
-        return self.dequantize(taken, (len(which), shape[1]), dtype)
+    def take_rows(self, tensors: Mapping[str, Tensor], shape: Shape, which: Tensor) -> Tensors:
+        return {name: t if name == "codebooks" else t[which] for name, t in tensors.items()}
 
-    def bytes(self, shape: Shape) -> int:
+    def nbytes(self, shape: Shape) -> int:
         codes = shape[0] * (shape[1] // GROUP) * self.codebooks * self.code_dtype.itemsize
         return codes + 2 * shape[0] + 2 * GROUP * (self.codebooks << self.bits)
 

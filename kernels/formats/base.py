@@ -1,7 +1,6 @@
 """What every weight format is: a frozen description that turns one matrix into a few tensors and back.
 
-The tensors of a matrix have two layouts. A checkpoint's is canonical: other programs read and write it. `pack` makes
-the one that kernels read, of the same size; `unpack` undoes it exactly.
+Tensors here have a checkpoint's layout, which other programs read and write. What a device wants is its backend's.
 """
 
 from __future__ import annotations
@@ -44,28 +43,34 @@ class Format(ABC):
         """Raise FormatError unless these are the tensors, in the checkpoint's layout, of a matrix of `shape`."""
 
     @abstractmethod
-    def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
         """The dense matrix [out, in], computed in `dtype`; float64 is the reference of every kernel."""
 
     @abstractmethod
-    def bytes(self, shape: Shape) -> int:
-        """Bytes that a packed matrix takes; where outliers count, without them."""
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of a matrix's tensors; where outliers count, without them."""
 
-    def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        """Checked tensors in the kernels' layout. Raises FormatError."""
-        self.check(tensors, shape)
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    @abstractmethod
+    def take_rows(self, tensors: Mapping[str, Tensor], shape: Shape, which: Tensor) -> Tensors:
+        """The tensors of some rows [n] alone. Raises FormatError where rows share what they are made of."""
 
-    def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        """What `pack` was given."""
-        return dict(packed)
 
-    def rows(
-        self, packed: Mapping[str, Tensor], shape: Shape, which: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """Some rows of the dense matrix: which [n] -> [n, in]."""
-        taken = {name: t[which] if t.dim() and len(t) == shape[0] else t for name, t in packed.items()}
-        return self.dequantize(taken, (len(which), shape[1]), dtype)
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One matrix in a format: its tensors in the checkpoint's layout, and its shape (out, in)."""
+
+    format: Format
+    tensors: Mapping[str, Tensor]
+    shape: Shape
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[out, in]."""
+        return self.format.dequantize(self.tensors, self.shape, dtype)
+
+    def rows(self, which: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Some rows: which [n] -> [n, in]. Raises FormatError where the format has no rows apart."""
+        taken = self.format.take_rows(self.tensors, self.shape, which)
+        return self.format.dequantize(taken, (len(which), self.shape[1]), dtype)
 
 
 def expect(

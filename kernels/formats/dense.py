@@ -28,8 +28,11 @@ class Dense(Format):
     def check(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
         expect(tensors, {"weight": (shape, self.dtype)}, self.name)
 
-    def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-        return packed["weight"].to(dtype)
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
+        return tensors["weight"].to(dtype)
 
-    def bytes(self, shape: Shape) -> int:
+    def take_rows(self, tensors: Mapping[str, Tensor], shape: Shape, which: Tensor) -> Tensors:
+        return {"weight": tensors["weight"][which]}
+
+    def nbytes(self, shape: Shape) -> int:
         return shape[0] * shape[1] * self.dtype.itemsize

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cpu.interleave import DEPTH, LANE, MIDDLE, by_lanes, by_rows, take_rows
-from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, matrix, padded
+from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, matrix
 
 SMALL = 32  # neighbours of a block of the types without "K"
 
@@ -50,44 +49,14 @@ class Gguf(Format):
         scales = {"scales": torch.cat([_half(blocks, at, torch.float16) for at in self.halves])}
         expect_finite(scales, ("scales",), self.name)
 
-    @property
-    def laned(self) -> bool:
-        """Whether integer products read it; blocks of other types stay whole."""
-        return self.block == SMALL
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
+        return self.decode(tensors["blocks"].view(-1, self.size), dtype).view(shape)
 
-    def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        packed = super().pack(tensors, shape)
-        if not self.laned:
-            return packed
-        blocks, head = packed["blocks"].view(shape[0], -1, self.size), 2 * len(self.halves)
-        codes = blocks[..., head:].flatten(1) ^ (MIDDLE if self.signed else 0)
-        return {"codes": by_lanes(codes, DEPTH), "scales": by_lanes(blocks[..., :head].flatten(1), 2)}
+    def take_rows(self, tensors: Mapping[str, Tensor], shape: Shape, which: Tensor) -> Tensors:
+        return {"blocks": tensors["blocks"][which]}
 
-    def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        if not self.laned:
-            return dict(packed)
-        return {"blocks": self._blocks(*(by_rows(packed[name], shape[0]) for name in ("codes", "scales")))}
-
-    def _blocks(self, codes: Tensor, scales: Tensor) -> Tensor:
-        head = 2 * len(self.halves)
-        codes = (codes ^ (MIDDLE if self.signed else 0)).unflatten(1, (-1, self.size - head))
-        return torch.cat((scales.unflatten(1, (-1, head)), codes), -1).flatten(1)
-
-    def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-        return self.decode(self.unpack(packed, shape)["blocks"].view(-1, self.size), dtype).view(shape)
-
-    def rows(
-        self, packed: Mapping[str, Tensor], shape: Shape, which: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        if self.laned:
-            blocks = self._blocks(*(take_rows(packed[name], which) for name in ("codes", "scales")))
-        else:
-            blocks = packed["blocks"][which]
-        return self.decode(blocks.view(-1, self.size), dtype).view(len(which), shape[1])
-
-    def bytes(self, shape: Shape) -> int:
-        out = padded(shape[0], LANE) if self.laned else shape[0]
-        return out * shape[1] // self.block * self.size
+    def nbytes(self, shape: Shape) -> int:
+        return shape[0] * shape[1] // self.block * self.size
 
     def _check_width(self, width: int) -> None:
         if width % self.block:

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cpu import interleave as lanes
-from ..cpu.interleave import DEPTH, LANE, RUN, by_lanes, by_rows, take_rows
 from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
 from .nibbles import pair, split
 
 ROW = 0  # the group size that is the whole row
+RUN = 64  # depth that kernels take at once
 _FINEST, _COARSEST = 64, 256
 _GAIN = 0.92  # halving a group is worth its scales where the mean range shrinks below this share
 _TINY = torch.finfo(torch.float16).tiny
@@ -91,33 +90,18 @@ class Int4(Format):
         if int(tensors["zeros"].max()) > 15:
             raise FormatError(f"a zero of int4 weights is {int(tensors['zeros'].max())}, 0 to 15 are possible.")
 
-    def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        tensors = super().pack(tensors, shape)
-        codes = by_lanes(lanes.pair(split(tensors["codes"])), DEPTH)
-        return {"codes": codes, "scales": by_lanes(tensors["scales"]), "zeros": by_lanes(tensors["zeros"])}
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
+        scales, zeros = (tensors[name].to(dtype)[..., None] for name in ("scales", "zeros"))
+        codes = split(tensors["codes"]).unflatten(1, (scales.shape[1], -1))
+        return ((codes.to(dtype) - zeros) * scales).flatten(1)[:, : shape[1]]
 
-    def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        rows = {name: by_rows(t, shape[0]) for name, t in packed.items()}
-        return rows | {"codes": pair(lanes.split(rows["codes"]))}
+    def take_rows(self, tensors: Mapping[str, Tensor], shape: Shape, which: Tensor) -> Tensors:
+        return {name: t[which] for name, t in tensors.items()}
 
-    def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-        return _dense({name: by_rows(t, shape[0]) for name, t in packed.items()}, shape[1], dtype)
-
-    def rows(
-        self, packed: Mapping[str, Tensor], shape: Shape, which: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        return _dense({name: take_rows(t, which) for name, t in packed.items()}, shape[1], dtype)
-
-    def bytes(self, shape: Shape) -> int:
+    def nbytes(self, shape: Shape) -> int:
         group = self.group or (padded(shape[1], RUN) if self.group == ROW else _FINEST)
         depth = padded(shape[1], max(RUN, group))
-        return padded(shape[0], LANE) * (depth // 2 + 3 * (depth // group))
-
-
-def _dense(rows: Tensors, width: int, dtype: torch.dtype) -> Tensor:
-    scales, zeros = (rows[name].to(dtype)[..., None] for name in ("scales", "zeros"))
-    codes = lanes.split(rows["codes"]).unflatten(1, (scales.shape[1], -1))
-    return ((codes.to(dtype) - zeros) * scales).flatten(1)[:, :width]
+        return shape[0] * (depth // 2 + 3 * (depth // group))
 
 
 def nearest(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..cpu.interleave import DEPTH, LANE, MIDDLE, RUN, by_lanes, by_rows, take_rows
-from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
+from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix
 
 
 @dataclass(frozen=True)
@@ -78,33 +76,12 @@ class Int8(Format):
         if bool(tensors["codes"][:, outliers.long()].any()):
             raise FormatError("codes of int8 weights must be zero in outlier columns.")
 
-    def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        tensors = super().pack(tensors, shape)
-        codes = F.pad(tensors["codes"].view(torch.uint8) ^ MIDDLE, (0, -shape[1] % RUN), value=MIDDLE)
-        laned = {"scales": by_lanes(tensors["scales"][:, None]), "values": by_lanes(tensors["values"])}
-        return tensors | laned | {"codes": by_lanes(codes, DEPTH)}
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
+        dense = tensors["codes"].to(dtype) * tensors["scales"].to(dtype)[:, None]
+        return dense.index_copy(1, tensors["outliers"].long(), tensors["values"].to(dtype))
 
-    def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        rows = {name: by_rows(packed[name], shape[0]) for name in ("codes", "scales", "values")}
-        return self._in_rows(rows, packed["outliers"], shape[1])
+    def take_rows(self, tensors: Mapping[str, Tensor], shape: Shape, which: Tensor) -> Tensors:
+        return {name: t if name == "outliers" else t[which] for name, t in tensors.items()}
 
-    def _in_rows(self, rows: Tensors, outliers: Tensor, width: int) -> Tensors:
-        codes = (rows["codes"][:, :width] ^ MIDDLE).view(torch.int8)
-        return rows | {"codes": codes, "scales": rows["scales"][:, 0], "outliers": outliers}
-
-    def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-        return _dense(self.unpack(packed, shape), dtype)
-
-    def rows(
-        self, packed: Mapping[str, Tensor], shape: Shape, which: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        taken = {name: take_rows(packed[name], which) for name in ("codes", "scales", "values")}
-        return _dense(self._in_rows(taken, packed["outliers"], shape[1]), dtype)
-
-    def bytes(self, shape: Shape) -> int:
-        return padded(shape[0], LANE) * (padded(shape[1], RUN) + 4)
-
-
-def _dense(tensors: Tensors, dtype: torch.dtype) -> Tensor:
-    dense = tensors["codes"].to(dtype) * tensors["scales"].to(dtype)[:, None]
-    return dense.index_copy(1, tensors["outliers"].long(), tensors["values"].to(dtype))
+    def nbytes(self, shape: Shape) -> int:
+        return shape[0] * (shape[1] + 4)

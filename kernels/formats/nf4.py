@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cpu import interleave as lanes
-from ..cpu.interleave import DEPTH, LANE, by_lanes, by_rows
 from .base import Format, FormatError, Shape, Tensors, by_pieces, expect, expect_finite, matrix, padded
 
 BLOCK, NESTED = 64, 256
@@ -82,39 +80,20 @@ class Nf4(Format):
         expect(tensors, wanted, self.name)
         expect_finite(tensors, tuple(name for name in wanted if tensors[name].is_floating_point()), self.name)
 
-    def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        packed = super().pack(tensors, shape)
-        if shape[1] % BLOCK:
-            return packed
-        codes = split_high(packed["weight"][:, 0]).view(shape)
-        absmax = by_lanes(packed["absmax"].view(shape[0], -1))
-        return packed | {"weight": by_lanes(lanes.pair(codes), DEPTH), "absmax": absmax}
-
-    def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        if shape[1] % BLOCK:
-            return dict(packed)
-        codes = lanes.split(by_rows(packed["weight"], shape[0])).flatten()
-        absmax = by_rows(packed["absmax"], shape[0]).flatten()
-        return dict(packed) | {"weight": pair_high(codes)[:, None], "absmax": absmax}
-
-    def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-        tensors = self.unpack(packed, shape)
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
         codes = split_high(tensors["weight"][:, 0])[: shape[0] * shape[1]].long()
         levels = torch.tensor(LEVELS, dtype=torch.float32, device=codes.device).to(dtype)
         scales = block_scales(tensors, dtype).repeat_interleave(BLOCK)[: len(codes)]
         return (levels[codes] * scales).view(shape)
 
-    def rows(
-        self, packed: Mapping[str, Tensor], shape: Shape, which: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def take_rows(self, tensors: Mapping[str, Tensor], shape: Shape, which: Tensor) -> Tensors:
         raise FormatError("rows of nf4 weights share blocks: an embedding cannot be stored so.")
 
-    def bytes(self, shape: Shape) -> int:
-        out = shape[0] if shape[1] % BLOCK else padded(shape[0], LANE)
-        blocks = padded(out * shape[1], BLOCK) // BLOCK
-        groups = padded(shape[0] * shape[1], BLOCK * NESTED) // (BLOCK * NESTED)
-        scales = blocks + 4 * (groups + 257) if self.nested else 4 * blocks
-        return (out * shape[1] + 1) // 2 + scales
+    def nbytes(self, shape: Shape) -> int:
+        values = shape[0] * shape[1]
+        blocks = padded(values, BLOCK) // BLOCK
+        groups = padded(values, BLOCK * NESTED) // (BLOCK * NESTED)
+        return (values + 1) // 2 + (blocks + 4 * (groups + 257) if self.nested else 4 * blocks)
 
 
 def block_scales(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

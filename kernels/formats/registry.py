@@ -6,7 +6,7 @@ import torch
 
 from . import gguf
 from .aqlm import Aqlm
-from .base import Format, FormatError
+from .base import Format
 from .dense import Dense
 from .int4 import Int4
 from .int8 import Int8
@@ -28,10 +28,3 @@ FORMATS: dict[str, Format] = {
         *gguf.TYPES.values(),
     )
 }
-
-
-def format_of(name: str) -> Format:
-    """The format called `name`. Raises FormatError."""
-    if name not in FORMATS:
-        raise FormatError(f"there is no weight format {name!r}: choose one of {', '.join(FORMATS)}.")
-    return FORMATS[name]

@@ -52,52 +52,39 @@ class Spqr(Format):
             raise FormatError(f"row_offsets of spqr weights must rise from 0 to {outliers}, the number of outliers.")
         if outliers and int(columns.max()) >= width:
             raise FormatError(f"an outlier of spqr weights is in column {int(columns.max())} of {width}.")
-        numbers = {"outliers": values, "statistics": _numbers(self.tiles(tensors, shape))}
+        numbers = {"outliers": values, "statistics": tile_numbers(self.tiles(tensors, shape))}
         expect_finite(numbers, ("outliers", "statistics"), self.name)
-        if permuted and permutation(tensors, width).sort().values.tolist() != list(range(width)):
+        if permuted and _columns(tensors["in_perm"], width).sort().values.tolist() != list(range(width)):
             raise FormatError(f"in_perm of spqr weights must name each of the {width} columns once.")
-
-    def pack(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        """Words as rows, [padded out, tiles of columns], the way that kernels walk, and the tiles' numbers apart."""
-        packed = super().pack(_with_permutation(tensors), shape)
-        tiles = self.tiles(tensors, shape)
-        words = tiles.transpose(1, 2).flatten(0, 1).contiguous()
-        return packed | {"dense_weights": words, "numbers": _numbers(tiles).contiguous()}
-
-    def unpack(self, packed: Mapping[str, Tensor], shape: Shape) -> Tensors:
-        words = packed["dense_weights"].unflatten(0, (-1, TILE)).transpose(1, 2)
-        return {name: t for name, t in packed.items() if name != "numbers"} | {"dense_weights": words.flatten()}
 
     def tiles(self, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
         """The words of a checkpoint's tensors as [tiles of rows, tiles of columns, 16]."""
         return tensors["dense_weights"].view(-1, padded(shape[1], TILE) // TILE, TILE)
 
-    def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
         out, width = shape
-        words = packed["dense_weights"].unflatten(0, (-1, TILE)).transpose(1, 2)
-        s_s, z_s, s_z, z_z = packed["numbers"].to(dtype)[..., None].unbind(-2)
+        words = self.tiles(tensors, shape)
+        s_s, z_s, s_z, z_z = tile_numbers(words).to(dtype)[..., None].unbind(-2)
         scale = s_s * ((words & _MASK).to(dtype) - s_z)
         zero = z_s * ((words >> BITS & _MASK).to(dtype) - z_z)
         places = torch.arange(2, TILE + 2, device=words.device) * BITS
         codes = (words[..., None] >> places & _MASK).to(dtype)
         dense = scale[..., None] * (codes - zero[..., None])
         dense = dense.transpose(1, 2).flatten(2).flatten(0, 1)[:out, :width].contiguous()
-        columns, values = split_outliers(packed["col_vals"])
-        counts = packed["row_offsets"].long().diff()
+        columns, values = split_outliers(tensors["col_vals"])
+        counts = tensors["row_offsets"].long().diff()
         rows = torch.arange(out, device=words.device).repeat_interleave(counts)
         dense.index_put_((rows, columns), values.to(dtype), accumulate=True)
-        if packed["in_perm"].numel():
-            dense = torch.empty_like(dense).index_copy_(1, permutation(packed, width), dense)
+        if (order := permutation(tensors, width)) is not None:
+            dense = torch.empty_like(dense).index_copy_(1, order, dense)
         return dense
 
-    def rows(
-        self, packed: Mapping[str, Tensor], shape: Shape, which: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def take_rows(self, tensors: Mapping[str, Tensor], shape: Shape, which: Tensor) -> Tensors:
         raise FormatError("rows of spqr weights share tiles: an embedding cannot be stored so.")
 
-    def bytes(self, shape: Shape) -> int:
+    def nbytes(self, shape: Shape) -> int:
         tiles = padded(shape[0], TILE) * padded(shape[1], TILE) // TILE**2
-        return tiles * (8 * TILE + 8) + 4 * (shape[0] + 1)
+        return 8 * TILE * tiles + 4 * (shape[0] + 1)
 
 
 def _with_permutation(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -115,9 +102,13 @@ def join_outliers(columns: Tensor, values: Tensor) -> Tensor:
     return values.half().view(torch.int16).int() << 16 | columns.int()
 
 
-def permutation(tensors: Mapping[str, Tensor], width: int) -> Tensor:
-    """in_perm as int64 [in]."""
-    pairs = tensors["in_perm"]
+def permutation(tensors: Mapping[str, Tensor], width: int) -> Tensor | None:
+    """in_perm as int64 [in]; None where stored columns are in their places."""
+    pairs = tensors.get("in_perm")
+    return None if pairs is None or not pairs.numel() else _columns(pairs, width)
+
+
+def _columns(pairs: Tensor, width: int) -> Tensor:
     return torch.stack((pairs & 0xFFFF, pairs >> 16 & 0xFFFF), -1).flatten()[:width].long()
 
 
@@ -135,7 +126,7 @@ def join_words(scales: Tensor, zeros: Tensor, codes: Tensor, numbers: Tensor) ->
     return (words | fragments << _STATISTICS).flatten()
 
 
-def _numbers(words: Tensor) -> Tensor:
+def tile_numbers(words: Tensor) -> Tensor:
     """float16 [..., 4] of words [..., 16]: s_s, z_s, s_z, z_z of each tile."""
     fragments = words >> _STATISTICS & 0xFF
     low, high = fragments[..., 0::4], fragments[..., 2::4]

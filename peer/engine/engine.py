@@ -11,17 +11,16 @@ import time
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
-from torch import Tensor
-
+from ...kernels.activations import ActivationError
 from ...protocol.petal_pb2 import Codec
-from ...protocol.wire.codec import CodecError
 from ...protocol.wire.sampling import SamplingError
 from ..model import Span
 from . import sampler
 from .batching_window import BatchingWindow
 from .fair_queue import Tenant
-from .kv_cache import KVPool, PoolExhausted, RewindRefused
-from .runner import Executor
+from .kv_cache import KVCache
+from .page_table import CacheExhausted, RewindRefused
+from .runner import ModelRunner
 from .scheduler import Budget, Chunk, Ready, Scheduler
 from .sequence import CachedSequence
 from .step import BadStep, DeadlinePassed, Done, Step, StepFailed
@@ -35,12 +34,12 @@ MOST_COMMANDS = 256
 
 
 class Engine:
-    """Owns the pool and every session's sequence; runs on one thread of its own."""
+    """Owns the KV cache and every session's sequence; runs on one thread of its own."""
 
-    def __init__(self, span: Span, pool: KVPool, budget: Budget | None = None) -> None:
+    def __init__(self, span: Span, cache: KVCache, budget: Budget | None = None) -> None:
         self.span = span
-        self.pool = pool
-        self._executor = Executor(span, pool)
+        self.cache = cache
+        self._runner = ModelRunner(span, cache)
         self._scheduler: Scheduler[bytes] = Scheduler(budget or Budget())
         self._sequences: dict[bytes, CachedSequence] = {}
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -69,7 +68,7 @@ class Engine:
     ) -> None:
         def open_() -> None:
             assert session not in self._sequences
-            opened = CachedSequence(tenant, priority, codec, blocks, self.span, self.pool, self.pool.open())
+            opened = CachedSequence(tenant, priority, codec, blocks, self.span, self.cache, self.cache.open())
             if parent := self._sequences.get(fork_of or b""):
                 opened.fork(parent)
             self._sequences[session] = opened
@@ -100,7 +99,7 @@ class Engine:
         def close() -> None:
             self._scheduler.cancel(session)
             if gone := self._sequences.pop(session, None):
-                self.pool.release(gone.cache)
+                self.cache.release(gone.table)
 
         self._commands.put(close)
 
@@ -109,8 +108,8 @@ class Engine:
         self._commands.put(function)
 
     def check(self) -> None:
-        """Integrity of pool and sequences; on the compute thread."""
-        self.pool.check(known.cache for known in self._sequences.values())
+        """Integrity of cache and sequences; on the compute thread."""
+        self.cache.check(known.table for known in self._sequences.values())
 
     # On the compute thread.
 
@@ -158,10 +157,10 @@ class Engine:
         """Make the session's next step ready for the scheduler."""
         try:
             step = known.begin()
-        except (RewindRefused, CodecError, BadStep) as error:
+        except (RewindRefused, ActivationError, BadStep) as error:
             self._fail(key, BadStep(str(error)))
             return
-        except PoolExhausted as error:
+        except CacheExhausted as error:
             self._fail(key, StepFailed(str(error)))
             return
         header = step.header
@@ -179,7 +178,7 @@ class Engine:
         started_ns = time.monotonic_ns()
         try:
             segments = [self._sequences[chunk.step.key].segment(chunk.start, chunk.stop) for chunk in chunks]
-            outputs = self._executor.run(segments)
+            outputs = self._runner.run(segments)
         except Exception as error:
             # The thread outlives whatever one batch of strangers' steps may do to it.
             log.exception("an iteration of %d steps failed", len(chunks))
@@ -208,15 +207,15 @@ class Engine:
             for key in keys:
                 self._fail(key, StepFailed(f"compute failed: {error}"))
             return
-        for key, known, logits in zip(keys, through, scored, strict=True):
-            self._finish(key, known, logits)
+        for key, known, scores in zip(keys, through, scored, strict=True):
+            self._finish(key, known, scores)
 
-    def _finish(self, key: bytes, known: CachedSequence, logits: Tensor | None) -> None:
+    def _finish(self, key: bytes, known: CachedSequence, scores: sampler.Scores | None) -> None:
         step, done = known.step, known.done
         assert step is not None
         assert done is not None
         try:
-            output = sampler.output_of(known, step, logits)
+            output = sampler.output_of(known, step, scores)
         except SamplingError as error:
             self._fail(key, StepFailed(str(error)))
             return

@@ -12,24 +12,25 @@ import torch
 from torch import Tensor
 
 from ..model import Span
-from .kv_cache import KVPool, SessionCache
+from .kv_cache import KVCache
+from .page_table import BlockTable
 
 
 def forward(
-    span: Span, pool: KVPool, cache: SessionCache, rows: Tensor, parents: Sequence[int], blocks: range
+    span: Span, cache: KVCache, table: BlockTable, rows: Tensor, parents: Sequence[int], blocks: range
 ) -> Tensor:
     """Rows of one step, ids [n] or hidden states [n, d] -> hidden states [n, d].
 
-    Their slots, the last len(rows) pending ones of `cache`, receive keys and values.
+    Their slots, the last len(rows) pending ones of `table`, receive keys and values.
     """
-    base = cache.length + cache.pending - len(rows)
+    base = table.length + table.pending - len(rows)
     result = rows.new_empty(len(rows), span.hidden_size, dtype=torch.float32)
     layers = range(blocks.start - span.start, blocks.stop - span.start)
     for batch, past in _batches(parents, base):
-        seen = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in (pool.read(cache, at, past) for at in layers)]
+        seen = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in (cache.read(table, at, past) for at in layers)]
         hidden, made = span.forward_cached(rows[batch], seen, blocks)
         for layer, (keys, values) in zip(layers, made, strict=True):
-            pool.write(cache, layer, base + batch, keys.transpose(1, 2), values.transpose(1, 2))
+            cache.write(table, layer, base + batch, keys.transpose(1, 2), values.transpose(1, 2))
         result[batch] = hidden
     return result
 

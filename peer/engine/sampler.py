@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...protocol.wire.codec import encode
+from ...protocol.wire.codec import CODEC_NAMES
 from ...protocol.wire.tree import DraftTree
 from ...protocol.wire.verification import VerificationResult, draw_after_prefill, verify
 from ..model import Span
+from .runner import joined
 from .sequence import CachedSequence
 from .step import Step, StepOutput
 
+# Logits of a step's rows, float32 [vocab] each, on the host; a device hands out those that are asked for.
+Scores = Sequence[NDArray[np.float32]]
 
-def scores(span: Span, sequences: Iterable[CachedSequence]) -> list[Tensor | None]:
-    """Logits [n, vocab] of each step under way that needs them here; a batch goes through the LM head at once."""
+
+def scores(span: Span, sequences: Iterable[CachedSequence]) -> list[Scores | None]:
+    """Logits of each step under way that needs them here; a batch goes through the LM head at once."""
     rows = [_scored_rows(sequence) for sequence in sequences]
     scored = [part for part in rows if part is not None]
     if not scored:
         return [None] * len(rows)
-    logits = iter(span.logits(torch.cat(scored)).split([len(part) for part in scored]))
-    return [None if part is None else next(logits) for part in rows]
+    found: Scores = span.backend.scores(span.logits(joined(scored)))
+    parts = (found[a:b] for a, b in pairwise(accumulate(map(len, scored), initial=0)))
+    return [None if part is None else next(parts) for part in rows]
 
 
-def output_of(sequence: CachedSequence, step: Step, logits: Tensor | None) -> StepOutput:
+def output_of(sequence: CachedSequence, step: Step, scores: Scores | None) -> StepOutput:
     """What the step that is through leaves behind. Raises SamplingError."""
     header = step.header
     output = StepOutput()
     if header.want_hidden or not sequence.is_last:
-        output.hidden = encode(sequence.codec, _whole(step.outputs).float().cpu().numpy())
-    if logits is not None:
-        values = logits.float().cpu().numpy()
-        output.logits = values.tobytes() if header.want_logits else b""
-        output.verification = _verified(sequence, step, values) if header.sample else None
+        codec, rows = CODEC_NAMES[sequence.codec], joined(step.outputs)
+        output.hidden = bytes(sequence.span.backend.encode(codec, rows))
+    if scores is not None:
+        output.logits = b"".join(row.tobytes() for row in scores) if header.want_logits else b""
+        output.verification = _verified(sequence, step, scores) if header.sample else None
     return output
 
 
@@ -48,16 +53,12 @@ def _scored_rows(sequence: CachedSequence) -> Tensor | None:
         return None
     if header.prefill and not header.want_logits:
         return step.outputs[-1][-1:]
-    return _whole(step.outputs)
+    return joined(step.outputs)
 
 
-def _whole(chunks: list[Tensor]) -> Tensor:
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-
-
-def _verified(sequence: CachedSequence, step: Step, logits: NDArray[np.float32]) -> VerificationResult:
+def _verified(sequence: CachedSequence, step: Step, scores: Scores) -> VerificationResult:
     header, tree = step.header, step.header.tree
     if header.prefill:
-        return draw_after_prefill(logits[-1], sequence.sampling, sequence.history, header.top_logprobs)
+        return draw_after_prefill(scores[-1], sequence.sampling, sequence.history, header.top_logprobs)
     assert isinstance(tree, DraftTree)
-    return verify(tree, logits, sequence.sampling, sequence.history, header.base, header.top_logprobs)
+    return verify(tree, scores, sequence.sampling, sequence.history, header.base, header.top_logprobs)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ...protocol.petal_pb2 import Codec
+from ...protocol.wire.codec import CODEC_NAMES
 from ...protocol.wire.sampling import SamplingParams
 from ...protocol.wire.tree import chain
 from ...protocol.wire.verification import TokenHistory
 from ..model import Span
-from .decode import decode_rows
 from .fair_queue import Tenant
-from .kv_cache import KVPool, PoolExhausted, RewindRefused, SessionCache
+from .kv_cache import KVCache
+from .page_table import BlockTable, CacheExhausted, RewindRefused
 from .runner import Segment
 from .step import BadStep, Done, Step
 
@@ -31,8 +32,8 @@ class CachedSequence:
     codec: Codec
     blocks: range
     span: Span
-    pool: KVPool
-    cache: SessionCache
+    cache: KVCache
+    table: BlockTable
     history: TokenHistory = field(default_factory=TokenHistory)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     pending_ids: Sequence[int] = ()
@@ -48,14 +49,14 @@ class CachedSequence:
 
     def fork(self, parent: CachedSequence) -> None:
         """Start where another one is."""
-        self.cache = self.pool.fork(parent.cache)
+        self.table = self.cache.fork(parent.table)
         self.history = parent.history.fork()
         self.sampling, self.pending_ids = parent.sampling, parent.pending_ids
 
     def begin(self) -> Step:
         """Take up the step that waits longest: apply what it says of the one before, then read its rows.
 
-        Raises BadStep, CodecError, PoolExhausted, RewindRefused.
+        Raises ActivationError, BadStep, CacheExhausted, RewindRefused.
         """
         step, self.done = self.waiting.popleft()
         self.step = step
@@ -69,7 +70,7 @@ class CachedSequence:
         step = self._under_way()
         whole = stop - start == len(step.rows)
         tree, rows = (step.header.tree, step.rows) if whole else (chain(stop - start), step.rows[start:stop])
-        return Segment(self.cache, rows, tree, self.blocks)
+        return Segment(self.table, rows, tree, self.blocks)
 
     def collect(self, output: Tensor, started_ns: int, ended_ns: int, idle_ns: int) -> None:
         """Hidden states [n, d] of a chunk. idle_ns: when the iteration before had ended."""
@@ -80,21 +81,21 @@ class CachedSequence:
         step.ended_ns = ended_ns
         step.outputs.append(output)
         if step.header.prefill:
-            self.pool.commit(self.cache, range(len(output)))
+            self.cache.commit(self.table, range(len(output)))
 
     def resume(self, length: int, commit: Sequence[int]) -> str:
         """Go back to `length` rows; see `Engine.resume`. Why that is impossible; empty where it is done."""
         self.step = self.done = None
         self.waiting.clear()
-        cache = self.cache
+        table = self.table
         # Fewer rows: the pending ones are of the step that `commit` is about. Else they are of a step to undo.
-        kept = commit if cache.length < length else ()
-        if cache.length + len(kept) < length or list(kept) != sorted({*kept} & {*range(cache.pending)}):
-            return f"cannot resume at {length} rows: {cache.length} are cached"
+        kept = commit if table.length < length else ()
+        if table.length + len(kept) < length or list(kept) != sorted({*kept} & {*range(table.pending)}):
+            return f"cannot resume at {length} rows: {table.length} are cached"
         try:
             self._commit(kept)
-            self.pool.rewind(cache, length)
-        except (PoolExhausted, RewindRefused) as error:
+            self.cache.rewind(table, length)
+        except (CacheExhausted, RewindRefused) as error:
             return str(error)
         self.history.truncate(length)
         self.pending_ids = ()
@@ -106,24 +107,24 @@ class CachedSequence:
 
     def _rows(self, step: Step) -> Tensor:
         if self.blocks.start == 0 and step.ids:
-            return torch.tensor(step.ids)
-        return decode_rows(self.codec, step.hidden, self.span.hidden_size)
+            return torch.tensor(step.ids, device=self.span.backend.device)
+        return self.span.backend.decode(CODEC_NAMES[self.codec], step.hidden, self.span.hidden_size)
 
     def _commit(self, rows: Sequence[int]) -> None:
         """Keep these rows of the step before, drop the others."""
-        self.pool.commit(self.cache, rows)
+        self.cache.commit(self.table, rows)
         if self.pending_ids:
             self.history.ids.extend(self.pending_ids[row] for row in rows)
 
     def _commit_and_rewind(self, step: Step) -> None:
         header = step.header
-        if self.cache.pending:
+        if self.table.pending:
             assert header.commit
             self._commit(header.commit)
         if header.rewind is not None:
-            self.pool.rewind(self.cache, header.rewind)
+            self.cache.rewind(self.table, header.rewind)
             self.history.truncate(header.rewind)
-        assert self.cache.length == header.base
+        assert self.table.length == header.base
 
     def _remember(self, step: Step) -> None:
         """What the last stage must know of the text, and how it draws."""

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass, field
 
-from ..engine.kv_cache import PAGE
+from ..engine.page_table import PAGE
 
 # Who was refused is taken to wait for so long.
 PATIENCE_S = 10.0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .hooks import Run
+from .hooks import ForwardContext
 from .span import Span
 
 
@@ -23,9 +25,15 @@ class Ends:
     @torch.inference_mode()
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What enters the first block: token ids [n], positions [n] -> hidden states [n, d]."""
-        where = {"position_ids": positions[None]} if self._placed else {}
-        return self._span.through(Run(range(0)), ids[None], **where)[0]
+        device = self._span.backend.device
+        where = {"position_ids": positions.to(device)[None]} if self._placed else {}
+        return self._span.through(ForwardContext(range(0)), ids.to(device)[None], **where)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: [n, d] -> [n, vocab]."""
-        return self._span.logits(hidden)
+        backend = self._span.backend
+        return self._span.logits(hidden.to(backend.device, backend.stream))
+
+    def scores(self, hidden: Tensor) -> Sequence[Any]:
+        """`logits` as `Backend.scores` has them."""
+        return self._span.backend.scores(self.logits(hidden))

@@ -1,80 +1,133 @@
 """Blocks of the Llama kind in few calls: what their modules compute, without the price of a module a call.
 
-For a few rows, calling the modules of a small model takes as long as its products.
+For a few rows, calling the modules of a small model takes as long as its products. Which models these are is told by
+their code: `written_alike` compares the source of a family's modules with that of families that are known to compute
+just this. A trial (see `verify`) would not do alone, since it misses what happens rarely: OLMo, say, clips large
+queries. Nor would the source alone: of the modules named in it, as of the installed transformers, it shows nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import ast
+import functools
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...kernels.cpu.gate import silu_gate
-from ...kernels.cpu.rotary import rotate
-from .hooks import Attend
+from ...kernels.backend import Attend, Backend
 
-if TYPE_CHECKING:
-    from .span import Span
-
-
-# Written so. Whether that holds for the installed transformers is found by trying; a trial alone would not do, since it
-# misses what happens rarely: OLMo, say, clips large queries.
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# Families that were read: theirs is what is written here, in one way or the other.
+KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+# What an attention's own file adds to it, by name: the first calls the second. Attention itself is ours.
+_CALLED = ("apply_rotary_pos_emb", "rotate_half")
 
 
 class FusedBlock:
     """Norm, attention, norm, gated MLP (arXiv 2307.09288); heads may have norms of their own (arXiv 2505.09388)."""
 
-    def __init__(self, layer: Any, window: int | None) -> None:
+    def __init__(self, layer: Any, window: int | None, backend: Backend) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._window = window
         self._width: int = attention.head_dim
         self._scale: float = attention.scaling
         self._before, self._between = layer.input_layernorm.forward, layer.post_attention_layernorm.forward
         self._q, self._k, self._v = (p.forward for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-        self._q_norm, self._k_norm = (_forward(getattr(attention, name, None)) for name in ("q_norm", "k_norm"))
+        self._q_norm, self._k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         self._out = attention.o_proj.forward
         self._gate, self._up, self._down = (p.forward for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self._rotate, self._silu_gate = backend.rotate, backend.silu_gate
 
     def __call__(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Hidden states [N, d], angles [N, width] -> [N, d]."""
+        heads = (len(x), -1, self._width)
         normed = self._before(x)
-        query = self._q_norm(self._heads(self._q(normed)))
-        key = self._k_norm(self._heads(self._k(normed)))
-        value = self._heads(self._v(normed))
-        rotate(query, cos, sin)
-        rotate(key, cos, sin)
-        seen = attend(layer, query, key, value, scale=self._scale, window=self._window, softcap=None, sinks=None)
+        query, key, value = self._q(normed).view(heads), self._k(normed).view(heads), self._v(normed).view(heads)
+        if self._q_norm is not None and self._k_norm is not None:
+            query, key = self._q_norm.forward(query), self._k_norm.forward(key)
+        query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+        seen = attend(layer, query, key, value, scale=self._scale, window=self._window)
         x = x + self._out(seen.flatten(1))
         normed = self._between(x)
-        return x + self._down(silu_gate(self._gate(normed), self._up(normed)))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(len(x), -1, self._width)
+        return x + self._down(self._silu_gate(self._gate(normed), self._up(normed)))
 
 
 class FusedSpan:
-    """`forward` as `Span.forward`."""
+    """`forward` as `Span.forward`, of a base model's blocks from `start` on; windows are those of the blocks."""
 
-    def __init__(self, span: Span) -> None:
+    def __init__(self, base: Any, start: int, windows: list[int | None], backend: Backend) -> None:
         """Raises AttributeError for a model that has other parts than a Llama."""
-        base = span.model.base_model
-        self._start, self._blocks = span.start, range(span.start, span.end)
+        self._start, self._stream = start, backend.stream
         self._embed: Callable[[Tensor], Tensor] = base.embed_tokens
         self._rotary: Callable[..., tuple[Tensor, Tensor]] = base.rotary_emb
-        layers = base.layers[span.start : span.end]
-        self._layers = [FusedBlock(layer, spec.window) for layer, spec in zip(layers, span.layers, strict=True)]
+        layers = base.layers[start : start + len(windows)]
+        blocks = [FusedBlock(layer, window, backend) for layer, window in zip(layers, windows, strict=True)]
+        self._blocks = range(start, start + len(blocks))
+        # A forward asks for each block when its turn has come; who keeps blocks elsewhere brings them then.
+        self.block_at: Callable[[int], FusedBlock] = blocks.__getitem__
 
     def forward(self, rows: Tensor, positions: Tensor, attend: Attend, blocks: range | None = None) -> Tensor:
-        x = rows if rows.is_floating_point() else self._embed(rows).float()
+        x = rows if rows.is_floating_point() else self._embed(rows).to(self._stream)
         cos, sin = (part[0].contiguous() for part in self._rotary(x[None], positions[None]))
         for block in blocks or self._blocks:
             layer = block - self._start
-            x = self._layers[layer](layer, x, cos, sin, attend)
+            x = self.block_at(layer)(layer, x, cos, sin, attend)
         return x
 
 
-def _forward(norm: Any) -> Callable[[Tensor], Tensor]:
-    return torch.nn.Identity().forward if norm is None else norm.forward
+def written_alike(model: nn.Module) -> bool:
+    """Whether a model's base, blocks, attention and MLP are written as those of a family that is fused here."""
+    base: Any = getattr(model, "base_model", None)
+    try:
+        # Blocks may be of several kinds.
+        kinds = {tuple(map(type, (base, layer, layer.self_attn, layer.mlp))) for layer in base.layers}
+        plain = all(type(layer.mlp.act_fn) in (nn.SiLU, type(_silu())) for layer in base.layers)
+        return plain and {tuple(_code(vars(part)["forward"]) for part in kind) for kind in kinds} <= _known()
+    except (AttributeError, IndexError, KeyError, TypeError, OSError, SyntaxError):
+        return False  # it has other parts, or brings no source
+
+
+def _silu() -> nn.Module:
+    """What this version of transformers calls "silu"."""
+    found: nn.Module = importlib.import_module("transformers.activations").ACT2FN["silu"]
+    return found
+
+
+@functools.cache
+def _known() -> set[tuple[str, ...]]:
+    return set(_known_codes())
+
+
+def _known_codes() -> Iterator[tuple[str, ...]]:
+    for family in KNOWN:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        prefix = next(name for name in vars(module) if name.lower() == f"{family}model").removesuffix("Model")
+        parts = ("Model", "DecoderLayer", "Attention", "MLP")
+        yield tuple(_code(getattr(module, f"{prefix}{part}").forward) for part in parts)
+
+
+@functools.cache
+def _code(forward: Callable[..., Any]) -> str:
+    """What a forward does, and what of its own file that calls: without annotations and words for people."""
+    forward = inspect.unwrap(forward)
+    names = forward.__code__.co_names
+    called = _CALLED if _CALLED[0] in names else ()
+    helpers = [inspect.unwrap(forward.__globals__[name]) for name in called]
+    return "\n".join(_bare(inspect.getsource(function)) for function in (forward, *helpers))
+
+
+def _bare(source: str) -> str:
+    function = ast.parse(textwrap.dedent(source)).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    function.decorator_list, function.returns = [], None
+    if ast.get_docstring(function) is not None:
+        function.body = function.body[1:]
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(function)

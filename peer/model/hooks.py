@@ -1,8 +1,8 @@
 """A forward through transformers' own modules under our control: which blocks compute, what enters them, who attends.
 
-Every block's `forward` is wrapped by a gate. A gate hands the hidden states on by itself, so that peers that receive
-hidden states skip whatever a model does between its embedding and its first block; and it lets its block compute only
-in a run that includes the block.
+Every block's `forward` is hooked. A hook hands the hidden states on by itself, so that peers that receive hidden states
+skip whatever a model does between its embedding and its first block; and it lets its block compute only in a forward
+that includes the block.
 """
 
 from __future__ import annotations
@@ -20,28 +20,8 @@ RAGGED = "petal"
 EAGER = "eager"
 
 
-class Attend(Protocol):
-    """query [N, heads, width], key and value [N, kv_heads, width] of the ragged row -> [N, heads, value_width].
-
-    `layer` counts the span's blocks from 0.
-    """
-
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor: ...
-
-
 class BlockAttend(Protocol):
-    """What the attention interface calls: the block, its rows as `Attend` takes them, and all that the block says."""
+    """What the attention interface calls: the block, its rows as `backend.Attend` has them, all that the block says."""
 
     def __call__(
         self, block: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
@@ -49,7 +29,7 @@ class BlockAttend(Protocol):
 
 
 @dataclass
-class Run:
+class ForwardContext:
     """One forward: `hidden` is what enters the next block, None where the model's own embedding decides.
 
     `windows` are those of the masks that the model asked for, in order: a probe's.
@@ -63,27 +43,27 @@ class Run:
 
 
 class _Current(threading.local):
-    """The run of this thread."""
+    """The forward of this thread."""
 
-    run: Run | None = None
+    context: ForwardContext | None = None
 
 
 _current = _Current()
 
 
 @contextmanager
-def running(run: Run) -> Iterator[Run]:
-    """Gates and attention of this thread follow `run`."""
-    _current.run = run
+def within(context: ForwardContext) -> Iterator[ForwardContext]:
+    """Block hooks and attention of this thread follow `context`."""
+    _current.context = context
     try:
-        yield run
+        yield context
     finally:
-        _current.run = None
+        _current.context = None
 
 
-def current() -> Run:
-    assert _current.run is not None, "a gated model runs within `running` only"
-    return _current.run
+def current() -> ForwardContext:
+    assert _current.context is not None, "a hooked model runs within a context only"
+    return _current.context
 
 
 @dataclass
@@ -93,22 +73,22 @@ class BlockStyle:
     length: int = 0
 
 
-def gate(block: int, layer: nn.Module, style: BlockStyle) -> None:
-    """Wrap a block's forward; see the module."""
+def hook_block(block: int, layer: nn.Module, style: BlockStyle) -> None:
+    """Hook a block's forward; see the module."""
     compute: Callable[..., Any] = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        run = current()
-        if run.hidden is None:
-            run.hidden = args[0] if args else kwargs["hidden_states"]
-        if block not in run.blocks:
-            return (run.hidden, None, None)[: style.length] if style.length else run.hidden
-        run.block = block
+        context = current()
+        if context.hidden is None:
+            context.hidden = args[0] if args else kwargs["hidden_states"]
+        if block not in context.blocks:
+            return (context.hidden, None, None)[: style.length] if style.length else context.hidden
+        context.block = block
         if args:
-            result = compute(run.hidden, *args[1:], **kwargs)
+            result = compute(context.hidden, *args[1:], **kwargs)
         else:
-            result = compute(**{**kwargs, "hidden_states": run.hidden})
-        run.hidden = result[0] if isinstance(result, tuple) else result
+            result = compute(**{**kwargs, "hidden_states": context.hidden})
+        context.hidden = result[0] if isinstance(result, tuple) else result
         return result
 
     layer.forward = forward  # type: ignore[method-assign]
@@ -125,10 +105,10 @@ def ragged_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, N, width] -> [1, N, heads, width]."""
-    run = current()
-    assert run.attend is not None
+    context = current()
+    assert context.attend is not None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    return run.attend(run.block, query, key, value, attention_mask, options)[None], None
+    return context.attend(context.block, query, key, value, attention_mask, options)[None], None
 
 
 AttentionInterface.register(RAGGED, ragged_attention)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ...kernels.cpu import norm
-from ...kernels.cpu.linear import PackedLinear
-from ...kernels.quantized import QuantizedLinear
+from ...kernels.backend import Backend, Embedding, Linear
+from ...kernels.registry import backend_for
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.layout import CheckpointError
 from .ends import Ends
-from .meta_model import Skeleton, build, initialize_buffers
-from .precision import DENSE, Holding
+from .meta_model import MetaModel, build
+from .precision import DENSE, WeightPrecision
 from .span import Span
-from .verify import settle
-from .weights import PackedEmbedding, fill
+from .verify import verify
+from .weights import fill
 
 
 def load_span(
@@ -25,9 +25,12 @@ def load_span(
     start: int,
     end: int,
     progress: Callable[[int], None] = lambda nbytes: None,
-    holding: Holding = DENSE,
+    precision: WeightPrecision = DENSE,
+    backend: Backend | None = None,
 ) -> Span:
     """Build blocks [start, end) and read only their tensors; `progress` hears the bytes of each tensor read.
+
+    backend: what computes, `backend_for()` unless told.
 
     Raises CheckpointError where the checkpoint does not hold what the model class needs, or where the class cannot
     be served in spans.
@@ -35,46 +38,66 @@ def load_span(
     n_blocks = checkpoint.n_blocks
     if not 0 <= start < end <= n_blocks:
         raise CheckpointError(f"blocks {start}:{end} are no part of {checkpoint.name}, which has blocks 0:{n_blocks}")
-    skeleton = build(checkpoint)
-    initialize_buffers(skeleton.model, set(skeleton.inside(start, end)).__contains__)
-    fill(skeleton, checkpoint, start, end, progress, holding)
+    backend = backend or backend_for()
+    meta = build(checkpoint, backend.device)
+    meta.initialize_buffers(set(meta.inside(start, end)).__contains__)
+    fill(meta, checkpoint, start, end, backend, progress, precision)
     if (start, end) == (0, n_blocks) and checkpoint.one_matrix():
-        _share_tied(skeleton)
-    _swap_norms(skeleton, start, end)
-    span = Span(skeleton.model, start, end, n_blocks)
-    settle(span, [span.model.get_submodule(path) for path in sorted(skeleton.before)], holding.precision)
+        _share_tied(meta)
+    _swap_norms(meta, start, end, backend)
+    span = Span(meta.model, start, end, n_blocks, backend)
+    verify(span, [span.model.get_submodule(path) for path in sorted(meta.before)], precision.product_dtype)
     return span
 
 
-def load_ends(checkpoint: Checkpoint, holding: Holding = DENSE) -> Ends:
+def load_ends(checkpoint: Checkpoint, precision: WeightPrecision = DENSE, backend: Backend | None = None) -> Ends:
     """Build what is around the blocks, embedding, final norm and LM head, and read only that.
 
     Raises CheckpointError, as `load_span` does.
     """
-    skeleton = build(checkpoint)
-    fill(skeleton, checkpoint, 0, 0, lambda nbytes: None, holding)
+    backend = backend or backend_for()
+    meta = build(checkpoint, backend.device)
+    fill(meta, checkpoint, 0, 0, backend, precision=precision)
     if checkpoint.one_matrix():
-        _share_tied(skeleton)
-    _swap_norms(skeleton, 0, 0)
-    return Ends(Span(skeleton.model, 0, checkpoint.n_blocks, checkpoint.n_blocks))
+        _share_tied(meta)
+    _swap_norms(meta, 0, 0, backend)
+    return Ends(Span(meta.model, 0, checkpoint.n_blocks, checkpoint.n_blocks, backend))
 
 
-def _share_tied(skeleton: Skeleton) -> None:
+def _share_tied(meta: MetaModel) -> None:
     """Hold the one matrix of a tied model once, where its embedding is a plain lookup."""
-    model = skeleton.model
+    model = meta.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding) in (nn.Embedding, PackedEmbedding) and isinstance(head, (PackedLinear, QuantizedLinear)):
+    if type(embedding) in (nn.Embedding, Embedding) and isinstance(head, Linear):
         path = next(path for path, module in model.named_modules() if module is embedding)
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, PackedEmbedding(head))
+        setattr(model.get_submodule(parent), leaf, Embedding(head))
 
 
-def _swap_norms(skeleton: Skeleton, start: int, end: int) -> None:
-    """Norms of one native call in place of those that behave the same."""
-    model = skeleton.model
-    for path in skeleton.hosted(start, end):
+def _swap_norms(meta: MetaModel, start: int, end: int, backend: Backend) -> None:
+    """The backend's norms in place of those that behave the same."""
+    model = meta.model
+    for path in meta.hosted(start, end):
         module = model.get_submodule(path)
         alone = len(inspect.signature(module.forward).parameters) == 1  # not gated by another input
-        if alone and "RMSNorm" in type(module).__name__ and (swapped := norm.like(module)):
+        if alone and "RMSNorm" in type(module).__name__ and (swapped := norm_like(module, backend)):
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, swapped)
+
+
+def norm_like(module: nn.Module, backend: Backend) -> nn.Module | None:
+    """A norm of the backend's that does what `module` does, found by trying; None where it is no such norm.
+
+    Families spell the weight as itself or as an offset from one, and epsilon under several names.
+    """
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(epsilon, float):
+        return None
+    sample = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    expected = module(sample)
+    for candidate in (weight, 1 + weight):
+        norm = backend.rms_norm(candidate.detach().float(), epsilon)
+        if expected.shape == sample.shape and torch.allclose(norm(sample), expected, rtol=1e-5, atol=1e-6):
+            return norm
+    return None

@@ -19,18 +19,20 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.layout import CheckpointError
-from .hooks import EAGER, BlockStyle, Run, gate, running
+from .hooks import EAGER, BlockStyle, ForwardContext, hook_block, within
 
 
 @dataclass
-class Skeleton:
-    """A gated model without weights, and the paths of modules outside its blocks that own some."""
+class MetaModel:
+    """A hooked model without weights, and the paths of modules outside its blocks that own some."""
 
     model: PreTrainedModel
     layers_path: str
     layers: nn.ModuleList
     before: set[str]
     after: set[str]
+    device: torch.device
+    """Where what is hosted will be."""
 
     def inside(self, start: int, end: int) -> list[str]:
         """Paths of all modules of blocks [start, end)."""
@@ -44,22 +46,26 @@ class Skeleton:
         after = self.after if end == len(self.layers) or ends else set()
         return sorted(before | after) + self.inside(start, end)
 
+    def initialize_buffers(self, chosen: Callable[[str], bool]) -> None:
+        """Compute what no checkpoint stores (rotary frequencies) for modules of `chosen` paths."""
+        _initialize_buffers(self.model, chosen, self.device)
 
-def build(checkpoint: Checkpoint) -> Skeleton:
+
+def build(checkpoint: Checkpoint, device: torch.device) -> MetaModel:
     """The checkpoint's model class. Raises CheckpointError where the class cannot be served in spans."""
     model = _on_meta(checkpoint)
     path, layers = _layers(model, checkpoint.n_blocks)
     outside = {
         name: module for name, module in model.named_modules() if module._parameters and not name.startswith(f"{path}.")
     }
-    initialize_buffers(model, lambda name: not name.startswith(f"{path}."))
+    _initialize_buffers(model, lambda name: not name.startswith(f"{path}."), device)
     for module in outside.values():
-        _empty(module)
+        _empty(module, device)
     style = BlockStyle()
     for block, layer in enumerate(layers):
-        gate(block, layer, style)
-    before, after = _roles(model, outside, style)
-    return Skeleton(model, path, layers, before, after)
+        hook_block(block, layer, style)
+    before, after = _roles(model, outside, style, device)
+    return MetaModel(model, path, layers, before, after, device)
 
 
 def _on_meta(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -116,11 +122,11 @@ def _within_list(name: str) -> bool:
     return any(part.isdecimal() for part in name.split("."))
 
 
-def _empty(module: nn.Module) -> None:
+def _empty(module: nn.Module, device: torch.device) -> None:
     """Stand in for weights that another peer holds: zeros that take no memory."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            zeros = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
             module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
     if isinstance(module, nn.Linear):
         # A product with expanded zeros would copy them out.
@@ -137,7 +143,7 @@ def fill_in(module: nn.Module) -> None:
         del module.__dict__["forward"]
 
 
-def initialize_buffers(model: PreTrainedModel, chosen: Callable[[str], bool]) -> None:
+def _initialize_buffers(model: PreTrainedModel, chosen: Callable[[str], bool], device: torch.device) -> None:
     """Compute what no checkpoint stores (rotary frequencies) for modules of `chosen` paths, as transformers does."""
     owner = model
     for path, module in model.named_modules():
@@ -148,19 +154,21 @@ def initialize_buffers(model: PreTrainedModel, chosen: Callable[[str], bool]) ->
         pending = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         for name, buffer in pending.items():
             fill = float("nan") if buffer.is_floating_point() else 0
-            module._buffers[name] = torch.full_like(buffer, fill, device="cpu")
+            module._buffers[name] = torch.full_like(buffer, fill, device=device)
         if pending:
             owner._init_weights(module)  # type: ignore[operator]
 
 
-def _roles(model: PreTrainedModel, outside: dict[str, nn.Module], style: BlockStyle) -> tuple[set[str], set[str]]:
+def _roles(
+    model: PreTrainedModel, outside: dict[str, nn.Module], style: BlockStyle, device: torch.device
+) -> tuple[set[str], set[str]]:
     """Which modules work before and which after the blocks; it settles `style` too."""
     containers = {name for name, module in outside.items() if list(module.children())}
     failure = ""
     for style.length in (0, 3, 2, 1):
         before, after = set(containers), set(containers)
         try:
-            logits = _dry_run(model, outside, before, after)
+            logits = _dry_run(model, outside, before, after, device)
         # A model class fails on what it cannot do in as many ways as there are authors.
         except Exception as error:
             failure = f": {_line(error)}"
@@ -170,20 +178,22 @@ def _roles(model: PreTrainedModel, outside: dict[str, nn.Module], style: BlockSt
     raise CheckpointError(f"{type(model).__name__} cannot be served: it makes no logits from token ids alone{failure}")
 
 
-def _dry_run(model: PreTrainedModel, outside: dict[str, nn.Module], before: set[str], after: set[str]) -> Tensor:
+def _dry_run(
+    model: PreTrainedModel, outside: dict[str, nn.Module], before: set[str], after: set[str], device: torch.device
+) -> Tensor:
     """Logits of two rows that pass every block by; notes which modules the model calls before and after them."""
-    run = Run(range(0))
+    context = ForwardContext(range(0))
 
     def note(name: str) -> None:
-        (before if run.hidden is None else after).add(name)
+        (before if context.hidden is None else after).add(name)
 
     hooks = [
         module.register_forward_pre_hook(lambda module, inputs, name=name: note(name))  # type: ignore[misc]
         for name, module in outside.items()
     ]
     try:
-        with running(run), torch.inference_mode():
-            logits: Tensor = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits
+        with within(context), torch.inference_mode():
+            logits: Tensor = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()

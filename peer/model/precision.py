@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.cpu.linear import arithmetic
+from ...kernels.backend import Backend
 from ...kernels.formats.base import Format
 from ...kernels.formats.registry import FORMATS
 from ...protocol.checkpoint.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Holding:
+class WeightPrecision:
     """`keep`: matrices stay in the format in which they are stored; else `format` is made of the linears in blocks.
 
     dtype: float32 or bfloat16, of whatever stays dense.
@@ -34,7 +34,7 @@ class Holding:
     quant: str = NONE
 
     @property
-    def precision(self) -> torch.dtype:
+    def product_dtype(self) -> torch.dtype:
         """What the products of blocks round their factors to."""
         return self.dtype if self.quant == NONE else torch.bfloat16
 
@@ -42,72 +42,73 @@ class Holding:
     def dtype_name(self) -> str:
         return next(name for name, dtype in TORCH_DTYPES.items() if dtype == self.dtype)
 
-    @property
-    def numerics(self) -> str:
+    def numerics(self, backend: Backend) -> str:
         """Who computes the same bits with the same weights says the same."""
         quant = "" if self.quant == NONE else f"{self.quant}/"
-        return f"{quant}{self.dtype_name}/{arithmetic(self.precision)}"
+        return f"{quant}{self.dtype_name}/{backend.arithmetic(self.product_dtype)}"
 
 
-DENSE = Holding()
+DENSE = WeightPrecision()
 
 
-def holding_of(checkpoint: Checkpoint, quant: str, dtype: str | None = None) -> Holding:
+def precision_of(checkpoint: Checkpoint, quant: str, dtype: str | None = None) -> WeightPrecision:
     """`--quant` and `--dtype`; dense weights beside quantized ones are bfloat16 unless told. Raises CheckpointError."""
     stored = storage_of(checkpoint).quant
     kind = TORCH_DTYPES[dtype or ("float32" if quant == NONE else "bf16")]
     if quant == NONE:
-        return Holding(kind)
+        return WeightPrecision(kind)
     if quant == stored:
-        return Holding(kind, keep=True, quant=quant)
+        return WeightPrecision(kind, keep=True, quant=quant)
     if quant in AT_LOAD:
-        return Holding(kind, format=FORMATS[quant], quant=quant)
+        return WeightPrecision(kind, format=FORMATS[quant], quant=quant)
     ways = ", ".join((NONE, *AT_LOAD, *({stored} - {NONE, *AT_LOAD})))
     raise CheckpointError(f"{checkpoint.name} does not store {quant} weights: choose --quant {ways}.")
 
 
-def choose_holding(checkpoint: Checkpoint, dtype: str | None, blocks: int | None, free: int, native: bool) -> Holding:
+def choose_precision(
+    checkpoint: Checkpoint, dtype: str | None, blocks: int | None, free: int, backend: Backend
+) -> WeightPrecision:
     """What a peer holds where `--quant` does not say: as stored where the kernels are as fast, else as fine as fits.
 
-    blocks: how many it must hold, all by default; free: bytes; native: whether the C kernels are at hand.
+    blocks: how many it must hold, all by default; free: bytes.
     """
     stored = storage_of(checkpoint).quant
-    if stored != NONE and native and dtype is None:
-        return holding_of(checkpoint, stored)
-    ways = [holding_of(checkpoint, quant, dtype) for quant in (NONE, "int8", "int4")]
+    if stored != NONE and backend.native and dtype is None:
+        return precision_of(checkpoint, stored)
+    ways = [precision_of(checkpoint, quant, dtype) for quant in (NONE, "int8", "int4")]
     wanted = blocks or checkpoint.n_blocks
-    return next((way for way in ways if fitting_blocks(checkpoint, way, free) >= wanted), ways[-1])
+    return next((way for way in ways if fitting_blocks(checkpoint, way, free, backend) >= wanted), ways[-1])
 
 
-def fitting_blocks(checkpoint: Checkpoint, holding: Holding, free: int) -> int:
+def fitting_blocks(checkpoint: Checkpoint, precision: WeightPrecision, free: int, backend: Backend) -> int:
     """Blocks whose weights fit `free` bytes beside embedding and head."""
     shared = {name for names in checkpoint.shared_tensors().values() for name in names}
-    rest = free - held_bytes(checkpoint, holding, shared, inside=False)
-    block = max(
-        held_bytes(checkpoint, holding, checkpoint.block_tensors(b), inside=True) for b in range(checkpoint.n_blocks)
-    )
+    rest = free - held_bytes(checkpoint, precision, shared, backend, inside=False)
+    names = (checkpoint.block_tensors(block) for block in range(checkpoint.n_blocks))
+    block = max(held_bytes(checkpoint, precision, tensors, backend, inside=True) for tensors in names)
     return max(0, min(checkpoint.n_blocks, int(rest // block)))
 
 
-def span_bytes(checkpoint: Checkpoint, holding: Holding, blocks: range) -> int:
+def span_bytes(checkpoint: Checkpoint, precision: WeightPrecision, blocks: range, backend: Backend) -> int:
     """Bytes of the weights of a span, with embedding and head where it has them."""
-    shared = checkpoint.shared_tensors()
-    around = set(shared["embedding"] if blocks.start == 0 else [])
-    around |= set(shared["norm"] + shared["head"] if blocks.stop == checkpoint.n_blocks else [])
-    inside = [name for block in blocks for name in checkpoint.block_tensors(block)]
-    return held_bytes(checkpoint, holding, inside, inside=True) + held_bytes(checkpoint, holding, around, inside=False)
+    parts = checkpoint.span_tensors(blocks.start, blocks.stop)
+    around = {name for part, names in parts.items() if not part.isdecimal() for name in names}
+    inside = [name for part, names in parts.items() if part.isdecimal() for name in names]
+    return sum(held_bytes(checkpoint, precision, names, backend, inside=names is inside) for names in (inside, around))
 
 
-def held_bytes(checkpoint: Checkpoint, holding: Holding, names: Iterable[str], *, inside: bool) -> int:
+def held_bytes(
+    checkpoint: Checkpoint, precision: WeightPrecision, names: Iterable[str], backend: Backend, *, inside: bool
+) -> int:
     """Bytes that stored tensors take once they are held; `inside` blocks linears are quantized."""
     storage = storage_of(checkpoint)
     total = 0
     for name in storage.names(names):
         shape = storage.shape(checkpoint, name)
-        if holding.keep and name in storage.matrices:
+        if precision.keep and name in storage.matrices:
             total += storage.nbytes(checkpoint, name)
-        elif len(shape) == 2 and inside and holding.format is not None:
-            total += holding.format.bytes((shape[0], shape[1]))
+        elif len(shape) == 2 and inside and precision.format is not None:
+            total += backend.nbytes(precision.format, (shape[0], shape[1]))
         else:
-            total += math.prod(shape) * (holding.dtype.itemsize if len(shape) > 1 else 4)
+            total += math.prod(shape) * (precision.dtype.itemsize if len(shape) > 1 else 4)
     return total

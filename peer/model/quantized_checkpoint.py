@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...kernels.formats import gguf
 from ...kernels.formats.aqlm import GROUP, Aqlm
-from ...kernels.formats.base import Format, FormatError, Shape, Tensors
+from ...kernels.formats.base import Format, FormatError, QuantizedTensor, Shape
 from ...kernels.formats.int4 import Int4
 from ...kernels.formats.int8 import Int8
 from ...kernels.formats.nf4 import BLOCK, LEVELS, NESTED, Nf4
@@ -36,25 +36,11 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Packed:
-    """One matrix as it was read: its tensors in the checkpoint's layout."""
-
-    format: Format
-    tensors: Tensors
-    shape: Shape
-
-    def dense(self) -> Tensor:
-        """[out, in] float32. Raises FormatError."""
-        packed = self.format.pack(self.tensors, self.shape)
-        return self.format.dequantize(packed, self.shape, torch.float32)
-
-
-@dataclass(frozen=True)
 class StoredMatrix:
     """Where the parts of a matrix are, how they are read, and its shape; rows may count `padded`."""
 
     parts: tuple[str, ...]
-    read: Callable[[Checkpoint], Packed]
+    read: Callable[[Checkpoint], QuantizedTensor]
     shape: Callable[[Checkpoint], tuple[int, ...]]
     padded: bool = False
 
@@ -80,17 +66,17 @@ class Storage:
         matrix = self.matrices.get(name)
         return matrix.shape(checkpoint) if matrix else checkpoint.info(name).shape
 
-    def read(self, checkpoint: Checkpoint, name: str, wanted: Shape) -> Packed:
+    def read(self, checkpoint: Checkpoint, name: str, wanted: Shape) -> QuantizedTensor:
         """One of `matrices`, of which the config wants a shape. Raises CheckpointError."""
         matrix = self.matrices[name]
         try:
-            packed = matrix.read(checkpoint)
-            if matrix.padded and packed.shape[0] == wanted[0] and packed.shape[1] >= wanted[1]:
-                packed = replace(packed, shape=wanted)
-            if packed.shape != wanted:
-                raise FormatError(f"it has shape {list(packed.shape)}, the config asks for {list(wanted)}.")
-            packed.format.check(packed.tensors, wanted)
-            return packed
+            found = matrix.read(checkpoint)
+            if matrix.padded and found.shape[0] == wanted[0] and found.shape[1] >= wanted[1]:
+                found = replace(found, shape=wanted)
+            if found.shape != wanted:
+                raise FormatError(f"it has shape {list(found.shape)}, the config asks for {list(wanted)}.")
+            found.format.check(found.tensors, wanted)
+            return found
         except FormatError as error:
             raise CheckpointError(f"{checkpoint.name}: {name}: {error}") from error
 
@@ -124,12 +110,12 @@ def _gguf(checkpoint: GgufCheckpoint) -> Storage:
     return Storage("gguf" if matrices else "none", matrices)
 
 
-def _read_gguf(checkpoint: Checkpoint, name: str, kind: gguf.Gguf) -> Packed:
+def _read_gguf(checkpoint: Checkpoint, name: str, kind: gguf.Gguf) -> QuantizedTensor:
     stored = checkpoint.packed(name)
     blocks = torch.from_numpy(np.array(stored))
     checkpoint.forget(stored)
     rows, width = checkpoint.info(name).shape
-    return Packed(kind, {"blocks": blocks}, (rows, width))
+    return QuantizedTensor(kind, {"blocks": blocks}, (rows, width))
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -208,9 +194,9 @@ def _storage(
                     f"{checkpoint.name}: {quant} weights consist of {', '.join(parts)} of one matrix, not of {found}."
                 ) from error
 
-        def read(checkpoint: Checkpoint) -> Packed:
+        def read(checkpoint: Checkpoint) -> QuantizedTensor:
             rows = size(checkpoint)
-            return Packed(format, {part: _tensor(checkpoint, name) for part, name in names.items()}, rows)
+            return QuantizedTensor(format, {part: _tensor(checkpoint, name) for part, name in names.items()}, rows)
 
         return StoredMatrix(tuple(names.values()), read, size, padded=quant in ("int4", "spqr"))
 
@@ -233,7 +219,7 @@ def _bitsandbytes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Storage:
 def _nf4_matrix(names: dict[str, str]) -> StoredMatrix:
     state = next((name for part, name in names.items() if "quant_state" in part), "")
 
-    def read(checkpoint: Checkpoint) -> Packed:
+    def read(checkpoint: Checkpoint) -> QuantizedTensor:
         if not state:
             raise FormatError("bitsandbytes' 4-bit weights of type nf4 can be read.")
         settings = _settings(_tensor(checkpoint, state))
@@ -246,7 +232,7 @@ def _nf4_matrix(names: dict[str, str]) -> StoredMatrix:
         nested = any(part.startswith("nested") for part in tensors)
         if nested:
             tensors["offset"] = torch.tensor([settings["nested_offset"]], dtype=torch.float32)
-        return Packed(Nf4(nested), tensors, tuple(settings["shape"]))
+        return QuantizedTensor(Nf4(nested), tensors, tuple(settings["shape"]))
 
     return StoredMatrix(tuple(names.values()), read, lambda c: (2 * math.prod(c.info(names["weight"]).shape), 1))
 
@@ -267,13 +253,13 @@ def _settings(blob: Tensor) -> dict[str, Any]:
 
 
 def _int8_matrix(names: dict[str, str]) -> StoredMatrix:
-    def read(checkpoint: Checkpoint) -> Packed:
+    def read(checkpoint: Checkpoint) -> QuantizedTensor:
         codes, largest = (_tensor(checkpoint, names[part]) for part in ("weight", "SCB"))
         if codes.dim() != 2 or not largest.is_floating_point():
             raise FormatError(f"int8 weights are a matrix with float scales, not {list(codes.shape)}.")
         none = torch.zeros(0, dtype=torch.int32)
         values = torch.zeros(len(codes), 0, dtype=torch.bfloat16)
         tensors = {"codes": codes, "scales": largest.float() / 127, "outliers": none, "values": values}
-        return Packed(Int8(), tensors, (codes.shape[0], codes.shape[1]))
+        return QuantizedTensor(Int8(), tensors, (codes.shape[0], codes.shape[1]))
 
     return StoredMatrix(tuple(names.values()), read, lambda c: c.info(names["weight"]).shape)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from ...kernels.backend import Attend, Backend, LayerSpec
 from .fused import FusedSpan
-from .hooks import Attend, Run, running
+from .hooks import ForwardContext, within
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -27,24 +27,13 @@ class NoKeysValues(RuntimeError):
     """A block that does not remember by keys and values: a state space, linear attention, another block's cache."""
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """What one layer asks of the KV cache."""
-
-    kv_heads: int
-    key_width: int
-    value_width: int
-    window: int | None
-
-
 class Span:
     """Blocks [start, end) of a model, with the embedding where start is 0 and the head where end is n_blocks.
 
-    `layers`, `ragged` and `fused` are found out by `span_check`: which of the two forwards works, and whether in few
-    calls.
+    `layers`, `ragged` and `fused` are found out by `verify`: which of the two forwards works, and whether in few calls.
     """
 
-    def __init__(self, model: PreTrainedModel, start: int, end: int, n_blocks: int) -> None:
+    def __init__(self, model: PreTrainedModel, start: int, end: int, n_blocks: int, backend: Backend) -> None:
         config = model.config.get_text_config()
         self.start, self.end, self.n_blocks = start, end, n_blocks
         self.hidden_size: int = config.hidden_size
@@ -53,7 +42,7 @@ class Span:
         self.layers: list[LayerSpec] = []
         self.ragged = False
         self.fused: FusedSpan | None = None
-        self.model = model
+        self.model, self.backend = model, backend
         self._base = model.base_model
         # transformers' name for its cache from 5.24 on, and until then.
         named = inspect.signature(self._base.forward).parameters
@@ -93,8 +82,8 @@ class Span:
                 layer, query, key, value, window=self.layers[layer].window, **attention_options(query, options)
             )
 
-        run = Run(blocks or range(self.start, self.end), attend=attend_block)
-        return self.through(run, rows[None], position_ids=positions[None])[0]
+        context = ForwardContext(blocks or range(self.start, self.end), attend=attend_block)
+        return self.through(context, rows[None], position_ids=positions[None])[0]
 
     @torch.inference_mode()
     def forward_cached(
@@ -110,11 +99,11 @@ class Span:
         length = past[0][0].shape[2] if past else 0
         if length:
             # A model asks any layer, hosted or not, how long the cache is.
-            nothing = torch.zeros(()).expand(len(rows), 1, length, 1)
+            nothing = torch.zeros((), device=rows.device).expand(len(rows), 1, length, 1)
             for layer in range(self.n_blocks):
                 keys, values = past[layer - blocks.start] if layer in blocks else (nothing, nothing)
                 cache.update(keys, values, layer)
-        hidden = self.through(Run(blocks), rows, cache)
+        hidden = self.through(ForwardContext(blocks), rows, cache)
         made = [cache.layers[layer] for layer in blocks if layer < len(cache.layers)]
         if len(made) < len(blocks) or any(layer.get_seq_length() != length + rows.shape[1] for layer in made):
             raise NoKeysValues("a block does not cache keys and values of its own")
@@ -124,20 +113,22 @@ class Span:
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: [n, d] -> [n, vocab]."""
         assert self.end == self.n_blocks
-        with running(Run(range(0), hidden[None])):
+        with within(ForwardContext(range(0), hidden[None])):
             return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
-    def through(self, run: Run, rows: Tensor, cache: DynamicCache | None = None, **options: Any) -> Tensor:
-        """The base model under `run`: ids [B, n] or hidden states [B, n, d] -> hidden states behind its last block."""
+    def through(
+        self, context: ForwardContext, rows: Tensor, cache: DynamicCache | None = None, **options: Any
+    ) -> Tensor:
+        """The base model under `context`: ids [B, n] or hidden states [B, n, d] -> what leaves its last block."""
         inputs = {"inputs_embeds" if rows.is_floating_point() else "input_ids": rows}
         if cache is not None:
             options[self._cache] = cache
-        if run.hidden is None and rows.is_floating_point():
-            run.hidden = rows
-        with running(run):
+        if context.hidden is None and rows.is_floating_point():
+            context.hidden = rows
+        with within(context):
             self._base(**inputs, use_cache=cache is not None, **options)
-        assert run.hidden is not None
-        return run.hidden
+        assert context.hidden is not None
+        return context.hidden
 
 
 def attention_options(query: Tensor, options: dict[str, Any]) -> dict[str, Any]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...kernels.cpu.linear import PackedLinear
+from ...kernels.backend import Linear
+from ...kernels.torch.backend import TorchBackend
 from ...protocol.checkpoint.checkpoint import Checkpoint
-from .hooks import Run
-from .meta_model import build, initialize_buffers
+from .hooks import ForwardContext
+from .meta_model import build
 from .span import Span
 from .weights import fill
 
 
-class PlainBlock:
+class TrainableBlock:
     """Block `index` in float32.
 
     `linears` by path and `vectors` (the weights of norms) by name, which are those of the checkpoint where the family
@@ -25,20 +26,19 @@ class PlainBlock:
 
     def __init__(self, checkpoint: Checkpoint, index: int, device: torch.device) -> None:
         """Read the block's tensors. Raises CheckpointError as `load_span` does."""
-        skeleton = build(checkpoint)
-        initialize_buffers(skeleton.model, set(skeleton.inside(index, index + 1)).__contains__)
-        fill(skeleton, checkpoint, index, index + 1, lambda nbytes: None)
+        backend = TorchBackend(device)
+        meta = build(checkpoint, device)
+        meta.initialize_buffers(set(meta.inside(index, index + 1)).__contains__)
+        fill(meta, checkpoint, index, index + 1, backend)
         self.device = device
         self._run = range(index, index + 1)
-        self._span = Span(skeleton.model, index, index + 1, checkpoint.n_blocks)
-        self.module = skeleton.layers[index]
-        prefix = f"{skeleton.layers_path}.{index}."
+        self._span = Span(meta.model, index, index + 1, checkpoint.n_blocks, backend)
+        self.module = meta.layers[index]
+        prefix = f"{meta.layers_path}.{index}."
         for path, module in list(self.module.named_modules()):
-            if isinstance(module, PackedLinear):
+            if isinstance(module, Linear):
                 parent, _, leaf = path.rpartition(".")
                 setattr(self.module.get_submodule(parent), leaf, _plain(module))
-        for module in skeleton.model.modules():
-            _move(module, device)
         self.linears = {
             prefix + path: module for path, module in self.module.named_modules() if type(module) is nn.Linear
         }
@@ -52,28 +52,12 @@ class PlainBlock:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Sequences of hidden states [n, length, d] on the block's device -> what leaves the block."""
-        return self._span.through(Run(self._run, hidden), hidden)
+        return self._span.through(ForwardContext(self._run, hidden), hidden)
 
 
-def _plain(packed: PackedLinear) -> nn.Linear:
-    linear = nn.Linear(packed.in_features, packed.out_features, device="meta")
-    linear.weight = nn.Parameter(packed.dense().contiguous(), requires_grad=False)
-    bias = packed.bias[: packed.out_features]
-    linear.register_parameter("bias", nn.Parameter(bias.clone(), requires_grad=False) if bias.any() else None)
+def _plain(handle: Linear) -> nn.Linear:
+    linear = nn.Linear(handle.in_features, handle.out_features, device="meta")
+    linear.weight = nn.Parameter(handle.dense().contiguous(), requires_grad=False)
+    bias = handle.bias
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=False))
     return linear
-
-
-def _move(module: nn.Module, device: torch.device) -> None:
-    """To `device`, what has values; stand-ins of one element stay that small."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None and not parameter.is_meta:
-            module._parameters[name] = nn.Parameter(_moved(parameter.data, device), requires_grad=False)
-    for name, buffer in module._buffers.items():
-        if buffer is not None and not buffer.is_meta:
-            module._buffers[name] = _moved(buffer, device)
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    if tensor.dim() and not any(tensor.stride()):
-        return tensor.new_zeros((), device=device).expand(tensor.shape)
-    return tensor.to(device)

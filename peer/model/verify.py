@@ -1,4 +1,4 @@
-"""A fresh span compares itself with transformers' own way to run its modules, and settles how it will be run.
+"""A fresh span is compared with transformers' own way to run its modules, which decides how it will be run.
 
 Nothing here knows a family. A span that gives other hidden states when its rows are cut in two, when its blocks run one
 by one, or behind another prompt needs more than hidden states, keys and values, and is refused. One whose rows give the
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from ...kernels.backend import Attend, LayerSpec
 from ...protocol.checkpoint.layout import CheckpointError
-from .fused import FAMILIES, FusedSpan
-from .hooks import EAGER, RAGGED, Attend, Run, choose_attention, current, ragged_attention
-from .span import LayerSpec, NoKeysValues, Span, attention_options
+from .fused import FusedSpan, written_alike
+from .hooks import EAGER, RAGGED, ForwardContext, choose_attention, current, ragged_attention
+from .span import NoKeysValues, Span, attention_options
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class _NotRagged(Exception):
     """Why a span cannot run ragged."""
 
 
-def settle(span: Span, prologue: Sequence[nn.Module], dtype: torch.dtype) -> None:
+def verify(span: Span, prologue: Sequence[nn.Module], dtype: torch.dtype) -> None:
     """Fill in `span.layers`, `span.ragged` and `span.fused`.
 
     prologue: modules that work before the first block. dtype: of the weights.
@@ -82,9 +83,10 @@ class _Sample:
 
     def __init__(self, span: Span, prologue: Sequence[nn.Module], tolerance: float) -> None:
         self.span, self.prologue, self.tolerance = span, prologue, tolerance
-        self.positions = torch.arange(_ROWS)
+        self.device = span.backend.device
+        self.positions = torch.arange(_ROWS, device=self.device)
         self.rows, self.others = self._rows(0), self._rows(1)
-        self.entry = self._through(Run(range(0)), self.rows)
+        self.entry = self._through(ForwardContext(range(0)), self.rows)
         self.whole, cached = span.forward_cached(self.rows[None], [])
         self.plain = True  # attention has neither a softcap nor sinks
         self.specs = [LayerSpec(k.shape[1], k.shape[3], v.shape[3], None) for k, v in cached]
@@ -99,12 +101,12 @@ class _Sample:
         hidden = self.entry
         with _other_weights(self.prologue):
             for block in range(span.start, span.end):
-                hidden = self._through(Run(range(block, block + 1), hidden[None]), self.others)
+                hidden = self._through(ForwardContext(range(block, block + 1), hidden[None]), self.others)
         if self._differs(hidden):
             raise _stateful(type(span.model).__name__)
 
     def check_ragged(self) -> None:
-        """Settle the span as ragged, or raise whatever tells that it is not."""
+        """Have the span run ragged, or raise whatever tells that it cannot."""
         span = self.span
         span.layers = self._probe()
         span.ragged = True
@@ -112,15 +114,17 @@ class _Sample:
         self._check_rows()
 
     def try_fused(self) -> None:
-        """Settle the span as one of few calls, or raise whatever tells that it is not."""
-        if self.plain and self.span.model.config.model_type in FAMILIES:
-            self.span.fused = FusedSpan(self.span)
+        """Have the span run in few calls, or raise whatever tells that it cannot."""
+        span = self.span
+        if self.plain and written_alike(span.model):
+            windows = [spec.window for spec in span.layers]
+            span.fused = FusedSpan(span.model.base_model, span.start, windows, span.backend)
             self._check_rows()
 
     def _check_rows(self) -> None:
         """Rows in any order, and a stranger far away in the same forward."""
-        order = torch.tensor([0, 3, 1, 5, 2, 4, 0])
-        session = torch.tensor([0] * _ROWS + [1])
+        order = torch.tensor([0, 3, 1, 5, 2, 4, 0], device=self.device)
+        session = torch.tensor([0] * _ROWS + [1], device=self.device)
         positions = self.positions[order]
         positions[-1] = self.span.context_length - 1
         hidden = self.span.forward(self.rows[order], positions, _attention(session, positions))
@@ -130,12 +134,12 @@ class _Sample:
     def _rows(self, seed: int) -> Tensor:
         noise = torch.Generator().manual_seed(seed)
         if self.span.start == 0:
-            return torch.randint(self.span.vocab_size, (_ROWS,), generator=noise)
-        return torch.randn(_ROWS, self.span.hidden_size, generator=noise)
+            return torch.randint(self.span.vocab_size, (_ROWS,), generator=noise).to(self.device)
+        return torch.randn(_ROWS, self.span.hidden_size, generator=noise).to(self.device, self.span.backend.stream)
 
     @torch.inference_mode()
-    def _through(self, run: Run, rows: Tensor) -> Tensor:
-        return self.span.through(run, rows[None])[0]
+    def _through(self, context: ForwardContext, rows: Tensor) -> Tensor:
+        return self.span.through(context, rows[None])[0]
 
     def _differs(self, hidden: Tensor, rows: slice = slice(None)) -> bool:
         change = (self.whole[0] - self.entry).abs().max()
@@ -144,8 +148,8 @@ class _Sample:
     def _probe(self) -> list[LayerSpec]:
         """What each block caches, and its window by the mask that its model makes; raises _NotRagged for a bias."""
         span, found = self.span, dict[int, LayerSpec]()
-        attend = _attention(torch.zeros(_ROWS), self.positions)
-        run = Run(range(span.start, span.end))
+        attend = _attention(torch.zeros_like(self.positions), self.positions)
+        context = ForwardContext(range(span.start, span.end))
 
         def record(
             block: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
@@ -154,7 +158,7 @@ class _Sample:
                 raise _NotRagged("a block attends twice")
             if mask is None:
                 raise _NotRagged("a block attends without a mask")
-            window = run.windows[round(mask.min().item() / _MASKED) - 1]
+            window = context.windows[round(mask.min().item() / _MASKED) - 1]
             if window == _PIECES:
                 raise _NotRagged("a row sees positions in pieces")
             distance = self.positions[:, None] - self.positions
@@ -165,9 +169,9 @@ class _Sample:
             found[block] = LayerSpec(key.shape[1], key.shape[2], value.shape[2], window)
             return attend(block, query, key, value, window=window, **attention_options(query, options))
 
-        run.attend = record
+        context.attend = record
         choose_attention(span.model, _PROBE)
-        self._through(run, self.rows)
+        self._through(context, self.rows)
         if len(found) != span.end - span.start:
             raise _NotRagged("blocks do not use the attention interface")
         return [found[block] for block in range(span.start, span.end)]
@@ -206,9 +210,9 @@ def _attention(session: Tensor, positions: Tensor) -> Attend:
         value: Tensor,
         *,
         scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         group = query.shape[1] // key.shape[1]
         scores = torch.einsum("nhd,mhd->hnm", query, key.repeat_interleave(group, 1)) * scale
@@ -234,13 +238,13 @@ def _note_mask(
     mask_function: Callable[..., Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
-    """transformers' mask interface: the mask, in values that tell which of the run's masks it is."""
+    """transformers' mask interface: the mask, in values that tell which of the forward's masks it is."""
     assert mask_function is not None
-    run = current()
-    run.windows.append(_window_of(mask_function, options["config"].get_text_config()))
+    context = current()
+    context.windows.append(_window_of(mask_function, options["config"].get_text_config()))
     rows, columns = torch.arange(q_length) + q_offset, torch.arange(kv_length) + kv_offset
     seen = _seen(mask_function, rows, columns)
-    return torch.where(seen, 0.0, _MASKED * len(run.windows)).expand(batch_size, 1, q_length, kv_length)
+    return torch.where(seen, 0.0, _MASKED * len(context.windows)).expand(batch_size, 1, q_length, kv_length)
 
 
 def _window_of(mask_function: Callable[..., Tensor], config: Any) -> int | None:

@@ -14,14 +14,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from ...kernels.cpu.linear import PackedLinear
-from ...kernels.quantized import QuantizedLinear
+from ...kernels.backend import Backend, Embedding
+from ...kernels.formats.base import QuantizedTensor
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.layout import CheckpointError
 from .heap import trim
-from .meta_model import Skeleton, fill_in
-from .precision import DENSE, Holding
-from .quantized_checkpoint import Packed, Storage, storage_of
+from .meta_model import MetaModel, fill_in
+from .precision import DENSE, WeightPrecision
+from .quantized_checkpoint import Storage, storage_of
 
 # Masks and frequencies that old exports stored beside the weights.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|attention\.(masked_)?bias|position_ids)$")
@@ -48,37 +48,38 @@ class _Plan:
 
 
 def fill(
-    skeleton: Skeleton,
+    meta: MetaModel,
     checkpoint: Checkpoint,
     start: int,
     end: int,
-    progress: Callable[[int], None],
-    holding: Holding = DENSE,
+    backend: Backend,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    precision: WeightPrecision = DENSE,
 ) -> None:
     """Read what a peer with blocks [start, end) holds; `progress` hears the bytes of each tensor read.
 
     Raises CheckpointError for a tensor that is missing, left over, of the wrong shape, or not finite.
     """
-    model = skeleton.model
+    model = meta.model
     modules = dict(model.named_modules())
     wanted = {
         f"{path}.{name}" if path else name: modules[path]
-        for path in skeleton.hosted(start, end)
+        for path in meta.hosted(start, end)
         for name in _tensor_names(modules[path])
     }
-    reader = _Reader(checkpoint, storage_of(checkpoint), skeleton, progress, holding.keep)
-    plan = _plan(skeleton, checkpoint, reader.storage.names(_stored_names(checkpoint, start, end)), wanted)
+    reader = _Reader(checkpoint, storage_of(checkpoint), meta, progress, precision.keep)
+    plan = _plan(meta, checkpoint, reader.storage.names(_stored_names(checkpoint, start, end)), wanted)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name in plan.extra:
         if not _COMPUTED.search(name) and not any(pattern.search(name) for pattern in ignored):
             raise CheckpointError(f"{checkpoint.name} holds the tensor {name}, for which its config has no use.")
-    filler = _Filler(skeleton, wanted, holding)
+    filler = _Filler(meta, wanted, precision, backend)
     for target, source in plan.sources.items():
         for name, value in reader.values(source, target):
             filler.put(name, value)
         trim()
     for name in filler.missing():
-        filler.put(name, reader.read(_tied(skeleton, checkpoint, plan, name), name))
+        filler.put(name, reader.read(_tied(meta, checkpoint, plan, name), name))
 
 
 def _tensor_names(module: nn.Module) -> Iterator[str]:
@@ -95,8 +96,8 @@ def _stored_names(checkpoint: Checkpoint, start: int, end: int) -> list[str]:
     return sorted((name for name in checkpoint.tensors if name not in others), key=dot_natural_key)
 
 
-def _plan(skeleton: Skeleton, checkpoint: Checkpoint, stored: Iterable[str], wanted: dict[str, nn.Module]) -> _Plan:
-    model = skeleton.model
+def _plan(meta: MetaModel, checkpoint: Checkpoint, stored: Iterable[str], wanted: dict[str, nn.Module]) -> _Plan:
+    model = meta.model
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -136,15 +137,15 @@ class _Reader:
         self,
         checkpoint: Checkpoint,
         storage: Storage,
-        skeleton: Skeleton,
+        meta: MetaModel,
         progress: Callable[[int], None],
         keep: bool,
     ) -> None:
         self.storage = storage
         self._decodes = storage.quant == "gguf" and not keep
-        self._checkpoint, self._skeleton, self._progress = checkpoint, skeleton, progress
+        self._checkpoint, self._skeleton, self._progress = checkpoint, meta, progress
 
-    def values(self, source: _Source, target: str) -> Iterator[tuple[str, Tensor | Packed]]:
+    def values(self, source: _Source, target: str) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         if source.converter is None:
             yield target, self.read(source.names[-1][0], target)
             return
@@ -155,14 +156,14 @@ class _Reader:
         for name, value in made.items():
             yield name, value[0] if isinstance(value, list) else value
 
-    def read(self, name: str, target: str) -> Tensor | Packed:
+    def read(self, name: str, target: str) -> Tensor | QuantizedTensor:
         """A stored tensor that becomes the model's `target`."""
         if name not in self.storage.matrices or self._decodes:
             return self._dense(name)
         shape = getattr(self._skeleton.model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]).shape
-        packed = self.storage.read(self._checkpoint, name, tuple(shape))
+        stored = self.storage.read(self._checkpoint, name, tuple(shape))
         self._progress(self.storage.nbytes(self._checkpoint, name))
-        return packed
+        return stored
 
     def _dense(self, name: str) -> Tensor:
         checkpoint = self._checkpoint
@@ -175,9 +176,9 @@ class _Reader:
         return value
 
 
-def _tied(skeleton: Skeleton, checkpoint: Checkpoint, plan: _Plan, name: str) -> str:
+def _tied(meta: MetaModel, checkpoint: Checkpoint, plan: _Plan, name: str) -> str:
     """The stored tensor that also stands for `name`."""
-    model, path = skeleton.model, name.rpartition(".")[0]
+    model, path = meta.model, name.rpartition(".")[0]
     if origin := plan.stored.get(_ties(model).get(name, "")):
         return origin
     if (
@@ -192,21 +193,23 @@ def _tied(skeleton: Skeleton, checkpoint: Checkpoint, plan: _Plan, name: str) ->
 class _Filler:
     """Puts tensors into modules; a linear is packed as soon as it is whole, so that one at a time is held twice."""
 
-    def __init__(self, skeleton: Skeleton, wanted: dict[str, nn.Module], holding: Holding) -> None:
-        self._model, self._blocks = skeleton.model, f"{skeleton.layers_path}."
-        self._holding = holding
+    def __init__(
+        self, meta: MetaModel, wanted: dict[str, nn.Module], precision: WeightPrecision, backend: Backend
+    ) -> None:
+        self._model, self._blocks = meta.model, f"{meta.layers_path}."
+        self._precision, self._backend = precision, backend
         self._wanted = dict(wanted)
-        self._packed: dict[str, Packed] = {}
+        self._quantized: dict[str, QuantizedTensor] = {}
 
-    def put(self, name: str, value: Tensor | Packed) -> None:
+    def put(self, name: str, value: Tensor | QuantizedTensor) -> None:
         module = self._wanted.pop(name, None)
         if module is None:
             return  # the other half of a conversion that another peer holds
         path = name.rpartition(".")[0]
-        if isinstance(value, Packed) and self._stays_packed(module):
-            self._packed[path] = value
+        if isinstance(value, QuantizedTensor) and self._stays_quantized(module):
+            self._quantized[path] = value
         else:
-            self._set(name, module, value.dense() if isinstance(value, Packed) else value)
+            self._set(name, module, value.dense() if isinstance(value, QuantizedTensor) else value)
         if not any(f"{path}.{other}" in self._wanted for other in _tensor_names(module)):
             self._finish(path, module)
 
@@ -214,15 +217,15 @@ class _Filler:
         """Parameters that nothing filled; buffers keep what initialization gave them."""
         return [name for name, module in self._wanted.items() if name.rpartition(".")[2] in module._parameters]
 
-    def _stays_packed(self, module: nn.Module) -> bool:
-        return self._holding.keep and type(module) in (nn.Linear, nn.Embedding)
+    def _stays_quantized(self, module: nn.Module) -> bool:
+        return self._precision.keep and type(module) in (nn.Linear, nn.Embedding)
 
     def _set(self, name: str, module: nn.Module, value: Tensor) -> None:
         leaf = name.rpartition(".")[2]
         expected = getattr(module, leaf)
         if value.shape != expected.shape:
             raise CheckpointError(f"{name} has shape {list(value.shape)}, the config asks for {list(expected.shape)}.")
-        value = value.to(expected.dtype)
+        value = value.to(self._backend.device, expected.dtype)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
@@ -234,34 +237,23 @@ class _Filler:
             parent, _, leaf = path.rpartition(".")
             setattr(self._model.get_submodule(parent), leaf, held)
             module._parameters.clear()  # somebody may hold the module still
-        elif isinstance(module, nn.Embedding) and self._holding.dtype != torch.float32:
-            module.to(self._holding.dtype).register_forward_hook(lambda module, ids, rows: rows.float())
+        elif isinstance(module, nn.Embedding) and self._precision.dtype != torch.float32:
+            module.to(self._precision.dtype).register_forward_hook(lambda module, ids, rows: rows.float())
 
     def _held(self, path: str, module: nn.Module) -> nn.Module | None:
-        """What takes a module's place: the same product by our kernels, or a table that stays packed."""
-        packed, format = self._packed.pop(path, None), self._holding.format
-        if packed is not None and isinstance(module, nn.Embedding):
-            return PackedEmbedding(QuantizedLinear(packed.format, packed.tensors, packed.shape))
+        """What takes a module's place: the same product by the backend, or a table that stays quantized."""
+        stored, format = self._quantized.pop(path, None), self._precision.format
+        if stored is not None and isinstance(module, nn.Embedding):
+            return Embedding(self._backend.linear(stored))
         bias = module._parameters.get("bias")
-        if packed is not None:
-            return QuantizedLinear(packed.format, packed.tensors, packed.shape, bias)
+        if stored is not None:
+            return self._backend.linear(stored, bias)
         if (weight := _product_weight(module)) is None:
             return None
         if format is not None and path.startswith(self._blocks):
-            return QuantizedLinear(format, format.quantize(weight), (weight.shape[0], weight.shape[1]), bias)
-        return PackedLinear(weight, bias, self._holding.dtype)
-
-
-class PackedEmbedding(nn.Module):
-    """Token embeddings out of packed rows, such as those of an LM head that they are tied to."""
-
-    def __init__(self, matrix: PackedLinear | QuantizedLinear) -> None:
-        super().__init__()
-        self.matrix = matrix
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids of any shape -> [*ids, d] float32."""
-        return self.matrix.rows(ids.reshape(-1)).float().view(*ids.shape, -1)
+            made = QuantizedTensor(format, format.quantize(weight), (weight.shape[0], weight.shape[1]))
+            return self._backend.linear(made, bias)
+        return self._backend.linear(weight, bias, self._precision.dtype)
 
 
 def _product_weight(module: nn.Module) -> Tensor | None:
@@ -275,7 +267,7 @@ def _product_weight(module: nn.Module) -> Tensor | None:
 
 def _is_product(module: nn.Linear) -> bool:
     """Whether a subclass does what its base does, found by trying."""
-    sample = torch.randn(2, module.in_features, generator=torch.Generator().manual_seed(0))
+    sample = torch.randn(2, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.weight.device)
     try:
         found = module(sample)
     except Exception:  # it takes something else, in whatever way it says so

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..model.trainable_block import PlainBlock
+from ..model.trainable_block import TrainableBlock
 from .covariance import Covariance, relative_error
 from .method import Method, Parts
 from .tuning import tune
@@ -27,7 +27,7 @@ class Result:
 
 
 def quantize_block(
-    block: PlainBlock, method: Method, inputs: Tensor, targets: Tensor, told: Callable[[str], None]
+    block: TrainableBlock, method: Method, inputs: Tensor, targets: Tensor, told: Callable[[str], None]
 ) -> Result:
     """Quantize in place the linears that `method` takes, each against what it sees behind those before it.
 
@@ -55,7 +55,7 @@ def quantize_block(
 
 
 @torch.no_grad()
-def through(block: PlainBlock, hidden: Tensor) -> Tensor:
+def through(block: TrainableBlock, hidden: Tensor) -> Tensor:
     """What leaves the block for [n, length, d] on the CPU, there again."""
     return torch.cat([block(rows.to(block.device)).cpu() for rows in batches(hidden)])
 
@@ -65,7 +65,7 @@ def batches(hidden: Tensor) -> Iterable[Tensor]:
     return hidden.split(max(1, _BATCH_VALUES // hidden[0].numel()))
 
 
-def _stages(block: PlainBlock, inputs: Tensor) -> list[list[str]]:
+def _stages(block: TrainableBlock, inputs: Tensor) -> list[list[str]]:
     """Linears in the order in which they compute, those together that see the same."""
     calls: list[tuple[str, Tensor]] = []
     with _watched(block.linears, lambda path, x: calls.append((path, x))), torch.no_grad():
@@ -81,7 +81,7 @@ def _stages(block: PlainBlock, inputs: Tensor) -> list[list[str]]:
     return stages
 
 
-def _covariance(block: PlainBlock, path: str, inputs: Tensor) -> Tensor:
+def _covariance(block: TrainableBlock, path: str, inputs: Tensor) -> Tensor:
     """Of what the linear `path` sees."""
     linear = block.linears[path]
     covariance = Covariance(linear.in_features, block.device)

@@ -19,7 +19,7 @@ from ...protocol.checkpoint.layout import CheckpointError
 from ...protocol.checkpoint.open import open_checkpoint
 from ..model import load_ends
 from ..model.ends import Ends
-from ..model.trainable_block import PlainBlock
+from ..model.trainable_block import TrainableBlock
 from .block_work import quantize_block, through
 from .folder import Folder, unquantized
 from .method import Method
@@ -94,7 +94,7 @@ class _Run:
 
     def _block(self, index: int, hidden: dict[str, Tensor], task: Any) -> dict[str, Tensor]:
         """Quantize a block and write it; what leaves it."""
-        block = PlainBlock(self._checkpoint, index, torch.device(self._options.device))
+        block = TrainableBlock(self._checkpoint, index, torch.device(self._options.device))
         exact, before = (through(block, hidden[name]) for name in ("exact", "before"))
         result = quantize_block(
             block, self._method, hidden["fitted"], exact, lambda path: self._progress.update(task, news=path)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.trainable_block import PlainBlock
+from ..model.trainable_block import TrainableBlock
 from .method import Parts
 
 _EPOCHS = 12
@@ -23,7 +23,7 @@ _BATCH_TOKENS = 4096
 _RATE = 6e-3
 
 
-def tune(block: PlainBlock, parts: Mapping[str, Parts], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def tune(block: TrainableBlock, parts: Mapping[str, Parts], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Fit `parts`, by the linears' paths, and the block's norms, in place; returns the norms' weights by name.
 
     inputs, targets: [n, length, d], what enters the block behind quantized ones, and what would leave it if no block
@@ -45,7 +45,7 @@ def tune(block: PlainBlock, parts: Mapping[str, Parts], inputs: Tensor, targets:
     return {name: vector.data.cpu() for name, vector in block.vectors.items()}
 
 
-def _epoch(block: PlainBlock, inputs: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer | None) -> float:
+def _epoch(block: TrainableBlock, inputs: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer | None) -> float:
     """The mean error over all rows; with an optimizer, after a step for each batch."""
     size = max(1, _BATCH_TOKENS // inputs.shape[1])
     total = 0.0
@@ -66,7 +66,7 @@ def _error(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 @contextmanager
-def _trained(block: PlainBlock, parts: Mapping[str, Parts]) -> Iterator[list[Tensor]]:
+def _trained(block: TrainableBlock, parts: Mapping[str, Parts]) -> Iterator[list[Tensor]]:
     """The linears compute from `parts`, whose tensors, like the norms' weights, want gradients."""
     parameters: list[Tensor] = [*block.vectors.values()]
     for path, part in parts.items():

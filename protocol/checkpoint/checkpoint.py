@@ -162,22 +162,25 @@ class Checkpoint(ABC):
         """Names outside the blocks, by "embedding", "norm" and "head"; a tied head lists the token matrix."""
         return {part: list(self.layout.part(part)) for part in ("embedding", "norm", "head")}
 
-    def digest(self) -> str:
-        """The model digest: sha256 in hex over config and tensor names."""
-        return model_digest(self.config, self.tensors)
-
-    def block_digests(self, start: int, end: int) -> dict[str, str]:
-        """Digests of the stored bytes that a peer with blocks [start, end) hosts.
+    def span_tensors(self, start: int, end: int) -> dict[str, list[str]]:
+        """Names of what a peer with blocks [start, end) hosts, by part.
 
         Keys are block numbers in decimal, "embedding" if start is 0, "norm" and "head" if end is n_blocks.
         """
         if not 0 <= start < end <= self.n_blocks:
             raise CheckpointError(f"{self.name} has blocks [0, {self.n_blocks}), [{start}, {end}) is no span of it.")
-        parts = [str(block) for block in range(start, end)]
-        parts += ["embedding"] if start == 0 else []
-        parts += ["norm", "head"] if end == self.n_blocks else []
+        around = (["embedding"] if start == 0 else []) + (["norm", "head"] if end == self.n_blocks else [])
+        parts = {str(block): self.block_tensors(block) for block in range(start, end)}
+        return parts | {part: list(self.layout.part(part)) for part in around}
+
+    def digest(self) -> str:
+        """The model digest: sha256 in hex over config and tensor names."""
+        return model_digest(self.config, self.tensors)
+
+    def block_digests(self, start: int, end: int) -> dict[str, str]:
+        """Digests of the stored bytes that a peer with blocks [start, end) hosts, by part as in `span_tensors`."""
         same = {"head": "embedding"} if self.layout.head == self.layout.embedding else {}
-        return {part: self._digests.get(self, same.get(part, part)) for part in parts}
+        return {part: self._digests.get(self, same.get(part, part)) for part in self.span_tensors(start, end)}
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from ..petal_pb2 import BF16, FLOAT32, INT8, Codec
 
 CODECS: dict[str, Codec] = {"float32": FLOAT32, "bf16": BF16, "int8": INT8}
+CODEC_NAMES: dict[Codec, str] = {codec: name for name, codec in CODECS.items()}
 # One scale a token would cost eight times the KL divergence of this.
 GROUP = 64
 

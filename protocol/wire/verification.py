@@ -59,14 +59,14 @@ class VerificationResult:
 
 def verify(
     tree: DraftTree,
-    logits: NDArray[np.float32],
+    logits: Sequence[NDArray[np.float32]] | NDArray[np.float32],
     params: SamplingParams,
     history: TokenHistory,
     base: int,
     top_logprobs: int = 0,
     reshape: Reshape | None = None,
 ) -> VerificationResult:
-    """Walk the tree with a draw at each row. `logits` is [rows, vocab]: row u predicts position base + depth(u) + 1."""
+    """Walk the tree with a draw at each row. `logits` [vocab] of row u predict position base + depth(u) + 1."""
     counts = history.counts(tree.ids[0]) if params.penalized else TokenCounts()
 
     def draw_at(row: int, path: list[int]) -> int:
@@ -75,7 +75,7 @@ def verify(
 
     accepted, token = walk(tree, draw_at)
     successors = [tree.ids[row] for row in accepted[1:]] + [token]
-    return VerificationResult(accepted, token, _logprobs(logits[accepted], successors, top_logprobs))
+    return VerificationResult(accepted, token, _logprobs([logits[row] for row in accepted], successors, top_logprobs))
 
 
 def draw_after_prefill(
@@ -89,14 +89,15 @@ def draw_after_prefill(
     counts = history.counts(None) if params.penalized else TokenCounts()
     shape = reshape and partial(reshape, history.ids)
     token = draw(logits, params, len(history.ids), counts, reshape=shape)
-    return VerificationResult([], token, _logprobs(logits[None], [token], top_logprobs))
+    return VerificationResult([], token, _logprobs([logits], [token], top_logprobs))
 
 
-def _logprobs(logits: NDArray[np.float32], chosen: Sequence[int], top: int) -> list[Logprobs]:
+def _logprobs(logits: Sequence[NDArray[np.float32]], chosen: Sequence[int], top: int) -> list[Logprobs]:
     if not top:
         return []
     result = []
-    for row, token in zip(logits.astype(np.float64), chosen, strict=True):
+    for values, token in zip(logits, chosen, strict=True):
+        row = values.astype(np.float64)
         row -= row.max()
         row -= np.log(np.exp(row).sum())
         best = np.argsort(-row, kind="stable")[:top]

@@ -60,7 +60,7 @@ async def kept(wire: Wire) -> int:
     assert wire.peer.blocks.start or (await wire.prefilled([1, 5, 9]))[1] >= 0
     wire.close_streams()
     await released(wire.peer)
-    return wire.peer.engine.pool.n_pages - wire.peer.engine.pool.free_pages
+    return wire.peer.engine.cache.n_pages - wire.peer.engine.cache.free_pages
 
 
 def main() -> None:

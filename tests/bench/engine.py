@@ -17,8 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 from petal.client.swarm import AsyncSwarmModel
-from petal.kernels.cpu import build as native
-from petal.peer.engine.kv_cache import PAGE
+from petal.peer.engine.page_table import PAGE
 
 from tests.support.swarms import LocalSwarm, local_swarm, spans
 
@@ -72,8 +71,8 @@ async def beside_a_long_prompt(swarm: LocalSwarm, tokens: int) -> tuple[list[flo
 
 
 def sessions_per_gib(swarm: LocalSwarm, length: int) -> float:
-    pool = swarm.peers[0].engine.pool
-    page = sum(t[0].numel() * t.element_size() for t in [*pool.keys, *pool.values])
+    pool = swarm.peers[0].engine.cache
+    page = pool.storage.page_nbytes
     return 2**30 / (page * -(-length // PAGE))
 
 
@@ -113,7 +112,6 @@ async def measure(tokens: int) -> dict[str, Any]:
         for _ in range(2):
             for exact in turns:
                 torch.set_num_threads(threads)
-                native.set_threads(None)
                 turns[exact].append(await run(exact))
         torch.set_num_threads(threads)
         figures[f"exact_{name}_ratio"] = min(turns[True]) / min(turns[False])

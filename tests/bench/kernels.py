@@ -12,13 +12,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from petal.kernels.cpu.attention import attend
-from petal.kernels.cpu.linear import PackedLinear, arithmetic
+from petal.kernels.backend import LayerSpec, Linear
+from petal.kernels.formats.base import QuantizedTensor
 from petal.kernels.formats.registry import FORMATS
-from petal.kernels.quantized import QuantizedLinear
+from petal.kernels.registry import backend_for
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -104,15 +105,18 @@ def layers_of(formats: Sequence[str], width: int, out: int) -> dict[str, list[Ca
     copies = max(1, ROTATE // (4 * width * out))
     weight = torch.randn(out, width) / width**0.5
     held: dict[str, list[Call]] = {}
+    backend = backend_for()
     for name, dtype in DENSE.items():
-        held[name] = [PackedLinear(weight, dtype=dtype) for _ in range(copies)]
+        held[name] = [backend.linear(weight, dtype=dtype) for _ in range(copies)]
     halves = [weight.bfloat16() for _ in range(copies)]
     held["torch bf16"] = [lambda x, half=half: F.linear(x.bfloat16(), half) for half in halves]
     for name in formats:
         if width % getattr(FORMATS[name], "block", 1) == 0:
             tensors = random_tensors(FORMATS[name], (out, width))
             held[name] = [
-                QuantizedLinear(FORMATS[name], {key: t.clone() for key, t in tensors.items()}, (out, width))
+                backend.linear(
+                    QuantizedTensor(FORMATS[name], {key: t.clone() for key, t in tensors.items()}, (out, width))
+                )
                 for _ in range(copies)
             ]
     return held
@@ -127,10 +131,10 @@ def running(layers: list[Call], x: Tensor) -> Call:
 
 def sizes_of(name: str, layer: Call, shape: tuple[int, int]) -> tuple[int, int]:
     """Resident and packed bytes of a layer's weights."""
-    if isinstance(layer, QuantizedLinear):
-        return layer.nbytes, layer.format.bytes(shape)
-    assert isinstance(layer, PackedLinear)
-    return layer.panels.nbytes, DENSE[name].itemsize * shape[0] * shape[1]
+    assert isinstance(layer, Linear)
+    if name in DENSE:
+        return layer.nbytes, DENSE[name].itemsize * shape[0] * shape[1]
+    return layer.nbytes, backend_for().nbytes(FORMATS[name], shape)
 
 
 def attention_rows() -> Iterator[dict]:
@@ -154,7 +158,10 @@ def attention_pair(base: int, parents: list[int]) -> tuple[Call, Call]:
     def theirs(_: int) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
-    return lambda _: attend(b.q, b.k, b.v, b.k_pages, b.v_pages, b.plan, scale=WIDTH**-0.5), theirs
+    spec = LayerSpec(b.k.shape[1], WIDTH, WIDTH, None)
+    storage: Any = backend_for().kv_storage([spec], *b.k_pages.shape[:2])
+    storage.keys, storage.values = [b.k_pages], [b.v_pages]
+    return lambda _: storage.attention([b.metadata])(0, b.q, b.k, b.v, scale=WIDTH**-0.5), theirs
 
 
 def show(title: str, rows: list[dict]) -> None:
@@ -182,7 +189,7 @@ def main() -> None:
     show("Attention; float32 ms is torch's", attention)
     if arguments.json:
         facts = {"device": "cpu", "threads": arguments.threads, "gb_per_s": speeds[0] / 1e6}
-        facts |= {"gmac_per_s": speeds[1] / 1e6, "bf16_arithmetic": arithmetic(torch.bfloat16)}
+        facts |= {"gmac_per_s": speeds[1] / 1e6, "bf16_arithmetic": backend_for().arithmetic(torch.bfloat16)}
         print(json.dumps(facts | {"rows": linear, "attention": attention}))
 
 

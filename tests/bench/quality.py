@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from petal.kernels.formats.base import Format
 from petal.kernels.formats.int4 import Int4
-from petal.kernels.formats.registry import format_of
+from petal.kernels.formats.registry import FORMATS
 from petal.peer.model.quantized_checkpoint import storage_of
 from petal.peer.quantize.run import Options, quantize
 from petal.protocol.checkpoint.checkpoint import Checkpoint
@@ -133,7 +133,7 @@ def in_format(format: Format) -> Callable[[Tensor], tuple[Tensor, int]]:
     def rounding(weight: Tensor) -> tuple[Tensor, int]:
         shape = (weight.shape[0], weight.shape[1])
         tensors = format.quantize(weight)
-        dense = format.dequantize(format.pack(tensors, shape), shape, torch.float32)
+        dense = format.dequantize(tensors, shape, torch.float32)
         return dense, sum(tensor.nbytes for tensor in tensors.values())
 
     return rounding
@@ -143,9 +143,9 @@ def k_quant(name: str) -> Callable[[Tensor], tuple[Tensor, int]]:
     """A K-quant, rounded by our own search."""
 
     def rounding(weight: Tensor) -> tuple[Tensor, int]:
-        blocks, format = encode(name, weight), format_of(name)
+        blocks, format = encode(name, weight), FORMATS[name]
         shape = (weight.shape[0], weight.shape[1])
-        return format.dequantize(format.pack({"blocks": blocks}, shape), shape, torch.float32), blocks.numel()
+        return format.dequantize({"blocks": blocks}, shape, torch.float32), blocks.numel()
 
     return rounding
 
@@ -162,7 +162,7 @@ def int3(weight: Tensor) -> tuple[Tensor, int]:
 
 def roundings(unquantized: bool) -> dict[str, Callable[[Tensor], tuple[Tensor, int]]]:
     """Formats that need no calibration, by the name of their row."""
-    found = {name: in_format(format_of(name)) for name in ("bf16", "int8", "nf4", "q8_0", "q4_1", "q4_0")}
+    found = {name: in_format(FORMATS[name]) for name in ("bf16", "int8", "nf4", "q8_0", "q4_1", "q4_0")}
     found["int4 g64 nearest"] = in_format(Int4(64))
     if unquantized:
         return found | {name: k_quant(name) for name in ("q6_k", "q5_k", "q4_k")}

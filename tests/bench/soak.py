@@ -65,7 +65,7 @@ async def soak(minutes: float, seed: int) -> dict[str, float]:
         await _run(load, started + minutes * 60)
         await asyncio.sleep(1)
         growth = (process.memory_info().rss - warm) / 1e6
-        leaked = sum(p.engine.pool.n_pages - p.engine.pool.free_pages for p in swarm.peers)
+        leaked = sum(p.engine.cache.n_pages - p.engine.cache.free_pages for p in swarm.peers)
     return {
         "leaked_pages": leaked,
         "rss_growth_mb": growth,

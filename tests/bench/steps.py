@@ -1,6 +1,6 @@
 """One step of the whole demo model by its number of rows, without a network: `python -m tests.bench.steps --json`.
 
-A chain (plain transformers) or a tree (a peer's executor) of so many rows behind a cached prompt, final norm and LM
+A chain (plain transformers) or a tree (a peer's model runner) of so many rows behind a cached prompt, final norm and LM
 head included, in float32 and with bfloat16 weights. All contenders take turns; the times are medians.
 """
 
@@ -15,10 +15,10 @@ from collections.abc import Callable
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in a peer
 
 import torch
-from petal.kernels.cpu.linear import arithmetic
-from petal.peer.engine.kv_cache import KVPool
-from petal.peer.engine.runner import Executor, Segment
-from petal.peer.model import Holding, load_span
+from petal.kernels.registry import backend_for
+from petal.peer.engine.kv_cache import KVCache
+from petal.peer.engine.runner import ModelRunner, Segment
+from petal.peer.model import WeightPrecision, load_span
 from petal.protocol.wire.tree import RowTree, chain
 from transformers import DynamicCache
 
@@ -40,16 +40,16 @@ def tree(rows: int) -> RowTree:
 def peer_step(dtype: torch.dtype) -> Step:
     """A step of a peer that hosts everything."""
     checkpoint = demo_checkpoint()
-    span = load_span(checkpoint, 0, checkpoint.n_blocks, holding=Holding(dtype))
-    pool = KVPool(span.layers, 2 * PROMPT)
-    executor, cache, blocks = Executor(span, pool), pool.open(), range(checkpoint.n_blocks)
-    executor.run([Segment(cache, torch.arange(PROMPT), chain(PROMPT), blocks)])
-    pool.commit(cache, range(PROMPT))
+    span = load_span(checkpoint, 0, checkpoint.n_blocks, precision=WeightPrecision(dtype))
+    cache = KVCache(span.backend, span.layers, 2 * PROMPT)
+    runner, table, blocks = ModelRunner(span, cache), cache.open(), range(checkpoint.n_blocks)
+    runner.run([Segment(table, torch.arange(PROMPT), chain(PROMPT), blocks)])
+    cache.commit(table, range(PROMPT))
 
     def step(rows: int) -> None:
-        (hidden,) = executor.run([Segment(cache, torch.arange(rows), tree(rows), blocks)])
+        (hidden,) = runner.run([Segment(table, torch.arange(rows), tree(rows), blocks)])
         span.logits(hidden)
-        pool.commit(cache, [])
+        cache.commit(table, [])
 
     return step
 
@@ -95,7 +95,7 @@ def main() -> None:
         figures = measure(options.rounds)
     names = list(dict.fromkeys(name.rpartition("_ms_")[0] for name in figures))
     table = [(name.replace("_", ", "), *(f"{figures[f'{name}_ms_{rows}']:.1f}" for rows in ROWS)) for name in names]
-    facts = {"threads": torch.get_num_threads(), "bf16_arithmetic": arithmetic(torch.bfloat16)}
+    facts = {"threads": torch.get_num_threads(), "bf16_arithmetic": backend_for().arithmetic(torch.bfloat16)}
     report("One step of SmolLM2-135M, ms", table, ("", *(f"{rows} rows" for rows in ROWS)), facts | figures)
 
 

@@ -157,9 +157,9 @@ def _serve(arguments: list[str], pipe: Connection, log: str) -> None:
 
         def _tell_holdings(self) -> None:
             self.engine.check()
-            pool = self.engine.pool
+            cache = self.engine.cache
             sessions, replay = self.admission.sessions, self.service.sessions.replay_budget.used
-            pipe.send(Holdings(sessions, pool.n_pages - pool.free_pages, replay))
+            pipe.send(Holdings(sessions, cache.n_pages - cache.free_pages, replay))
 
     server.PeerServer = Observed  # type: ignore[misc]
     cli.app(arguments)

@@ -572,16 +572,16 @@ async def test_idle_session_expires() -> None:
 async def test_client_that_vanishes_frees_its_pages(whole: Wire) -> None:
     peer = whole.peer
     await settled(peer)
-    pages, sessions = peer.engine.pool.free_pages, peer.admission.sessions
+    pages, sessions = peer.engine.cache.free_pages, peer.admission.sessions
     gone = Wire(peer)
     await gone.prefilled([7] * 64)
     session, _ = await gone.session()
     await session.step(1, [7] * 100, prefill=True)  # in flight while the connection breaks
-    assert peer.engine.pool.free_pages < pages
+    assert peer.engine.cache.free_pages < pages
     await gone.channel.close(grace=None)
     await until(lambda: peer.admission.sessions == sessions)
     await settled(peer)
-    assert peer.engine.pool.free_pages == pages
+    assert peer.engine.cache.free_pages == pages
 
 
 async def test_older_client_without_optional_fields_still_works(whole: Wire) -> None:

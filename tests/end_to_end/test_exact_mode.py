@@ -13,7 +13,6 @@ import torch
 from petal.client.session.result import OutputOptions
 from petal.client.session.session import Session
 from petal.client.swarm import AsyncSwarmModel, ConnectError
-from petal.kernels.cpu import build as native
 from petal.protocol.wire.sampling import SamplingParams
 from petal.protocol.wire.tree import DraftTree
 
@@ -31,7 +30,6 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-    native.set_threads(None)
 
 
 def tokens(seed: int, length: int = LENGTH) -> list[int]:

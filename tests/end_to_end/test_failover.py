@@ -17,7 +17,6 @@ from petal.client.config import GenerationConfig
 from petal.client.drafting.ngram import NgramDrafter
 from petal.client.routing.route import NoRoute
 from petal.client.session.peer_error import PeerError
-from petal.kernels.cpu import build as native
 
 from ..support.disturbed import (
     PARAMS,
@@ -47,7 +46,6 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-    native.set_threads(None)
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

@@ -11,7 +11,6 @@ import torch
 from petal.client.routing.route import NoRoute, choose_route
 from petal.client.session.result import OutputOptions
 from petal.client.swarm import AsyncSwarmModel
-from petal.kernels.cpu import build as native
 from petal.protocol.checkpoint.open import open_checkpoint
 
 from ..support.reference import load_reference
@@ -29,7 +28,6 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-    native.set_threads(None)
 
 
 async def logits_of(client: AsyncSwarmModel, ids: list[int]) -> np.ndarray:

@@ -18,7 +18,6 @@ from petal.client.session.local_ends import LocalEnds, LocalEndsError
 from petal.client.session.peer_error import PeerError
 from petal.client.session.result import OutputOptions
 from petal.client.swarm import AsyncSwarmModel, ConnectError
-from petal.kernels.cpu import build as native
 from petal.peer.engine.step import StepOutput
 from petal.peer.model import load_ends
 from petal.peer.session.frames import result_frames
@@ -54,7 +53,6 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-    native.set_threads(None)
 
 
 @asynccontextmanager

@@ -38,7 +38,7 @@ async def test_equal_beginnings_are_computed_and_stored_once() -> None:
         apart = [
             await client.generate(prompt, max_new_tokens=20, eos_token_id=-1, drafter="none") for prompt in prompts
         ]
-        pool = swarm.peers[0].engine.pool
+        pool = swarm.peers[0].engine.cache
         most = 0
 
         async def watch() -> None:

@@ -8,7 +8,7 @@ import sys
 import gguf
 import pytest
 import torch
-from petal.kernels.formats.registry import format_of
+from petal.kernels.formats.registry import FORMATS
 
 from ..bench import quality
 from ..bench.quality import Quality, bars
@@ -19,8 +19,8 @@ from ..support.k_quants import encode
 def test_k_quants_are_the_bytes_that_the_public_package_reads(name):
     weight = torch.randn(6, 512, generator=torch.Generator().manual_seed(0)) * 0.1
     weight[0, :32] = 0
-    blocks, format = encode(name, weight), format_of(name)
-    ours = format.dequantize(format.pack({"blocks": blocks}, (6, 512)), (6, 512)).float()
+    blocks, format = encode(name, weight), FORMATS[name]
+    ours = format.dequantize({"blocks": blocks}, (6, 512)).float()
     theirs = gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[name.upper()])
     torch.testing.assert_close(ours, torch.from_numpy(theirs))
     assert (ours - weight).norm() / weight.norm() < {"q4_k": 0.09, "q5_k": 0.045, "q6_k": 0.022}[name]

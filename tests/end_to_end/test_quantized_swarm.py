@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from petal.client.routing.route import NoRoute, choose_route
-from petal.kernels.cpu import build as native
 from petal.peer import server
 from petal.peer.server import ServeError
 
@@ -26,7 +25,6 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-    native.set_threads(None)
 
 
 @pytest.mark.parametrize("quant", ["int8", pytest.param("nf4", marks=pytest.mark.full), "int4"])
@@ -67,7 +65,7 @@ async def test_a_client_that_holds_the_head_holds_it_as_the_tail_does() -> None:
 
 
 async def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "free_bytes", lambda: 200_000)
+    monkeypatch.setattr(server, "free_bytes", lambda backend: 200_000)
     with pytest.raises(ServeError, match=r"blocks 0:4 do not fit .* of 4 blocks fit 0 with --quant none, . with"):
         async with local_swarm(tiny_llama(), spans(4, 1)):
             pass

@@ -19,8 +19,7 @@ from petal.client.drafting.ngram import NgramDrafter
 from petal.client.drafting.registry import load_drafter
 from petal.client.session.hop import Hop
 from petal.client.swarm import AsyncSwarmModel
-from petal.kernels.cpu import build as native
-from petal.peer.model import Holding, load_span
+from petal.peer.model import WeightPrecision, load_span
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingParams
@@ -47,7 +46,6 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-    native.set_threads(None)
 
 
 @functools.cache
@@ -55,7 +53,10 @@ def tiny_drafter(seed: int) -> ModelDrafter:
     """Seed 0 has the target's own weights: it is nearly always right. Others are nearly always wrong."""
     with open_checkpoint(tiny_llama(seed)) as checkpoint:
         span = load_span(
-            checkpoint, 0, checkpoint.n_blocks, holding=Holding(torch.float32 if seed == 0 else torch.bfloat16)
+            checkpoint,
+            0,
+            checkpoint.n_blocks,
+            precision=WeightPrecision(torch.float32 if seed == 0 else torch.bfloat16),
         )
     return ModelDrafter(DraftModel(f"tiny-{seed}", span, VOCAB))
 

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass, replace
 
 import torch
-from petal.kernels.metadata import AttentionPlan
+from petal.kernels.metadata import AttentionMetadata
 from torch import Tensor
 
 
@@ -15,7 +15,7 @@ class Batch:
     v: Tensor
     k_pages: Tensor
     v_pages: Tensor
-    plan: AttentionPlan
+    metadata: AttentionMetadata
 
     def with_pages(self) -> "Batch":
         """A copy whose cache may be written."""
@@ -32,8 +32,10 @@ def tree(rows: int, seed: int = 0) -> list[int]:
     return [-1, *(pick.randrange(max(0, row - 6), row) for row in range(1, rows))]
 
 
-def plan_of(segments: list[tuple[int, list[int]]], page_size: int = 16, seed: int = 0) -> tuple[AttentionPlan, int]:
-    """The plan of segments (base, parents) over shuffled pages, and the number of pages (some are unused)."""
+def metadata_of(
+    segments: list[tuple[int, list[int]]], page_size: int = 16, seed: int = 0
+) -> tuple[AttentionMetadata, int]:
+    """The metadata of segments (base, parents) over shuffled pages, and the number of pages (some are unused)."""
     needed = [-(-(base + len(parents)) // page_size) for base, parents in segments]
     pages = list(range(sum(needed) + 3))
     random.Random(seed).shuffle(pages)
@@ -45,7 +47,7 @@ def plan_of(segments: list[tuple[int, list[int]]], page_size: int = 16, seed: in
         positions += [base + depth for depth in depths]
     table = [[pages.pop() for _ in range(count)] + [-1] * (max(needed) - count) for count in needed]
     counts = [len(parents) for _, parents in segments]
-    plan = AttentionPlan(
+    metadata = AttentionMetadata(
         row_start=_int32([sum(counts[:i]) for i in range(len(counts))]),
         row_count=_int32(counts),
         base=_int32([base for base, _ in segments]),
@@ -54,7 +56,7 @@ def plan_of(segments: list[tuple[int, list[int]]], page_size: int = 16, seed: in
         page_table=_int32(table),
         page_size=page_size,
     )
-    return plan, sum(needed) + 3
+    return metadata, sum(needed) + 3
 
 
 def batch_of(
@@ -65,9 +67,9 @@ def batch_of(
     page_size: int = 16,
 ) -> Batch:
     """Random rows and a cache that is NaN wherever no committed row lies."""
-    plan, pages = plan_of(segments, page_size)
+    metadata, pages = metadata_of(segments, page_size)
     noise = torch.Generator().manual_seed(1)
-    rows, (q_heads, kv_heads), (width, value_width) = len(plan.positions), heads, widths
+    rows, (q_heads, kv_heads), (width, value_width) = len(metadata.positions), heads, widths
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=noise).to(dtype)
@@ -75,12 +77,12 @@ def batch_of(
     k_pages = torch.full((pages, page_size, kv_heads, width), torch.nan, dtype=dtype)
     v_pages = torch.full((pages, page_size, kv_heads, value_width), torch.nan, dtype=dtype)
     for index, (base, _) in enumerate(segments):
-        places = plan.places(index, torch.arange(base))
+        places = metadata.places(index, torch.arange(base))
         k_pages.flatten(0, 1)[places] = normal(base, kv_heads, width)
         v_pages.flatten(0, 1)[places] = normal(base, kv_heads, value_width)
     q = normal(rows, q_heads, width)
     k, v = normal(rows, kv_heads, width), normal(rows, kv_heads, value_width)
-    return Batch(q, k, v, k_pages, v_pages, plan)
+    return Batch(q, k, v, k_pages, v_pages, metadata)
 
 
 def _int32(values: list) -> Tensor:

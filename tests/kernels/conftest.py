@@ -4,9 +4,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from petal.kernels.cpu import build as native
-from petal.kernels.cpu import select
 
-CACHES = (native.library, native.function, select.device_of)
 PETAL_NATIVE = {"native": "1", "portable": "portable", "torch": "0"}
 
 
@@ -21,23 +19,21 @@ def device(request: pytest.FixtureRequest) -> str:
 @contextmanager
 def fresh_kernels() -> Iterator[None]:
     """Kernels are built anew inside, for what the environment says there, and forgotten afterwards."""
-    for cache in CACHES:
-        cache.cache_clear()
+    native.compiled.cache_clear()
     try:
         yield
     finally:
-        for cache in CACHES:
-            cache.cache_clear()
+        native.compiled.cache_clear()
 
 
 @pytest.fixture(params=["native", "torch"])
 def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs a test with the native kernels and with the torch code that stands in for them.
+    """Runs a test with the native kernels and with the torch backend, which stands in for them.
 
     Where the processor has a matrix unit, "portable" is something else than "native".
     """
     monkeypatch.setenv("PETAL_NATIVE", PETAL_NATIVE[request.param])
     with fresh_kernels():
-        if request.param != "torch" and native.library() is None:
+        if request.param != "torch" and native.compiled() is None:
             pytest.skip("no C compiler")
         yield request.param

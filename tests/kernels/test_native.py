@@ -12,25 +12,25 @@ from petal.kernels.cpu import build as native
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PETAL_NATIVE", raising=False)
-    native.library.cache_clear()
+    native.compiled.cache_clear()
     yield
-    native.library.cache_clear()
+    native.compiled.cache_clear()
 
 
 def test_no_second_openmp_runtime_is_mapped():
     """Two of them would fight for the cores: the kernels bring threads of their own, and no OpenMP."""
-    if native.library() is None or not Path("/proc/self/maps").exists():
+    if native.compiled() is None or not Path("/proc/self/maps").exists():
         pytest.skip("no C compiler or no /proc")
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     assert all(Path(torch.__file__).parent in Path(path).parents for path in mapped)
 
 
 def test_build_is_reused_and_leaves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    if native.library() is None:
+    if native.compiled() is None:
         pytest.skip("no C compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PETAL_NATIVE_FLAGS", "-O0")  # built in a second or two
-    code = "from petal.kernels.cpu import build; assert build.library()"
+    code = "from petal.kernels.cpu import build as native; assert native.compiled()"
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     (built,) = (tmp_path / "petal" / "native").iterdir()
@@ -46,22 +46,22 @@ def test_no_compiler_is_one_warning(
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        assert native.library() is None
-        assert native.library() is None
+        assert native.compiled() is None
+        assert native.compiled() is None
     assert len(caplog.records) == 1
     assert "\n" not in caplog.text.strip()
 
 
 def test_switched_off_by_environment():
     code = (
-        "import torch; from petal.kernels.cpu import build; from petal.kernels.cpu.linear import PackedLinear;"
-        "assert build.library() is None; x = torch.randn(3, 40); w = torch.randn(50, 40);"
-        "torch.testing.assert_close(PackedLinear(w)(x), x @ w.T)"
+        "import torch; from petal.kernels.registry import backend_for; backend = backend_for();"
+        "assert backend.name == 'torch'; x = torch.randn(3, 40); w = torch.randn(50, 40);"
+        "torch.testing.assert_close(backend.linear(w)(x), x @ w.T)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PETAL_NATIVE": "0"})
 
 
 def test_threads_are_left_as_they_were():
     before = torch.get_num_threads()
-    native.library()
+    native.compiled()
     assert torch.get_num_threads() == before

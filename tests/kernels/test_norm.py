@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from petal.kernels.cpu import norm
-from petal.kernels.cpu.norm import RMSNorm
+from petal.kernels.registry import backend_for
+from petal.peer.model.load import norm_like
 from torch import nn
+
+BACKEND = backend_for()
 
 
 class Plain(nn.Module):
@@ -26,11 +28,11 @@ def test_equals_float64(width: int, rows: int) -> None:
     x, weight = torch.randn(rows, width), torch.randn(width)
     wide = x.double()
     expected = weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(RMSNorm(weight, 1e-5)(x).double(), expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(BACKEND.rms_norm(weight, 1e-5)(x).double(), expected, rtol=2e-6, atol=2e-6)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
-    layer, x = RMSNorm(torch.randn(577), 1e-6), torch.randn(300, 577)
+    layer, x = BACKEND.rms_norm(torch.randn(577), 1e-6), torch.randn(300, 577)
     whole = layer(x)
     for start, stop in ((0, 1), (5, 22), (100, 300)):
         assert torch.equal(layer(x[start:stop]), whole[start:stop])
@@ -38,13 +40,13 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_swapped_where_it_behaves_the_same(offset: float) -> None:
-    found = norm.like(Plain(torch.randn(64), offset))
+    found = norm_like(Plain(torch.randn(64), offset), BACKEND)
     assert found is not None
     x = torch.randn(4, 64)
     torch.testing.assert_close(found(x), Plain(found.weight)(x))
 
 
 def test_anything_else_stays() -> None:
-    assert norm.like(nn.LayerNorm(64)) is None
-    assert norm.like(Plain(torch.randn(64), offset=0.5)) is None
-    assert norm.like(nn.Linear(4, 4)) is None
+    assert norm_like(nn.LayerNorm(64), BACKEND) is None
+    assert norm_like(Plain(torch.randn(64), offset=0.5), BACKEND) is None
+    assert norm_like(nn.Linear(4, 4), BACKEND) is None

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from petal.kernels.adapter import LowRank
+from petal.kernels.backend import Linear
 from petal.kernels.cpu import build as native
-from petal.kernels.cpu.linear import PackedLinear
-from petal.kernels.cpu.select import KERNELS, Device, device_of, select
 from petal.kernels.formats.aqlm import Aqlm
-from petal.kernels.formats.base import Format
+from petal.kernels.formats.base import Format, QuantizedTensor
 from petal.kernels.formats.int4 import ROW, Int4
-from petal.kernels.formats.nf4 import Nf4
 from petal.kernels.formats.registry import FORMATS
-from petal.kernels.quantized import QuantizedLinear
+from petal.kernels.registry import NoBackend, backend_for
+from petal.kernels.torch.backend import TorchBackend
 from torch import Tensor
 
 from .conftest import fresh_kernels
@@ -23,6 +22,7 @@ ROWS = [1, 2, 7, 16, 17, 64, 255, 512]
 SHAPES = [(64, 64), (51, 40), (300, 576), (33, 51), (96, 768), (40, 1544)]
 VARIANTS = {**FORMATS, "int4-32": Int4(32), "int4-row": Int4(ROW), "int4-192": Int4(192), "aqlm-3x5": Aqlm(3, 5)}
 TOLERANCE = 3e-3  # relative, Frobenius
+OUTLIERS = ("_values", "_outliers", "_col_vals")
 
 DECODED = [name for name in VARIANTS if name.startswith(("aqlm", "spqr", "fp16")) or name.endswith("_k")]
 INTEGER = [name for name in VARIANTS if name.startswith(("int", "nf4")) or name in ("q4_0", "q4_1", "q8_0")]
@@ -31,11 +31,15 @@ every_format = pytest.mark.parametrize("name", VARIANTS)
 every_code = pytest.mark.parametrize("code", ["native", "portable", "torch"], indirect=True)
 
 
-def layers_of(format: Format, shape: tuple[int, int], count: int = 1) -> list[QuantizedLinear]:
+def layers_of(format: Format, shape: tuple[int, int], count: int = 1, device: str = "cpu") -> list[Linear]:
     torch.manual_seed(0)
-    return [
-        QuantizedLinear(format, random_tensors(format, shape, i), shape, torch.randn(shape[0])) for i in range(count)
-    ]
+    matrices = [QuantizedTensor(format, random_tensors(format, shape, i), shape) for i in range(count)]
+    return [backend_for(device).linear(matrix, torch.randn(shape[0])) for matrix in matrices]
+
+
+def rounded(layer: Linear) -> Linear:
+    """The layer of its weights in bfloat16."""
+    return backend_for().linear(layer.dense(), layer.bias, torch.bfloat16)
 
 
 def shapes_of(format: Format) -> list[tuple[int, int]]:
@@ -43,8 +47,9 @@ def shapes_of(format: Format) -> list[tuple[int, int]]:
     return [shape for shape in SHAPES if shape[1] % unit == 0]
 
 
-def reference(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    return x.double() @ layer.dense(torch.float64).T + layer.bias[: layer.out_features].double()
+def reference(layer: Linear, x: Tensor) -> Tensor:
+    assert layer.bias is not None
+    return x.double() @ layer.dense(torch.float64).T + layer.bias.double()
 
 
 def error(y: Tensor, expected: Tensor) -> float:
@@ -55,7 +60,7 @@ def error(y: Tensor, expected: Tensor) -> float:
 def test_close_to_float64(name: str, device: str):
     """Two layers of a shape in one process: none reads the other's weights."""
     for shape in shapes_of(VARIANTS[name]):
-        layers = [layer.to(device) for layer in layers_of(VARIANTS[name], shape, 2)]
+        layers = layers_of(VARIANTS[name], shape, 2, device)
         for rows in ROWS:
             x = torch.randn(rows, shape[1], device=device)
             for layer in layers:
@@ -69,8 +74,7 @@ def test_as_the_bf16_layer_of_the_same_weights(code: str, name: str):
     """Bit for bit, whatever the number of rows: decoded weights are rounded once, sums have that layer's order."""
     for shape in shapes_of(VARIANTS[name])[-2:]:
         (layer,) = layers_of(VARIANTS[name], shape)
-        dense = layer.dense().bfloat16()
-        plain = PackedLinear(dense, layer.bias[: shape[0]], torch.bfloat16)
+        plain = rounded(layer)
         for rows in (1, 16, 33, 70):
             x = torch.randn(rows, shape[1])
             if code == "torch":
@@ -88,9 +92,8 @@ def test_integer_products_are_closer_than_bf16(name: str):
         x = torch.randn(40, shape[1])
         x[:, 3] *= 100  # as activations have it
         expected = reference(layer, x)
-        rounded = PackedLinear(layer.dense().bfloat16(), layer.bias[: shape[0]], torch.bfloat16)(x)
         assert error(layer(x), expected) < (3e-4 if name in ("int8", "q8_0") else 1.6e-3)
-        assert error(rounded, expected) > error(layer(x), expected)
+        assert error(rounded(layer)(x), expected) > error(layer(x), expected)
 
 
 @pytest.mark.parametrize("name", INTEGER)
@@ -103,7 +106,7 @@ def test_integer_products_have_the_same_bits_on_every_processor(name: str, monke
         with monkeypatch.context() as patch, fresh_kernels():
             for key, value in variables.items():
                 patch.setenv(key, value)
-            if native.library() is None:
+            if native.compiled() is None:
                 pytest.skip("no C compiler for this processor")
             (again,) = layers_of(VARIANTS[name], (300, 576))
             assert torch.equal(again(x), expected)
@@ -126,11 +129,11 @@ def test_row_does_not_depend_on_the_others(code: str, name: str):
 @pytest.mark.parametrize("rows", [1, 40])
 def test_row_does_not_depend_on_threads(code: str, rows: int):
     results, x = [], torch.randn(rows, 576)
-    (layer,) = layers_of(Int4(), (300, 576))
+    backend, shape = backend_for(), (300, 576)
+    layer = backend.linear(QuantizedTensor(Int4(), random_tensors(Int4(), shape), shape))
     for count in (1, 2, 3):
-        native.set_threads(count)
+        backend.threads = count
         results.append(layer(x))
-    native.set_threads(None)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -161,7 +164,7 @@ def test_poison_stays_in_its_row(code: str):
 
 
 def test_any_leading_shape_stride_and_dtype(device: str):
-    layer = layers_of(FORMATS["int4"], (51, 37))[0].to(device)
+    (layer,) = layers_of(FORMATS["int4"], (51, 37), device=device)
     x = torch.randn(4, 3, 37, device=device)
     y = layer(x)
     assert y.shape == (4, 3, 51)
@@ -184,25 +187,31 @@ def test_an_adapter_adds_its_product():
     (layer,) = layers_of(FORMATS["int4"], (40, 64))
     x, down, up = torch.randn(5, 64), torch.randn(3, 64) / 8, torch.randn(40, 3)
     plain = layer(x)
-    layer.adapter = LowRank(down, up)
+    layer.adapter = LowRank(backend_for(), down, up)
     assert error(layer(x) - plain, x.double() @ down.double().T @ up.double().T) < 1e-2
     assert torch.equal(torch.cat([layer(row) for row in x.split(1)]), layer(x))
     with pytest.raises(ValueError, match="low-rank"):
-        LowRank(down, up.T)
+        LowRank(backend_for(), down, up.T)
 
 
-def test_a_device_without_kernels_says_so_once(caplog: pytest.LogCaptureFixture):
-    device_of.cache_clear()
-    for _ in range(3):
-        assert device_of("meta") == Device("meta")
-    assert len(caplog.records) == 1
-    assert "no kernels" in caplog.text
-    device_of.cache_clear()
+def test_a_device_is_named_or_refused_in_one_sentence(caplog: pytest.LogCaptureFixture):
+    assert backend_for("cpu").name == "cpu" or native.compiled() is None
+    for device, said in (
+        ("abacus", "choose one of cpu, cuda"),
+        ("cpu:1", "one CPU"),
+        ("xpu:77", "cannot be used here"),
+    ):
+        with pytest.raises(NoBackend, match=said) as refused:
+            backend_for(device)
+        assert str(refused.value).count("\n") == 0
+    assert not caplog.records
 
 
 @every_format
-def test_the_table_ends_with_what_can_do_everything(name: str):
-    assert KERNELS[-1].name == "dequantize"
-    for device in (Device("cpu"), Device("cuda"), Device("meta")):
-        assert select(VARIANTS[name], device, 1) is KERNELS[-1]
-    assert select(Nf4(), Device("cpu", native=True), 512).name == "native"
+def test_nbytes_is_what_a_handle_takes(name: str):
+    format = VARIANTS[name]
+    for shape in shapes_of(format):
+        for backend in (backend_for(), TorchBackend(torch.device("cpu"))):
+            handle = backend.linear(QuantizedTensor(format, random_tensors(format, shape), shape))
+            held = handle.nbytes - sum(t.nbytes for n, t in handle.named_buffers() if n.endswith(OUTLIERS))
+            assert abs(held - backend.nbytes(format, shape)) <= 4096

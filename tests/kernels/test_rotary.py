@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from petal.kernels.cpu.rotary import rotate
+from petal.kernels.registry import backend_for
 from torch import Tensor
+
+rotate = backend_for().rotate
 
 
 def angles(rows: int, width: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from petal.kernels.cpu.topk import topk
+from petal.kernels.registry import backend_for
+
+topk = backend_for().topk
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import threading
 
 from petal.peer.engine.engine import Engine
 from petal.peer.engine.fair_queue import Tenant
-from petal.peer.engine.kv_cache import KVPool
+from petal.peer.engine.kv_cache import KVCache
 from petal.peer.engine.step import Step
 from petal.peer.model import load_span
 from petal.protocol import petal_pb2 as pb
@@ -22,7 +22,7 @@ def _step() -> Step:
 
 def _engine() -> Engine:
     span = load_span(open_checkpoint(tiny_llama()), 0, 4)
-    engine = Engine(span, KVPool(span.layers, 256))
+    engine = Engine(span, KVCache(span.backend, span.layers, 256))
     engine.open(b"s", Tenant("c"), pb.FLOAT32, range(4))
     return engine
 

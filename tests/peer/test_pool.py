@@ -1,4 +1,4 @@
-"""The KV pool against a naive model: every session is a plain list of row tags, written into the pool's tensors."""
+"""The KV cache against a naive model: every session is a plain list of row tags, written into the storage."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from petal.peer.engine.kv_cache import DROPPED, PAGE, KVPool, PoolExhausted, RewindRefused, SessionCache
-from petal.peer.model import LayerSpec
+from petal.kernels.backend import LayerSpec
+from petal.kernels.registry import backend_for
+from petal.peer.engine.kv_cache import KVCache
+from petal.peer.engine.page_table import DROPPED, PAGE, BlockTable, CacheExhausted, Copy, Move, PageTable, RewindRefused
 from petal.protocol.wire.tree import RowTree, chain
 
 WINDOW = 20
@@ -29,7 +31,7 @@ TOKENS = 18 * PAGE
 class Model:
     """What a session should hold. `dropped`: slots below it went with the window."""
 
-    cache: SessionCache
+    table: BlockTable
     tags: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     parents: tuple[int, ...] = ()
@@ -41,34 +43,32 @@ class Model:
         self.dropped = max(self.dropped, (len(self.tags) - WINDOW + 1) // PAGE * PAGE)
 
 
-def write(pool: KVPool, cache: SessionCache, first: int, tags: list[int]) -> None:
-    for layer in range(len(LAYERS)):
-        table = cache.tables[pool.group_of[layer]]
-        for slot, tag in enumerate(tags, start=first):
-            pool.keys[layer][table[slot // PAGE], slot % PAGE] = tag
-            pool.values[layer][table[slot // PAGE], slot % PAGE] = -tag
+def write(cache: KVCache, table: BlockTable, first: int, tags: list[int]) -> None:
+    slots = torch.arange(first, first + len(tags))
+    for layer, spec in enumerate(LAYERS):
+        keys = torch.tensor(tags, dtype=torch.float32)[:, None, None].expand(-1, spec.kv_heads, -1)
+        cache.write(table, layer, slots, keys, -keys)
 
 
-def read(pool: KVPool, cache: SessionCache, layer: int, first: int, end: int) -> list[int]:
+def read(cache: KVCache, table: BlockTable, layer: int, first: int, end: int) -> list[int]:
     """Tags of slots [first, end), found the way attention finds them: through the page table."""
-    slots = torch.arange(first, end)
-    pages = pool.page_table([cache], pool.group_of[layer])[0].long()[slots // PAGE]
-    assert (pages >= 0).all(), "a visible row has no page"
-    keys, values = pool.keys[layer][pages, slots % PAGE], pool.values[layer][pages, slots % PAGE]
+    pages = table.pages[cache.table.group_of[layer]]
+    assert all(pages[slot // PAGE] >= 0 for slot in range(first, end)), "a visible row has no page"
+    keys, values = cache.read(table, layer, torch.arange(first, end))
     tags = keys[:, 0, 0]
     assert (keys == tags[:, None, None]).all()
     assert (values == -tags[:, None, None]).all()
     return tags.int().tolist()
 
 
-class PoolMachine(RuleBasedStateMachine):
-    """Random lives of a few sessions in a pool that is a little too small for them."""
+class CacheMachine(RuleBasedStateMachine):
+    """Random lives of a few sessions in a cache that is a little too small for them."""
 
-    pool_type: type[KVPool] = KVPool
+    cache_type: type[KVCache] = KVCache
 
     @initialize()
     def start(self) -> None:
-        self.pool = self.pool_type(LAYERS, TOKENS)
+        self.cache = self.cache_type(backend_for(), LAYERS, TOKENS)
         self.sessions: list[Model] = []
         self.tag = 0
 
@@ -76,24 +76,24 @@ class PoolMachine(RuleBasedStateMachine):
         return self.sessions[index % len(self.sessions)]
 
     def _append(self, session: Model, parents: tuple[int, ...]) -> bool:
-        before = (session.cache.length, session.cache.pending, [list(table) for table in session.cache.tables])
+        before = (session.table.length, session.table.pending, [list(pages) for pages in session.table.pages])
         first = len(session.tags) + len(session.pending)
         try:
-            self.pool.append(session.cache, len(parents))
-        except PoolExhausted:
-            assert before == (session.cache.length, session.cache.pending, session.cache.tables)
-            assert self.pool.free_pages < (first + len(parents) - 1) // PAGE - first // PAGE + 1
+            self.cache.append(session.table, len(parents))
+        except CacheExhausted:
+            assert before == (session.table.length, session.table.pending, session.table.pages)
+            assert self.cache.free_pages < (first + len(parents) - 1) // PAGE - first // PAGE + 1
             return False
         tags = list(range(self.tag + 1, self.tag + 1 + len(parents)))
         self.tag += len(parents)
-        write(self.pool, session.cache, first, tags)
+        write(self.cache, session.table, first, tags)
         session.pending, session.parents = session.pending + tags, parents
         return True
 
     def _commit(self, session: Model, rows: list[int]) -> None:
         try:
-            self.pool.commit(session.cache, rows)
-        except PoolExhausted:
+            self.cache.commit(session.table, rows)
+        except CacheExhausted:
             # The engine would end the session; here it may try again when there is room.
             return
         session.settle(rows)
@@ -101,7 +101,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sessions) < 6)
     @rule()
     def open(self) -> None:
-        self.sessions.append(Model(self.pool.open()))
+        self.sessions.append(Model(self.cache.open()))
 
     @precondition(lambda self: self.sessions)
     @rule(index=st.integers(0, 5), shape=st.lists(st.integers(0, 100), max_size=24))
@@ -129,7 +129,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 5))
     def fork(self, index: int) -> None:
         parent = self._pick(index)
-        clone = self.pool.fork(parent.cache)
+        clone = self.cache.fork(parent.table)
         self.sessions.append(Model(clone, list(parent.tags), list(parent.pending), parent.parents, parent.dropped))
 
     @precondition(lambda self: any(not s.pending for s in self.sessions))
@@ -141,7 +141,7 @@ class PoolMachine(RuleBasedStateMachine):
         needed = range(max(0, length - WINDOW + 1), length)
         lost = any(slot < session.dropped for slot in needed)
         try:
-            self.pool.rewind(session.cache, length)
+            self.cache.rewind(session.table, length)
         except RewindRefused:
             assert lost
         else:
@@ -153,68 +153,79 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 5))
     def release(self, index: int) -> None:
         session = self.sessions.pop(index % len(self.sessions))
-        self.pool.release(session.cache)
+        self.cache.release(session.table)
 
     @invariant()
     def every_visible_row_has_its_own_tag(self) -> None:
-        if not hasattr(self, "pool"):
+        if not hasattr(self, "cache"):
             return
-        self.pool.check(session.cache for session in self.sessions)
+        self.cache.check(session.table for session in self.sessions)
         for session in self.sessions:
             rows = session.tags + session.pending
-            assert (session.cache.length, session.cache.pending) == (len(session.tags), len(session.pending))
+            assert (session.table.length, session.table.pending) == (len(session.tags), len(session.pending))
             for layer, spec in enumerate(LAYERS):
                 first = max(0, len(session.tags) - spec.window + 1) if spec.window else 0
-                assert read(self.pool, session.cache, layer, first, len(rows)) == rows[first:]
+                assert read(self.cache, session.table, layer, first, len(rows)) == rows[first:]
 
     def teardown(self) -> None:
         for session in getattr(self, "sessions", []):
-            self.pool.release(session.cache)
-        if hasattr(self, "pool"):
-            self.pool.check([])
-            assert self.pool.free_pages == self.pool.n_pages
+            self.cache.release(session.table)
+        if hasattr(self, "cache"):
+            self.cache.check([])
+            assert self.cache.free_pages == self.cache.n_pages
 
 
-TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCache = CacheMachine.TestCase
+TestCache.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-class NeverCopies(KVPool):
+class NeverCopies(PageTable):
     """Writes into pages that a fork still reads."""
 
-    def _make_writable(self, g: int, table: list[int], first: int, end: int) -> None:
-        pass
+    def _make_writable(self, g: int, pages: list[int], first: int, end: int) -> list[Copy]:
+        return []
 
 
-class NeverGathers(KVPool):
+class ForgetsToCopy(PageTable):
+    """Takes pages of its own, without what was in those that it shared."""
+
+    def append(self, table: BlockTable, rows: int) -> list[Copy]:
+        super().append(table, rows)
+        return []
+
+
+class NeverGathers(PageTable):
     """Leaves accepted rows where the tree had them."""
 
-    def _gather(self, cache: SessionCache, rows: object) -> None:
-        pass
+    def _gather(self, table: BlockTable, rows: object) -> tuple[list[Copy], list[Move]]:
+        return [], []
 
 
-class DropsEarly(KVPool):
+class DropsEarly(PageTable):
     """Lets go of one row that the window still shows."""
 
-    def _trim(self, cache: SessionCache) -> None:
+    def _trim(self, table: BlockTable) -> None:
         for group in self.groups:
             group.window = group.window and group.window - 1
-        super()._trim(cache)
+        super()._trim(table)
         for group in self.groups:
             group.window = group.window and group.window + 1
 
 
-class Leaks(KVPool):
+class Leaks(PageTable):
     """Forgets to count a fork's pages."""
 
-    def fork(self, cache: SessionCache) -> SessionCache:
-        return SessionCache([list(table) for table in cache.tables], cache.length, cache.pending)
+    def fork(self, table: BlockTable) -> BlockTable:
+        return BlockTable([list(pages) for pages in table.pages], table.length, table.pending)
 
 
-@pytest.mark.parametrize("broken", [NeverCopies, NeverGathers, DropsEarly, Leaks])
-def test_the_machine_catches_a_broken_pool(broken: type[KVPool]) -> None:
-    class Machine(PoolMachine):
-        pool_type = broken
+@pytest.mark.parametrize("broken", [NeverCopies, ForgetsToCopy, NeverGathers, DropsEarly, Leaks])
+def test_the_machine_catches_a_broken_table(broken: type[PageTable]) -> None:
+    class Broken(KVCache):
+        page_table = broken
+
+    class Machine(CacheMachine):
+        cache_type = Broken
 
         def teardown(self) -> None:
             pass
@@ -232,85 +243,83 @@ def test_the_machine_catches_a_broken_pool(broken: type[KVPool]) -> None:
         run_state_machine_as_test(Machine, settings=quick)
 
 
-def _pool(pages: int) -> KVPool:
-    return KVPool(LAYERS, pages * PAGE)
+def _table(pages: int) -> PageTable:
+    return PageTable([spec.window for spec in LAYERS], pages)
 
 
 def test_an_append_that_fails_in_the_second_group_changes_nothing():
-    pool = _pool(3)
-    cache, other = pool.open(), pool.open()
-    pool.append(other, PAGE)
-    pool.groups[1].take()  # only the windowed group is short now
-    with pytest.raises(PoolExhausted, match="2 pages of the KV pool are needed, 1 of 3 are free"):
-        pool.append(cache, 2 * PAGE)
-    assert cache == SessionCache([[], []])
-    assert [len(group.free) for group in pool.groups] == [2, 1]
-    pool.append(cache, PAGE)
+    table = _table(3)
+    cache, other = table.open(), table.open()
+    table.append(other, PAGE)
+    table.groups[1].take()  # only the windowed group is short now
+    with pytest.raises(CacheExhausted, match="2 pages of the KV cache are needed, 1 of 3 are free"):
+        table.append(cache, 2 * PAGE)
+    assert cache == BlockTable([[], []])
+    assert [len(group.free) for group in table.groups] == [2, 1]
+    table.append(cache, PAGE)
     assert cache.pending == PAGE
 
 
 def test_an_append_that_cannot_copy_a_shared_page_changes_nothing():
-    pool = _pool(2)
-    cache = pool.open()
-    pool.append(cache, PAGE + 1)
-    pool.commit(cache, range(PAGE + 1))
-    clone = pool.fork(cache)
-    with pytest.raises(PoolExhausted):
-        pool.append(clone, 1)
-    pool.check([cache, clone])
-    pool.release(cache)
-    pool.append(clone, 1)
-    pool.check([clone])
+    table = _table(2)
+    cache = table.open()
+    table.append(cache, PAGE + 1)
+    table.commit(cache, range(PAGE + 1))
+    clone = table.fork(cache)
+    with pytest.raises(CacheExhausted):
+        table.append(clone, 1)
+    table.check([cache, clone])
+    table.release(cache)
+    table.append(clone, 1)
+    table.check([clone])
 
 
 def test_a_commit_that_cannot_copy_a_shared_page_changes_nothing():
-    pool = _pool(1)
-    cache = pool.open()
-    pool.append(cache, 3)
-    clone = pool.fork(cache)
-    with pytest.raises(PoolExhausted):
-        pool.commit(clone, [0, 2])
-    pool.check([cache, clone])
+    table = _table(1)
+    cache = table.open()
+    table.append(cache, 3)
+    clone = table.fork(cache)
+    with pytest.raises(CacheExhausted):
+        table.commit(clone, [0, 2])
+    table.check([cache, clone])
     assert (clone.length, clone.pending) == (0, 3)
-    pool.commit(clone, [0, 1])  # nothing moves, so no page is needed
+    table.commit(clone, [0, 1])  # nothing moves, so no page is needed
     assert (clone.length, clone.pending) == (2, 0)
 
 
 def test_a_window_gives_its_pages_back():
-    pool = _pool(8)
-    cache = pool.open()
-    pool.append(cache, 5 * PAGE)
-    pool.commit(cache, range(5 * PAGE))
-    full, windowed = cache.tables
+    table = _table(8)
+    cache = table.open()
+    table.append(cache, 5 * PAGE)
+    table.commit(cache, range(5 * PAGE))
+    full, windowed = cache.pages
     assert DROPPED not in full
     assert windowed[:3] == [DROPPED] * 3  # slots 61 to 79 are in sight of row 80
     assert DROPPED not in windowed[3:]
     with pytest.raises(RewindRefused, match="rows in the window of 20 were dropped; replay the session"):
-        pool.rewind(cache, 4 * PAGE)
+        table.rewind(cache, 4 * PAGE)
     assert cache.length == 5 * PAGE
-    pool.rewind(cache, 5 * PAGE - 10)
-    pool.rewind(cache, 0)
-    assert cache == SessionCache([[], []])
-    assert pool.free_pages == 8
-
-
-def test_the_page_table_is_padded():
-    pool = _pool(8)
-    long, short = pool.open(), pool.open()
-    pool.append(long, PAGE + 1)
-    pool.append(short, 1)
-    table = pool.page_table([short, long], 0)
-    assert table.dtype == torch.int32
-    assert table.tolist() == [[short.tables[0][0], DROPPED], long.tables[0]]
-    assert pool.page_table([pool.open()], 0).shape == (1, 0)
+    table.rewind(cache, 5 * PAGE - 10)
+    table.rewind(cache, 0)
+    assert cache == BlockTable([[], []])
+    assert table.free_pages == 8
 
 
 def test_a_forks_pages_outlive_its_parent():
-    pool = _pool(4)
-    parent = pool.open()
-    pool.append(parent, 5)
-    write(pool, parent, 0, [1, 2, 3, 4, 5])
-    clone = pool.fork(parent)
-    pool.release(parent)
-    assert read(pool, clone, 0, 0, 5) == [1, 2, 3, 4, 5]
-    pool.check([clone])
+    cache = KVCache(backend_for(), LAYERS, 4 * PAGE)
+    parent = cache.open()
+    cache.append(parent, 5)
+    write(cache, parent, 0, [1, 2, 3, 4, 5])
+    clone = cache.fork(parent)
+    cache.release(parent)
+    assert read(cache, clone, 0, 0, 5) == [1, 2, 3, 4, 5]
+    cache.check([clone])
+
+
+def test_rows_that_stay_where_they_are_are_not_moved():
+    table = _table(4)
+    session = table.open()
+    table.append(session, 5)
+    copies, moves = table.commit(session, [0, 1, 4])
+    assert copies == []
+    assert [(len(move.sources), len(move.targets)) for move in moves] == [(1, 1), (1, 1)]

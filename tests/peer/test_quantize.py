@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from petal.kernels.formats import aqlm, int4, spqr
-from petal.peer.model import holding_of, load_span
+from petal.peer.model import load_span, precision_of
 from petal.peer.model.hooks import choose_attention
 from petal.peer.model.quantized_checkpoint import storage_of
-from petal.peer.model.trainable_block import PlainBlock
+from petal.peer.model.trainable_block import TrainableBlock
 from petal.peer.quantize import cli
 from petal.peer.quantize.additive import Additive, fit_codebooks, fit_scales
 from petal.peer.quantize.aqlm import AqlmMethod
@@ -113,7 +113,7 @@ def test_tensors_decode_to_what_was_fitted(format, dead, device):
     method, layout = METHODS[format]
     parts = method.quantize(weight, covariance)
     tensors = {name: tensor.cpu() for name, tensor in parts.tensors().items()}
-    decoded = layout.dequantize(layout.pack(tensors, SHAPE), SHAPE)
+    decoded = layout.dequantize(tensors, SHAPE)
     torch.testing.assert_close(decoded.float(), parts.dense().cpu(), rtol=1e-5, atol=1e-6)
 
 
@@ -171,7 +171,7 @@ def test_beam_search_finds_what_trying_all_codes_finds():
 
 def test_a_plain_block_computes_what_a_peer_computes():
     with open_checkpoint(tiny_llama()) as checkpoint:
-        block, span = PlainBlock(checkpoint, 1, CPU), load_span(checkpoint, 1, 2)
+        block, span = TrainableBlock(checkpoint, 1, CPU), load_span(checkpoint, 1, 2)
     choose_attention(span.model, "eager")
     hidden = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(block(hidden), span.forward_cached(hidden, [])[0], rtol=1e-4, atol=1e-4)
@@ -231,7 +231,7 @@ def test_a_peer_serves_the_checkpoint(model, checkpoint_of):
 
     def logits(folder: Path, quant: str) -> torch.Tensor:
         with open_checkpoint(folder) as checkpoint:
-            span = load_span(checkpoint, 0, 3, holding=holding_of(checkpoint, quant, "float32"))
+            span = load_span(checkpoint, 0, 3, precision=precision_of(checkpoint, quant, "float32"))
         choose_attention(span.model, "eager")
         return span.logits(span.forward_cached(ids, [])[0][0])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from petal.peer.model import Holding, Span, load_span
+from petal.peer.model import Span, WeightPrecision, load_span
 from petal.protocol.checkpoint.layout import CheckpointError
 from petal.protocol.checkpoint.open import open_checkpoint
 from safetensors.torch import load_file, save_file
@@ -111,7 +111,7 @@ def test_every_storage_gives_transformers_logits(tmp_path: Path, tied: bool, dty
 def test_a_tied_matrix_is_held_once(dtype: torch.dtype):
     with open_checkpoint(tiny_llama(tied=True)) as checkpoint:
         whole, head, rest = (
-            load_span(checkpoint, *blocks, holding=Holding(dtype)) for blocks in ((0, 4), (0, 1), (1, 4))
+            load_span(checkpoint, *blocks, precision=WeightPrecision(dtype)) for blocks in ((0, 4), (0, 1), (1, 4))
         )
     matrix = 256 * 64 * dtype.itemsize
     assert whole.nbytes == pytest.approx(head.nbytes + rest.nbytes - matrix, abs=4096)

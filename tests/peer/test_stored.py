@@ -10,13 +10,15 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from petal.kernels.cpu.quantized import QuantizedLinear
 from petal.kernels.formats.base import Format, Tensors
 from petal.kernels.formats.int4 import ROW, Int4
 from petal.kernels.formats.nf4 import LEVELS, Nf4
 from petal.kernels.formats.registry import FORMATS
-from petal.kernels.quantized import QuantizedLinear
+from petal.kernels.registry import backend_for
+from petal.kernels.torch.backend import TorchBackend
 from petal.peer.model import Span, load_span
-from petal.peer.model.precision import choose_holding, fitting_blocks, holding_of, span_bytes
+from petal.peer.model.precision import choose_precision, fitting_blocks, precision_of, span_bytes
 from petal.peer.options import QUANTS
 from petal.protocol.checkpoint.layout import CheckpointError
 from petal.protocol.checkpoint.open import open_checkpoint
@@ -87,7 +89,7 @@ def write(kind: str, folder: Path) -> LlamaForCausalLM:
         if isinstance(module, nn.Linear):
             shape = tuple(module.weight.shape)
             tensors = tensors_of(format, state.pop(f"{path}.weight"), seed)
-            dense = format.dequantize(format.pack(tensors, shape), shape, torch.float32)
+            dense = format.dequantize(tensors, shape, torch.float32)
             module.weight = nn.Parameter(dense)
             state |= keys(path, tensors, shape)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
@@ -98,8 +100,8 @@ def write(kind: str, folder: Path) -> LlamaForCausalLM:
 
 def spans(folder: Path, quant: str, dtype: str | None = None) -> list[Span]:
     with open_checkpoint(folder, folder.parent / "digests") as checkpoint:
-        holding = holding_of(checkpoint, quant, dtype)
-        return [load_span(checkpoint, start, start + 2, holding=holding) for start in (0, 2)]
+        precision = precision_of(checkpoint, quant, dtype)
+        return [load_span(checkpoint, start, start + 2, precision=precision) for start in (0, 2)]
 
 
 def distance(found: list[Span], model: LlamaForCausalLM) -> float:
@@ -126,8 +128,8 @@ def test_a_gguf_file_stays_packed_with_embedding_and_head(tmp_path: Path):
     write_gguf(tmp_path / "tiny.gguf", model, gguf.GGMLQuantizationType.Q8_0)
     dense = [load_span(open_checkpoint(tmp_path / "tiny.gguf"), 0, 4)]
     with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
-        whole = load_span(checkpoint, 0, 4, holding=holding_of(checkpoint, "gguf"))
-        first, last = (load_span(checkpoint, *b, holding=holding_of(checkpoint, "gguf")) for b in ((0, 1), (1, 4)))
+        whole = load_span(checkpoint, 0, 4, precision=precision_of(checkpoint, "gguf"))
+        first, last = (load_span(checkpoint, *b, precision=precision_of(checkpoint, "gguf")) for b in ((0, 1), (1, 4)))
         stored = sum(info.nbytes for info in checkpoint.tensors.values())
     assert whole.nbytes < 1.2 * stored < 0.4 * dense[0].nbytes  # the tied matrix is held once
     expected = served_logits(dense)
@@ -143,14 +145,16 @@ def test_quantizing_while_reading(quant: str):
     for module in model.model.layers.modules():
         if isinstance(module, nn.Linear):
             shape = tuple(module.weight.shape)
-            packed = format.pack(format.quantize(module.weight), shape)
-            module.weight = nn.Parameter(format.dequantize(packed, shape, torch.float32))
+            tensors = format.quantize(module.weight)
+            module.weight = nn.Parameter(format.dequantize(tensors, shape, torch.float32))
     found = spans(tiny_llama(), quant)
     assert distance(found, model) <= TOLERANCE
     assert quant == "int8" or original > 2 * TOLERANCE  # negative control: the reference is quantized too
     with open_checkpoint(tiny_llama()) as checkpoint:
         for span in found:
-            estimate = span_bytes(checkpoint, holding_of(checkpoint, quant), range(span.start, span.end))
+            estimate = span_bytes(
+                checkpoint, precision_of(checkpoint, quant), range(span.start, span.end), span.backend
+            )
             assert estimate * 0.85 < span.nbytes < estimate * 1.15
 
 
@@ -208,18 +212,21 @@ def test_quantizations_that_cannot_be_read_are_named(config: dict, sentence: str
 
 
 def test_a_peer_keeps_what_is_stored_and_else_quantizes_as_far_as_it_must(tmp_path: Path):
+    backend, slow = backend_for(), TorchBackend(torch.device("cpu"))
     write("nf4", tmp_path / "tiny")
     with open_checkpoint(tmp_path / "tiny") as checkpoint:
-        assert choose_holding(checkpoint, None, None, 1 << 30, native=True).quant == "nf4"
-        assert choose_holding(checkpoint, None, None, 1 << 30, native=False).quant == "none"
+        assert choose_precision(checkpoint, None, None, 1 << 30, backend).quant == "nf4"
+        assert choose_precision(checkpoint, None, None, 1 << 30, slow).quant == "none"
         with pytest.raises(CheckpointError, match="does not store aqlm weights: choose --quant none, int8, int4, nf4"):
-            holding_of(checkpoint, "aqlm")
+            precision_of(checkpoint, "aqlm")
     with open_checkpoint(tiny_llama()) as checkpoint:
-        sizes = {quant: span_bytes(checkpoint, holding_of(checkpoint, quant), range(4)) for quant in QUANTS[:3]}
+        sizes = {
+            quant: span_bytes(checkpoint, precision_of(checkpoint, quant), range(4), backend) for quant in QUANTS[:3]
+        }
         assert sizes["none"] > 2 * sizes["int8"] > 2 * sizes["int4"]
         for quant, size in sizes.items():
-            assert choose_holding(checkpoint, None, None, size + 1000, native=True).quant == quant
-            assert fitting_blocks(checkpoint, holding_of(checkpoint, quant), size + 1000) == 4
-        assert choose_holding(checkpoint, None, None, 0, native=True).quant == "int4"
-        assert fitting_blocks(checkpoint, holding_of(checkpoint, "int4"), 0) == 0
-        assert choose_holding(checkpoint, None, 1, sizes["none"] // 2, native=True).quant == "none"
+            assert choose_precision(checkpoint, None, None, size + 1000, backend).quant == quant
+            assert fitting_blocks(checkpoint, precision_of(checkpoint, quant), size + 1000, backend) == 4
+        assert choose_precision(checkpoint, None, None, 0, backend).quant == "int4"
+        assert fitting_blocks(checkpoint, precision_of(checkpoint, "int4"), 0, backend) == 0
+        assert choose_precision(checkpoint, None, 1, sizes["none"] // 2, backend).quant == "none"

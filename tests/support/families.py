@@ -19,8 +19,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import transformers
-from petal.peer.engine.kv_cache import KVPool
-from petal.peer.engine.runner import Executor, Segment
+from petal.peer.engine.kv_cache import KVCache
+from petal.peer.engine.runner import ModelRunner, Segment
 from petal.peer.model import Span, load_span
 from petal.protocol.checkpoint.layout import CheckpointError
 from petal.protocol.checkpoint.open import open_checkpoint
@@ -111,21 +111,21 @@ def expected_logits(model: PreTrainedModel) -> Tensor:
 def served_logits(spans: Sequence[Span]) -> Tensor:
     """The same rows as the peers compute them: a prompt in chunks, then the tree."""
     prompt, tree = token_ids()
-    pools = [KVPool(span.layers, 64) for span in spans]
-    caches = [pool.open() for pool in pools]
-    executors = [Executor(span, pool) for span, pool in zip(spans, pools, strict=True)]
+    caches = [KVCache(span.backend, span.layers, 64) for span in spans]
+    tables = [cache.open() for cache in caches]
+    runners = [ModelRunner(span, cache) for span, cache in zip(spans, caches, strict=True)]
 
     def step(rows: Tensor, shape: StepTree) -> Tensor:
-        for span, cache, executor in zip(spans, caches, executors, strict=True):
-            segment = Segment(cache, rows, shape, range(span.start, span.end))
-            rows = executor.run([segment])[0]
+        for span, table, runner in zip(spans, tables, runners, strict=True):
+            segment = Segment(table, rows, shape, range(span.start, span.end))
+            rows = runner.run([segment])[0]
         return spans[-1].logits(rows)
 
     found = []
     for chunk in prompt.split(CHUNKS):
         found.append(step(chunk, chain(len(chunk))))
-        for pool, cache in zip(pools, caches, strict=True):
-            pool.commit(cache, range(len(chunk)))
+        for cache, table in zip(caches, tables, strict=True):
+            cache.commit(table, range(len(chunk)))
     return torch.cat([*found, step(tree, RowTree(tuple(TREE)))])
 
 

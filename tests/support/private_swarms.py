@@ -90,5 +90,5 @@ async def private_swarm(model: str | Path, blocks: Sequence[range] = (), **optio
                 await peer.stop()
             await swarm.admin.stop()
     for peer in swarm.peers:
-        assert peer.engine.pool.free_pages == peer.engine.pool.n_pages, "pages leaked"
+        assert peer.engine.cache.free_pages == peer.engine.cache.n_pages, "pages leaked"
         assert peer.admission.sessions == 0, "a reservation leaked"

@@ -75,5 +75,5 @@ async def local_swarm(
                 await server.stop()
     for server in servers:
         server.engine.check()
-        assert server.engine.pool.free_pages == server.engine.pool.n_pages, "pages leaked"
+        assert server.engine.cache.free_pages == server.engine.cache.n_pages, "pages leaked"
         assert server.admission.sessions == 0, "a reservation leaked"

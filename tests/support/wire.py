@@ -171,4 +171,4 @@ async def released(peer: PeerServer) -> None:
         await asyncio.sleep(0.005)
     await settled(peer)
     assert peer.admission.sessions == 0
-    assert peer.engine.pool.free_pages == peer.engine.pool.n_pages
+    assert peer.engine.cache.free_pages == peer.engine.cache.n_pages

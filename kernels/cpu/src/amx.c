@@ -158,8 +158,8 @@ void amx_run(linear_t *c, long threads)
 {
     c->wide = WIDE;
     c->height = CACHED / (c->depth * 2) > LOWEST ? CACHED / (c->depth * 2) / BLOCK * BLOCK : LOWEST;
-    crew_run(threads, (c->rows + HEIGHT - 1) / HEIGHT, pack_rows, c);
-    crew_run(threads, count_parts(c), run_chunk, c);
+    run_chunks(threads, (c->rows + HEIGHT - 1) / HEIGHT, pack_rows, c);
+    run_chunks(threads, count_parts(c), run_chunk, c);
 }
 
 #else

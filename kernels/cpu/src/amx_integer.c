@@ -7,13 +7,13 @@
 #include "thread_pool.h"
 
 enum {
-    PLANE = FINE * LANE,  /* bytes of a chunk's codes for one part of x, where they are decoded */
+    PLANE = FINE * INTERLEAVED,  /* bytes of a chunk's codes for one part of x, where they are decoded */
     TOGETHER = 64,        /* rows whose sums stay in the first-level cache */
-    SUMS = 16 * LANE,     /* of a register */
+    SUMS = 16 * INTERLEAVED,     /* of a register */
 };
 
-/* Registers, by number as the instructions want them: sums for the high and the low part, or of two blocks, of both lanes
- * of a panel; x; codes of both lanes. */
+/* Registers, by number as the instructions want them: sums for the high and the low part, or of two blocks, of both strips
+ * of a panel; x; codes of both strips. */
 #define HIGH_0 0
 #define HIGH_1 1
 #define LOW_0 2
@@ -25,7 +25,7 @@ enum {
 
 static long least(long a, long b) { return a < b ? a : b; }
 
-/* A chunk's codes as bytes by lane and part of x; in units of 32 both parts of a unit follow each other. */
+/* A chunk's codes as bytes by strip and part of x; in units of 32 both parts of a unit follow each other. */
 typedef struct {
     const uint8_t *high[2], *low[2];
 } planes_t;
@@ -38,21 +38,21 @@ INLINE planes_t decode_planes(const kind_t kind, const product_t *p, long panel,
     const bool stacked = codes == FOUR_BITS && p->x.unit == 32;
     planes_t planes;
     for (int side = 0; side < 2; side++) {
-        long lane = least(2 * panel + side, (w->out + LANE - 1) / LANE - 1);
-        const uint8_t *from = w->codes + lane * w->row_bytes * LANE + k / SHARE * share_bytes(codes);
+        long strip = least(2 * panel + side, (w->out + INTERLEAVED - 1) / INTERLEAVED - 1);
+        const uint8_t *from = w->codes + strip * w->row_bytes * INTERLEAVED + k / SHARE * share_bytes(codes);
         planes.high[side] = planes.low[side] = from;
         if (codes == EIGHT_BITS)
             continue;
         planes.high[side] = room[side];
-        planes.low[side] = room[side] + (stacked ? SHARE * LANE : PLANE);
+        planes.low[side] = room[side] + (stacked ? SHARE * INTERLEAVED : PLANE);
         uint8_t *high = room[side], *low = high + (planes.low[side] - planes.high[side]);
         for (long j = 0; j < deep; j += SHARE, from += share_bytes(codes))
 #pragma GCC unroll 8
             for (int i = 0; i < SHARE / 4; i++) {
                 u8x64 u[2];
                 read_codes(codes, from, i, p->levels, u);
-                *(u8x64 *)(high + j * LANE + i * 64) = u[0];
-                *(u8x64 *)(low + j * LANE + i * 64) = u[1];
+                *(u8x64 *)(high + j * INTERLEAVED + i * 64) = u[0];
+                *(u8x64 *)(low + j * INTERLEAVED + i * 64) = u[1];
             }
     }
     publish(room);
@@ -71,8 +71,8 @@ INLINE void multiply_codes(const planes_t *w, const integers_t *x, const int8_t 
         for (int part = 0; part < (x->unit == 32 ? 1 : 2); part++) {
             const int8_t *rows = parts + part * x->apart;
             _tile_loadd(X_0, rows, 64);
-            _tile_loadd(W_0, (part ? w->low : w->high)[0] + t * LANE, 64);
-            _tile_loadd(W_1, (part ? w->low : w->high)[1] + t * LANE, 64);
+            _tile_loadd(W_0, (part ? w->low : w->high)[0] + t * INTERLEAVED, 64);
+            _tile_loadd(W_1, (part ? w->low : w->high)[1] + t * INTERLEAVED, 64);
             _tile_dpbsud(HIGH_0, X_0, W_0);
             _tile_dpbsud(HIGH_1, X_0, W_1);
             if (next) {
@@ -94,15 +94,15 @@ INLINE void multiply_parts(const codes_t codes, const planes_t *w, const integer
     for (long t = 0; t < deep; t += x->unit, parts += stride) {
         _tile_loadd(X_0, parts, 64);
         _tile_loadd(X_1, parts + x->apart, 64);
-        _tile_loadd(W_0, w->high[0] + t * LANE, 64);
-        _tile_loadd(W_1, w->high[1] + t * LANE, 64);
+        _tile_loadd(W_0, w->high[0] + t * INTERLEAVED, 64);
+        _tile_loadd(W_1, w->high[1] + t * INTERLEAVED, 64);
         _tile_dpbsud(HIGH_0, X_0, W_0);
         _tile_dpbsud(HIGH_1, X_0, W_1);
         _tile_dpbsud(LOW_0, X_1, W_0);
         _tile_dpbsud(LOW_1, X_1, W_1);
         if (codes == LEVELS) {
-            _tile_loadd(W_0, w->low[0] + t * LANE, 64);
-            _tile_loadd(W_1, w->low[1] + t * LANE, 64);
+            _tile_loadd(W_0, w->low[0] + t * INTERLEAVED, 64);
+            _tile_loadd(W_1, w->low[1] + t * INTERLEAVED, 64);
             _tile_dpbsud(LOW_0, X_0, W_0);
             _tile_dpbsud(LOW_1, X_0, W_1);
         }
@@ -128,7 +128,7 @@ typedef struct {
 INLINE void add_block(const codes_t codes, const pending_t *p, const int32_t *sums, long first, long rows)
 {
     const group_t g[2] = {p->g[0], p->g[1]};
-    for (long m = first; m < first + rows; m++, sums += LANE)
+    for (long m = first; m < first + rows; m++, sums += INTERLEAVED)
         for (int side = 0; side < 2; side++) {
             const int32_t *high = sums + side * SUMS, *low = high + 2 * SUMS;
             f32x16 *y = p->y + side * TOGETHER + m;
@@ -151,7 +151,8 @@ INLINE void run_panel(const kind_t kind, const product_t *p, long panel, long fr
     const integers_t *x = &p->x;
     const weights_t w = *c->packed;
     const codes_t codes = codes_of(kind);
-    const long first = from * x->height, rows = least(c->rows, to * x->height) - first, last = (w.out + LANE - 1) / LANE - 1;
+    const long first = from * x->height, rows = least(c->rows, to * x->height) - first;
+    const long last = (w.out + INTERLEAVED - 1) / INTERLEAVED - 1;
     const long block_bytes = 2 * x->height * x->unit, step = codes == FOUR_BITS ? 2 * x->height : x->height;
     const number_t *numbers = x->numbers + first;
     uint8_t room[2][2][2 * PLANE] __attribute__((aligned(64)));
@@ -159,7 +160,7 @@ INLINE void run_panel(const kind_t kind, const product_t *p, long panel, long fr
     f32x16 y[2 * TOGETHER] __attribute__((aligned(64)));
     for (int side = 0; side < 2; side++)
         for (long m = 0; m < rows; m++)
-            y[side * TOGETHER + m] = *(const f32x16 *)(c->bias + panel * PANEL + side * LANE);
+            y[side * TOGETHER + m] = *(const f32x16 *)(c->bias + panel * PANEL + side * INTERLEAVED);
     planes_t planes[2];
     pending_t pending = {0};
     long deep = chunk_depth(&w, x->depth, 0), odd = 0;
@@ -186,7 +187,7 @@ INLINE void run_panel(const kind_t kind, const product_t *p, long panel, long fr
     }
     add_pending(codes, &pending, sums);
     for (long m = 0; m < rows; m++)
-        for (int side = 0; side < 2 && panel * PANEL + side * LANE < c->out; side++)
+        for (int side = 0; side < 2 && panel * PANEL + side * INTERLEAVED < c->out; side++)
             finish_row(c, y[side * TOGETHER + m], first + m, 2 * panel + side);
 }
 
@@ -222,7 +223,7 @@ static void run_chunk(void *job, long chunk)
     _tile_release();
 }
 
-void amx_run_integer(product_t *p, long threads) { crew_run(threads, count_parts(&p->call), run_chunk, p); }
+void amx_run_integer(product_t *p, long threads) { run_chunks(threads, count_parts(&p->call), run_chunk, p); }
 
 #else
 

@@ -4,6 +4,7 @@
  * smaller, is laid out in pairs of depth. An instruction adds to y^T[16][16] what amx.c has it add to y[16][16], in the
  * same order. */
 #include "linear.h"
+#include "scratch.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__) && !defined(PETAL_PORTABLE)
 
@@ -178,8 +179,8 @@ int amx_run_packed(linear_t *c, long threads)
     c->wide = c->rows <= BLOCK ? 1 : least(WIDEST, CACHED / (c->depth * PANEL * 2));
     c->wide = least(c->wide, panels / (2 * threads));
     c->wide = c->wide < 1 ? 1 : c->wide;
-    crew_run(threads, (c->rows + HEIGHT - 1) / HEIGHT, pack_pairs, c);
-    crew_run(threads, count_parts(c), run_chunk, c);
+    run_chunks(threads, (c->rows + HEIGHT - 1) / HEIGHT, pack_pairs, c);
+    run_chunks(threads, count_parts(c), run_chunk, c);
     return c->failed;
 }
 

@@ -5,8 +5,7 @@
  * are packed once and shared by as many rows as can see them; a row alone takes the same steps. Behind the last whole
  * block of a tree's committed slots, keys are packed by slot and each row picks the scores of its path. */
 #include "attention.h"
-
-#include <stdlib.h>
+#include "scratch.h"
 
 enum {
     QUERIES = 96,        /* (row, head) pairs that share a packed block */
@@ -26,9 +25,6 @@ typedef struct {
 } task_t;
 
 static const float ZEROS[PANEL];
-/* Kept from call to call, one a thread: fresh memory would fault on every page. */
-static _Thread_local float *scratch;
-static _Thread_local size_t scratch_bytes;
 
 static long low_of(const task_t *t, long row)
 {
@@ -37,6 +33,7 @@ static long low_of(const task_t *t, long row)
 }
 
 static long size_of(const call_t *c) { return c->half ? 2 : 4; }
+static long stored_size(const call_t *c) { return c->half_pages ? 2 : 4; }
 
 /* The cache rows of slots, in ascending runs of which pages are looked up once. */
 typedef struct {
@@ -59,11 +56,11 @@ static const char *find_slot(finder_t *f, long slot)
         long page = index < c->max_pages ? f->task->in.pages[index] : -1;
         if (page < 0 || page >= c->pages)
             return 0;
-        f->next = f->pages + ((page * c->page_size + offset) * c->kv_heads + f->task->kv_head) * f->width * size_of(c);
+        f->next = f->pages + ((page * c->page_size + offset) * c->kv_heads + f->task->kv_head) * f->width * stored_size(c);
         f->left = c->page_size - offset;
     }
     const char *row = f->next;
-    f->next += c->kv_heads * f->width * size_of(c);
+    f->next += c->kv_heads * f->width * stored_size(c);
     f->expected = slot + 1;
     f->left--;
     return row;
@@ -102,7 +99,7 @@ static void score_slots(task_t *t, long begin, long first, long last, long from,
     const call_t *c = t->in.call;
     const char *rows[BLOCK];
     find_rows(t, begin, from, to, c->k_pages, c->key_width, rows);
-    pack_keys(t->block, rows, c->key_width, c->half);
+    pack_keys(t->block, rows, c->key_width, c->half_pages);
     long at = (first - t->row) * t->heads, count = (last - first) * t->heads;
     tiles(count, c->key_width, t->q + at * c->key_width, c->key_width, t->block, BLOCK, scores + at * stride, stride,
           ZEROS);
@@ -122,7 +119,7 @@ static void value_block(task_t *t, long block, long first, long last, long from,
     const char *rows[BLOCK];
     long begin = block * BLOCK, end = begin + BLOCK < to ? begin + BLOCK : to;
     find_rows(t, begin, from, to, c->v_pages, c->value_width, rows);
-    pack_values(t->block, rows, c->value_width, t->padded, c->half);
+    pack_values(t->block, rows, c->value_width, t->padded, c->half_pages);
     for (long row = first, next; row < last; row = next) {
         long low = low_of(t, row), high = t->in.positions[row] + 1;
         long a = low > begin ? low : begin, b = high < end ? high : end;
@@ -189,7 +186,7 @@ static void value_tree(task_t *t)
             count = high - at < BLOCK ? high - at : BLOCK;
             for (long i = 0; i < count; i++)
                 rows[i] = find_slot(&f, s->base + t->path[at + i - s->base]); /* its page was there for the keys */
-            pack_values(t->block, rows, c->value_width, t->padded, c->half);
+            pack_values(t->block, rows, c->value_width, t->padded, c->half_pages);
             long first = (row - t->row) * t->heads;
             for (long d = 0; d < t->padded; d += PANEL)
                 tiles(t->heads, count, t->scores + first * t->stride + at - t->low, t->stride, t->block + d, t->padded,
@@ -216,18 +213,6 @@ static void value_all(task_t *t)
         value_tree(t);
 }
 
-static void *reserve(size_t bytes)
-{
-    if (bytes > scratch_bytes) {
-        free(scratch);
-        scratch_bytes = (bytes + 4095) / 4096 * 4096;
-        scratch = aligned_alloc(4096, scratch_bytes);
-        if (!scratch)
-            abort();
-    }
-    return scratch;
-}
-
 long rows_per_task(const segment_t *s, long heads, long wanted)
 {
     long rows = QUERIES / heads, fit = SCORES / heads / (s->base + s->rows + BLOCK);
@@ -251,8 +236,10 @@ int attend_rows(const segment_t *in, long row, long rows, long kv_head, long hea
     t->stride = (t->high - t->low + BLOCK - 1) / BLOCK * BLOCK + LANES; /* odd in vectors: rows spread over the cache */
     long block = BLOCK * (width > t->padded ? width : t->padded);
     long picks = t->in.chain ? 0 : queries * (t->in.rows + 2 * BLOCK);
-    t->block = reserve((size_t)(block + queries * (width + t->padded + t->stride + 1) + picks + t->in.rows) *
-                       sizeof(float));
+    long floats = block + queries * (width + t->padded + t->stride + 1) + picks + t->in.rows;
+    t->block = scratch(TASK, floats * (long)sizeof(float));
+    if (!t->block)
+        return NO_MEMORY;
     t->out = t->block + block;
     t->scores = t->out + queries * t->padded;
     t->q = t->scores + queries * t->stride;

@@ -20,8 +20,9 @@ typedef struct {
     int64_t q_heads, kv_heads, key_width, value_width;
     int64_t q_row, q_head, k_row, k_head, v_row, v_head;
     int64_t window; /* 0: none */
-    int64_t half;   /* q, k, v, out and the pages are bfloat16 */
-    int64_t write, attend, threads;
+    int64_t half;       /* q, k, v and out are bfloat16 */
+    int64_t half_pages; /* the pages are */
+    int64_t threads;
     double scale, softcap; /* softcap 0: none */
 } call_t;
 

@@ -40,5 +40,5 @@ static void run_chunk(void *job, long chunk)
 void petal_silu_gate(float *y, const float *gate, const float *up, long count, long threads)
 {
     gate_t g = {y, gate, up, count};
-    crew_run(count < TOO_SMALL ? 1 : threads, (count + CHUNK - 1) / CHUNK, run_chunk, &g);
+    run_chunks(count < TOO_SMALL ? 1 : threads, (count + CHUNK - 1) / CHUNK, run_chunk, &g);
 }

@@ -1,4 +1,5 @@
 #include "integer.h"
+#include "scratch.h"
 
 #include "thread_pool.h"
 
@@ -121,17 +122,17 @@ static void round_block(void *job, long block)
 }
 
 /* Few rows of a block and 16 columns: codes meet x in registers. */
-INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long block, long lane)
+INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long block, long strip)
 {
     const linear_t *c = &p->call;
     const integers_t *x = &p->x;
     const weights_t w = *c->packed;
     const codes_t codes = codes_of(kind);
-    const uint8_t *from = w.codes + lane * w.row_bytes * LANE;
+    const uint8_t *from = w.codes + strip * w.row_bytes * INTERLEAVED;
     const number_t *numbers = x->numbers + block * x->height;
     f32x16 y[FEW];
     for (int m = 0; m < rows; m++)
-        y[m] = *(const f32x16 *)(c->bias + lane * LANE);
+        y[m] = *(const f32x16 *)(c->bias + strip * INTERLEAVED);
     for (long k = 0, deep; k < c->in; k += deep, numbers += x->blocks * x->height) {
         deep = chunk_depth(&w, x->depth, k);
         i32x16 high[FEW][2] = {0}, low[FEW][2] = {0}; /* in turn: a sum waits for the one before */
@@ -153,7 +154,7 @@ INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long
                 }
             }
         }
-        group_t g = group_of(kind, &w, lane, k / w.group);
+        group_t g = group_of(kind, &w, strip, k / w.group);
         for (int m = 0; m < rows; m++) {
             i32x16 first = high[m][0] + high[m][1], second = low[m][0] + low[m][1];
             if (codes == FOUR_BITS)
@@ -162,38 +163,38 @@ INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long
         }
     }
     for (int m = 0; m < rows; m++)
-        finish_row(c, y[m], block * x->height + m, lane);
+        finish_row(c, y[m], block * x->height + m, strip);
 }
 
-INLINE void run_kind(const kind_t kind, const product_t *p, long block, long lane)
+INLINE void run_kind(const kind_t kind, const product_t *p, long block, long strip)
 {
     switch (FEW == 1 ? 1 : least(p->x.height, p->call.rows - block * p->x.height)) {
     case 1:
-        return run_rows(kind, 1, p, block, lane);
+        return run_rows(kind, 1, p, block, strip);
     case 2:
-        return run_rows(kind, 2, p, block, lane);
+        return run_rows(kind, 2, p, block, strip);
     case 3:
-        return run_rows(kind, 3, p, block, lane);
+        return run_rows(kind, 3, p, block, strip);
     default:
-        return run_rows(kind, FEW, p, block, lane);
+        return run_rows(kind, FEW, p, block, strip);
     }
 }
 
-static void run_lane(const product_t *p, long block, long lane)
+static void run_strip(const product_t *p, long block, long strip)
 {
     switch ((kind_t)p->call.packed->kind) {
     case INT8:
-        return run_kind(INT8, p, block, lane);
+        return run_kind(INT8, p, block, strip);
     case INT4:
-        return run_kind(INT4, p, block, lane);
+        return run_kind(INT4, p, block, strip);
     case NF4:
-        return run_kind(NF4, p, block, lane);
+        return run_kind(NF4, p, block, strip);
     case Q4_0:
-        return run_kind(Q4_0, p, block, lane);
+        return run_kind(Q4_0, p, block, strip);
     case Q4_1:
-        return run_kind(Q4_1, p, block, lane);
+        return run_kind(Q4_1, p, block, strip);
     default:
-        return run_kind(Q8_0, p, block, lane);
+        return run_kind(Q8_0, p, block, strip);
     }
 }
 
@@ -201,10 +202,10 @@ static void run_chunk(void *job, long chunk)
 {
     const product_t *p = job;
     part_t part = part_of(&p->call, chunk);
-    long lanes = least(part.to * PANEL / LANE, (p->call.out + LANE - 1) / LANE);
-    for (long lane = part.from * PANEL / LANE; lane < lanes; lane++)
+    long strips = least(part.to * PANEL / INTERLEAVED, (p->call.out + INTERLEAVED - 1) / INTERLEAVED);
+    for (long strip = part.from * PANEL / INTERLEAVED; strip < strips; strip++)
         for (long block = 0; block < p->x.blocks; block++)
-            run_lane(p, block, lane);
+            run_strip(p, block, strip);
 }
 
 static void read_levels(product_t *p)
@@ -247,10 +248,10 @@ int petal_integer(float *y, const float *x, const weights_t *w, const float *bia
         read_levels(&p);
     p.call.wide = WIDE;
     p.call.height = rows;
-    crew_run(threads, p.x.blocks, round_block, &p);
+    run_chunks(threads, p.x.blocks, round_block, &p);
     if (unit)
         amx_run_integer(&p, threads);
     else
-        crew_run(threads, count_parts(&p.call), run_chunk, &p);
+        run_chunks(threads, count_parts(&p.call), run_chunk, &p);
     return 0;
 }

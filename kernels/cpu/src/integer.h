@@ -17,7 +17,7 @@
 #endif
 
 enum {
-    LANE = LANES, /* columns of y side by side; two lanes are a panel */
+    INTERLEAVED = LANES, /* columns of y side by side; two strips are a panel */
     CHUNK = 256,  /* most depth of a chunk of EIGHT_BITS: sums fit 32 bits */
     FINE = 64,    /* and of others, whose integers are smaller: a large value spoils fewer neighbours */
     SHARE = 32,   /* depth whose four-bit codes pair up, (d, d + 16) in a byte */
@@ -25,12 +25,12 @@ enum {
     SLIGHT = 8,   /* zero of q */
 };
 
-/* weights_t here: codes[lane][depth / 4][16][4], bytes or pairs of 4 bits; row_bytes of codes a row; group columns under one
- * scale. By kind, [lane][group][16] unless said otherwise:
- * INT8: scales float [lane][16]; zeros: int32 outlier columns, `count` of them; extra: bfloat16 [lane][count][16].
+/* weights_t here: codes[strip][depth / 4][16][4], bytes or pairs of 4 bits; row_bytes of codes a row; group columns under one
+ * scale. By kind, [strip][group][16] unless said otherwise:
+ * INT8: scales float [strip][16]; zeros: int32 outlier columns, `count` of them; extra: bfloat16 [strip][count][16].
  * INT4: scales float16, zeros uint8; count: groups of a row.
  * NF4: scales uint8 or, where there are no zeros, float; zeros, extra, more: as in decode.c.
- * Q4_0, Q8_0: scales float16. Q4_1: scales float16 [lane][group][2][16], the second of each pair the minimum. */
+ * Q4_0, Q8_0: scales float16. Q4_1: scales float16 [strip][group][2][16], the second of each pair the minimum. */
 
 typedef enum { FOUR_BITS, EIGHT_BITS, LEVELS } codes_t;
 
@@ -96,7 +96,7 @@ INLINE f32x16 float16s(const uint16_t *from)
     return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
 #else
     f32x16 to;
-    for (int i = 0; i < LANE; i++)
+    for (int i = 0; i < INTERLEAVED; i++)
         to[i] = fp16_to_float(from[i]);
     return to;
 #endif
@@ -108,23 +108,23 @@ INLINE f32x16 uint8s(const uint8_t *from)
     return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from)));
 #else
     f32x16 to;
-    for (int i = 0; i < LANE; i++)
+    for (int i = 0; i < INTERLEAVED; i++)
         to[i] = from[i];
     return to;
 #endif
 }
 
 /* NF4's blocks are numbered row by row. */
-INLINE f32x16 nf4_scales(const weights_t *w, long lane, long group)
+INLINE f32x16 nf4_scales(const weights_t *w, long strip, long group)
 {
-    long groups = w->in / w->group, at = (lane * groups + group) * LANE;
+    long groups = w->in / w->group, at = (strip * groups + group) * INTERLEAVED;
     const float *nested = w->zeros, *map = w->extra, *offset = w->more;
     if (!nested)
         return *(const f32x16 *)((const float *)w->scales + at);
     const uint8_t *shares = (const uint8_t *)w->scales + at;
 #ifdef __AVX512F__
     const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i rows = _mm512_add_epi32(_mm512_set1_epi32((int)(lane * LANE)), places);
+    __m512i rows = _mm512_add_epi32(_mm512_set1_epi32((int)(strip * INTERLEAVED)), places);
     rows = _mm512_min_epi32(rows, _mm512_set1_epi32((int)w->out - 1));
     __m512i blocks = _mm512_add_epi32(_mm512_mullo_epi32(rows, _mm512_set1_epi32((int)groups)), _mm512_set1_epi32((int)group));
     __m512 outer = _mm512_i32gather_ps(_mm512_srli_epi32(blocks, 8), nested, 4);
@@ -132,33 +132,33 @@ INLINE f32x16 nf4_scales(const weights_t *w, long lane, long group)
     return (f32x16)_mm512_fmadd_ps(inner, outer, _mm512_set1_ps(*offset));
 #else
     f32x16 to;
-    for (long i = 0; i < LANE; i++) {
-        long row = lane * LANE + i < w->out ? lane * LANE + i : w->out - 1;
+    for (long i = 0; i < INTERLEAVED; i++) {
+        long row = strip * INTERLEAVED + i < w->out ? strip * INTERLEAVED + i : w->out - 1;
         to[i] = map[shares[i]] * nested[(row * groups + group) / 256] + *offset;
     }
     return to;
 #endif
 }
 
-INLINE group_t group_of(const kind_t kind, const weights_t *w, long lane, long group)
+INLINE group_t group_of(const kind_t kind, const weights_t *w, long strip, long group)
 {
     const uint16_t *scales = w->scales;
-    long at = (lane * (kind == INT4 ? w->count : w->in / w->group) + group) * LANE;
+    long at = (strip * (kind == INT4 ? w->count : w->in / w->group) + group) * INTERLEAVED;
     group_t g = {0};
     switch (kind) {
     case INT8:
-        g.scale = *(const f32x16 *)((const float *)w->scales + lane * LANE);
+        g.scale = *(const f32x16 *)((const float *)w->scales + strip * INTERLEAVED);
         break;
     case INT4:
         g.scale = float16s(scales + at);
         g.low = -g.scale * uint8s((const uint8_t *)w->zeros + at);
         break;
     case NF4:
-        g.scale = nf4_scales(w, lane, group) * (16.0f / (float)finest(LEVELS));
+        g.scale = nf4_scales(w, strip, group) * (16.0f / (float)finest(LEVELS));
         break;
     case Q4_1:
         g.scale = float16s(scales + 2 * at);
-        g.low = float16s(scales + 2 * at + LANE);
+        g.low = float16s(scales + 2 * at + INTERLEAVED);
         break;
     case Q4_0:
         g.scale = float16s(scales + at);
@@ -209,19 +209,20 @@ INLINE void read_codes(const codes_t codes, const uint8_t *from, int i, const ui
     }
 }
 
-/* Bytes of SHARE depths of a lane. */
-INLINE long share_bytes(const codes_t codes) { return SHARE * LANE / (codes == EIGHT_BITS ? 1 : 2); }
+/* Bytes of SHARE depths of a strip. */
+INLINE long share_bytes(const codes_t codes) { return SHARE * INTERLEAVED / (codes == EIGHT_BITS ? 1 : 2); }
 
 /* Writes one row of 16 columns, after INT8's outlier columns, whose codes are MIDDLE. */
-INLINE void finish_row(const linear_t *c, f32x16 y, long row, long lane)
+INLINE void finish_row(const linear_t *c, f32x16 y, long row, long strip)
 {
     const weights_t *w = c->packed;
     if (w->kind == INT8)
         for (long i = 0; i < w->count; i++)
-            y += load_half((const uint16_t *)w->extra + (lane * w->count + i) * LANE) *
+            y += load_half((const uint16_t *)w->extra + (strip * w->count + i) * INTERLEAVED) *
                  c->x[row * c->in + ((const int32_t *)w->zeros)[i]];
-    long width = c->out - lane * LANE;
-    memcpy(c->y + row * c->out + lane * LANE, &y, (size_t)(width < LANE ? width : LANE) * sizeof(float));
+    long width = c->out - strip * INTERLEAVED;
+    size_t floats = (size_t)(width < INTERLEAVED ? width : INTERLEAVED);
+    memcpy(c->y + row * c->out + strip * INTERLEAVED, &y, floats * sizeof(float));
 }
 
 #endif

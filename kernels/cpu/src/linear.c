@@ -1,8 +1,7 @@
 #include "linear.h"
 
+#include "scratch.h"
 #include "thread_pool.h"
-
-#include <stdlib.h>
 
 enum {
     DEPTH = PIECE,         /* depth of one visit to a panel: 24 KiB of it stay in the first-level cache */
@@ -91,18 +90,6 @@ static void round_row(void *job, long row)
         to[k] = half_to_float(float_to_half(from[k]));
 }
 
-void *scratch(room_t room, long bytes)
-{
-    static __thread void *rooms[2];
-    static __thread long sizes[2];
-    if (bytes > sizes[room]) {
-        free(rooms[room]);
-        rooms[room] = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
-        sizes[room] = rooms[room] ? bytes : 0;
-    }
-    return rooms[room];
-}
-
 /* Whole panels [from, to) for the few rows of one tile; returns the first panel that is left. */
 static long run_streams(const linear_t *c, long from, long to)
 {
@@ -135,14 +122,14 @@ int run_tiles(linear_t *c, long threads)
     c->height = CACHED / c->in > LOWEST ? CACHED / c->in / TILE * TILE : LOWEST;
     if (c->half) {
         c->tiles = room;
-        crew_run(threads, c->rows, round_row, c);
+        run_chunks(threads, c->rows, round_row, c);
         c->x = room;
         room += values;
     }
     c->tiles = many ? room : 0;
     if (many)
-        crew_run(threads, (c->rows + c->height - 1) / c->height, pack_block, c);
-    crew_run(threads, count_parts(c), run_chunk, c);
+        run_chunks(threads, (c->rows + c->height - 1) / c->height, pack_block, c);
+    run_chunks(threads, count_parts(c), run_chunk, c);
     return 0;
 }
 

@@ -44,11 +44,6 @@ static inline part_t part_of(const linear_t *c, long chunk)
     return part;
 }
 
-typedef enum { ROWS, WEIGHTS } room_t;
-
-/* Room for copies of x or of w, kept by each thread: fresh memory would cost a fault a page. Null where there is none. */
-void *scratch(room_t room, long bytes);
-
 /* A product by tiles of tile.h. Nonzero, with y unfinished, where memory lacks. */
 int run_tiles(linear_t *c, long threads);
 

@@ -45,5 +45,5 @@ static void run_chunk(void *job, long chunk)
 void petal_rms_norm(float *y, const float *x, const float *weight, long width, double epsilon, long rows, long threads)
 {
     norm_t n = {y, x, weight, rows, width, (float)epsilon};
-    crew_run(rows * width < TOO_SMALL ? 1 : threads, (rows + BLOCK - 1) / BLOCK, run_chunk, &n);
+    run_chunks(rows * width < TOO_SMALL ? 1 : threads, (rows + BLOCK - 1) / BLOCK, run_chunk, &n);
 }

@@ -1,8 +1,7 @@
 /* The ragged batch around attention: checks, storing new rows, sharing tasks among threads, compaction. */
 #include "attention.h"
+#include "scratch.h"
 #include "thread_pool.h"
-
-#include <stdlib.h>
 
 enum {
     HEADS = 16,             /* query heads of one task */
@@ -37,11 +36,22 @@ static bool is_tree(const segment_t *s)
     return true;
 }
 
+static void store(char *to, const char *from, long width, const call_t *c)
+{
+    if (c->half == c->half_pages)
+        memcpy(to, from, (size_t)(width * (c->half ? 2 : 4)));
+    else if (c->half_pages)
+        store_row(to, (const float *)from, width, true);
+    else
+        load_row((float *)to, from, width, true);
+}
+
 /* Copies a segment's new rows into their slots. */
 static int write_rows(const segment_t *s)
 {
     const call_t *c = s->call;
-    long size = c->half ? 2 : 4, k_bytes = c->key_width * size, v_bytes = c->value_width * size;
+    long size = c->half ? 2 : 4, stored = c->half_pages ? 2 : 4;
+    long k_bytes = c->key_width * stored, v_bytes = c->value_width * stored;
     for (long u = s->stored; u < s->rows; u++) {
         long slot = s->base + u, index = slot / c->page_size, row = s->start + u;
         long page = index < c->max_pages ? s->pages[index] : -1;
@@ -49,8 +59,8 @@ static int write_rows(const segment_t *s)
             return BAD_PAGE;
         long at = (page * c->page_size + slot % c->page_size) * c->kv_heads;
         for (long h = 0; h < c->kv_heads; h++) {
-            memcpy(c->k_pages + (at + h) * k_bytes, c->k + (row * c->k_row + h * c->k_head) * size, (size_t)k_bytes);
-            memcpy(c->v_pages + (at + h) * v_bytes, c->v + (row * c->v_row + h * c->v_head) * size, (size_t)v_bytes);
+            store(c->k_pages + (at + h) * k_bytes, c->k + (row * c->k_row + h * c->k_head) * size, c->key_width, c);
+            store(c->v_pages + (at + h) * v_bytes, c->v + (row * c->v_row + h * c->v_head) * size, c->value_width, c);
         }
     }
     return OK;
@@ -115,14 +125,14 @@ static int attend_all(const call_t *c, const segment_t *segments, long *first)
         first[i] = tasks;
         tasks += tasks_of(segments + i, &cut);
     }
-    crew_run(work < TOO_SMALL ? 1 : c->threads, tasks, run_task, &cut);
+    run_chunks(work < TOO_SMALL ? 1 : c->threads, tasks, run_task, &cut);
     return cut.status;
 }
 
-/* Stores rows if `write`, then attends if `attend`. Returns OK, BAD_PAGE or BAD_TREE. */
+/* Stores rows, then attends. Returns OK, BAD_PAGE, BAD_TREE or NO_MEMORY. */
 int petal_attention(const call_t *c)
 {
-    segment_t *segments = malloc((size_t)c->segments * (sizeof *segments + sizeof(long)));
+    segment_t *segments = scratch(SEGMENTS, c->segments * (long)(sizeof *segments + sizeof(long)));
     long *first = (long *)(segments + c->segments);
     int status = segments ? OK : NO_MEMORY;
     for (long i = 0, passed = 0; i < c->segments && !status; i++) {
@@ -131,22 +141,26 @@ int petal_attention(const call_t *c)
         if (!is_tree(segments + i))
             status = BAD_TREE;
     }
-    for (long i = 0; i < c->segments && c->write && !status; i++)
+    for (long i = 0; i < c->segments && !status; i++)
         status = write_rows(segments + i);
-    if (c->attend && !status)
+    if (!status)
         status = attend_all(c, segments, first);
-    free(segments);
     return status;
 }
 
-/* In each pool of rows, moves slot from[i] to slot to[i] <= from[i], in increasing order. */
-void petal_move_rows(char *const *pools, const int64_t *row_bytes, int64_t count, const int32_t *pages,
-                     int64_t page_size, const int32_t *from, const int32_t *to, int64_t rows)
+/* In each pool of rows, moves row from[i] to to[i], all read before any is written; nonzero where memory lacks. */
+int petal_move_rows(char *const *pools, const int64_t *row_bytes, long count, const int64_t *from, const int64_t *to,
+                    long rows)
 {
-    for (int64_t i = 0; i < rows; i++) {
-        int64_t a = (int64_t)pages[from[i] / page_size] * page_size + from[i] % page_size;
-        int64_t b = (int64_t)pages[to[i] / page_size] * page_size + to[i] % page_size;
-        for (int64_t p = 0; p < count && a != b; p++)
-            memcpy(pools[p] + b * row_bytes[p], pools[p] + a * row_bytes[p], (size_t)row_bytes[p]);
+    for (long p = 0; p < count; p++) {
+        size_t bytes = (size_t)row_bytes[p];
+        char *room = scratch(ROWS, rows * row_bytes[p]);
+        if (!room)
+            return 1;
+        for (long i = 0; i < rows; i++)
+            memcpy(room + (size_t)i * bytes, pools[p] + (size_t)from[i] * bytes, bytes);
+        for (long i = 0; i < rows; i++)
+            memcpy(pools[p] + (size_t)to[i] * bytes, room + (size_t)i * bytes, bytes);
     }
+    return 0;
 }

@@ -36,5 +36,5 @@ void petal_rotate(float *x, const float *cos, const float *sin, long rows, long 
                   long threads)
 {
     rotary_t r = {x, cos, sin, rows, heads, width, row};
-    crew_run(rows * heads * width < TOO_SMALL ? 1 : threads, (rows + BLOCK - 1) / BLOCK, run_chunk, &r);
+    run_chunks(rows * heads * width < TOO_SMALL ? 1 : threads, (rows + BLOCK - 1) / BLOCK, run_chunk, &r);
 }

@@ -93,5 +93,5 @@ static void run_row(void *job, long row)
 void petal_topk(float *values, int64_t *columns, const float *x, long rows, long width, long count, long threads)
 {
     topk_t t = {values, columns, x, width, count};
-    crew_run(threads, rows, run_row, &t);
+    run_chunks(threads, rows, run_row, &t);
 }

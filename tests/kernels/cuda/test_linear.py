@@ -37,7 +37,7 @@ def on_card(case: str, shape: tuple[int, int], seed: int = 0) -> tuple[Weights, 
         noise = torch.Generator().manual_seed(3)
         tensors["scales"] = (torch.randn(tensors["scales"].shape, generator=noise) * 3).exp().clamp(max=6e4).half()
     tensors = {name: t.cuda() for name, t in tensors.items()}
-    dense = format.dequantize(format.pack(tensors, shape), shape)
+    dense = format.dequantize(tensors, shape)
     return pack(fields(format, tensors, shape)), dense
 
 
@@ -124,7 +124,7 @@ def test_gated_products_leave_the_next_activations(linear, case):
         tensors = {name: t.cuda() for name, t in random_tensors(format, shape, seed).items()}
         if seed == 2 and case == "aqlm":
             tensors["codebooks"] = parts[0][1]["codebooks"]
-        parts.append((fields(format, tensors, shape), tensors, format.dequantize(format.pack(tensors, shape), shape)))
+        parts.append((fields(format, tensors, shape), tensors, format.dequantize(tensors, shape)))
     weights = pack(interleave(parts[0][0], parts[1][0]))
     x = torch.randn(200, shape[1], device="cuda").bfloat16()
     patterns = []

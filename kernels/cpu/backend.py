@@ -1,0 +1,100 @@
+"""The CPU: C kernels compiled for this machine at first use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backend import Backend, LayerSpec
+from ..formats.base import Format, QuantizedTensor, Shape
+from ..formats.dense import Dense
+from . import elementwise, layout
+from .attention import CpuKVStorage
+from .build import Library, compiled
+from .elementwise import RMSNorm
+from .linear import PackedLinear, panel_nbytes
+from .quantized import QuantizedLinear
+
+
+class NoCompiler(RuntimeError):
+    """The kernels could not be built here."""
+
+
+class CpuBackend(Backend):
+    """Everything in native code; a row's bits depend on that row and its cache alone, whatever the threads."""
+
+    name = "cpu"
+    native = True
+
+    def __init__(self) -> None:
+        """Raises NoCompiler."""
+        path = compiled()
+        if path is None:
+            raise NoCompiler("the native kernels need a C compiler; install one")
+        self.library = Library(path, torch.get_num_threads())
+        super().__init__(torch.device("cpu"))
+
+    @property
+    def threads(self) -> int:
+        """Of the kernels: torch's number when the backend was made, unless somebody chose another."""
+        return self.library.threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self.library.threads = count
+
+    def linear(
+        self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> PackedLinear | QuantizedLinear:
+        """See `Backend`."""
+        if isinstance(weight, Tensor):
+            return PackedLinear(self.library, weight, bias, dtype)
+        if _in_panels(weight.format):
+            weight.format.check(weight.tensors, weight.shape)
+            return PackedLinear(self.library, weight.tensors["weight"], bias, dtype)
+        return QuantizedLinear(self.library, weight, bias)
+
+    def nbytes(self, format: Format, shape: Shape) -> int:
+        """See `Backend`."""
+        if isinstance(format, Dense) and _in_panels(format):
+            return panel_nbytes(format.dtype, shape)
+        return layout.nbytes(format, shape)
+
+    def rms_norm(self, weight: Tensor, epsilon: float) -> RMSNorm:
+        """See `Backend`; float32."""
+        return RMSNorm(self.library, weight, epsilon)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See `Backend`; float32, angles contiguous."""
+        return elementwise.rotate(self.library, x, cos, sin)
+
+    def silu_gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """See `Backend`; float32."""
+        return elementwise.silu_gate(self.library, gate, up)
+
+    def topk(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """See `Backend`; at most `elementwise.MOST` of them."""
+        return elementwise.topk(self.library, x, count)
+
+    def kv_storage(
+        self, layers: Sequence[LayerSpec], n_pages: int, page_size: int, dtype: torch.dtype = torch.float32
+    ) -> CpuKVStorage:
+        """See `Backend`."""
+        return CpuKVStorage(self.library, layers, n_pages, page_size, dtype)
+
+    def arithmetic(self, dtype: torch.dtype) -> str:
+        """See `Backend`."""
+        return "amx" if dtype == torch.bfloat16 and self.library.matrix_unit() else "native"
+
+    def exactness_obstacle(self, widths: Sequence[int]) -> str:
+        """See `Backend`."""
+        # torch computes the ends of odd tensors with other code than their bulk.
+        odd = [width for width in widths if width % 32]
+        return f"the model has layers of width {odd[0]}, no multiple of 32" if odd else ""
+
+
+def _in_panels(format: Format) -> bool:
+    """Whether a format's weights are multiplied as dense ones are."""
+    return isinstance(format, Dense) and format.dtype != torch.float16

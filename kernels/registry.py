@@ -1,0 +1,51 @@
+"""Backends by what a person calls a device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from .backend import Backend
+from .cpu.backend import CpuBackend, NoCompiler
+from .torch.backend import TorchBackend
+
+log = logging.getLogger(__name__)
+
+
+class NoBackend(ValueError):
+    """There is no such device; the message is one sentence that says which there are."""
+
+
+def backend_for(device: str = "cpu") -> Backend:
+    """A backend for one span: "cpu", or a device of torch's such as "cuda:1". Raises NoBackend."""
+    kind = device.partition(":")[0]
+    if kind not in BACKENDS:
+        raise NoBackend(f"there is no backend for the device {device!r}: choose one of {', '.join(BACKENDS)}.")
+    return BACKENDS[kind](device)
+
+
+def _cpu(device: str) -> Backend:
+    if device != "cpu":
+        raise NoBackend(f"there is one CPU, so no {device!r}: say cpu.")
+    try:
+        return CpuBackend()
+    except NoCompiler:  # said by the build
+        return TorchBackend(torch.device("cpu"))
+
+
+def _torch(device: str) -> Backend:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise NoBackend(f"the device {device!r} cannot be used here: {reason}.") from error
+    log.warning("%s computes through torch, without kernels of our own: that is slow", device)
+    return TorchBackend(torch.device(device))
+
+
+BACKENDS: dict[str, Callable[[str], Backend]] = {
+    "cpu": _cpu,
+    **dict.fromkeys(("cuda", "mps", "xpu"), _torch),
+}
