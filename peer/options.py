@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import socket
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..protocol.host import outward_host
-from ..protocol.paths import data_dir
+from ..protocol.host import WILDCARDS, outward_host, with_port
 from .limits.quotas import NO_QUOTAS, Quotas
 
 DTYPES = ("float32", "bf16")
+DEFAULT_CACHE_TOKENS = 16384
 QUANTS = ("none", "int8", "int4", "nf4", "gguf", "aqlm", "spqr")
 
 
@@ -17,7 +18,9 @@ QUANTS = ("none", "int8", "int4", "nf4", "gguf", "aqlm", "spqr")
 class ServeOptions:
     """One peer. `blocks` and `num_blocks` override the span that the peer would choose.
 
-    quant: one of QUANTS, or None for what checkpoint and memory suggest; dtype: one of DTYPES, of what stays dense.
+    quant: one of QUANTS, or None for what swarm, checkpoint and memory suggest; dtype: one of DTYPES, of what stays
+    dense. host: an IP address. identity: a file, or None for this user's first that no peer runs as. cache_tokens:
+    None for as many as DEFAULT_CACHE_TOKENS where memory allows.
     """
 
     model: str
@@ -30,11 +33,11 @@ class ServeOptions:
     relay: bool = False
     initial_peers: tuple[str, ...] = ()
     join: str | None = None
-    identity: Path = field(default_factory=lambda: data_dir() / "identity")
+    identity: Path | None = None
     device: str = "cpu"
     dtype: str | None = None
     quant: str | None = "none"
-    cache_tokens: int = 16384
+    cache_tokens: int | None = None
     max_sessions: int = 64
     threads: int | None = None
     exact: bool = False
@@ -44,9 +47,21 @@ class ServeOptions:
     replay_bytes: int = 1 << 30
     quotas: Quotas = NO_QUOTAS
 
+    def contradiction(self) -> str:
+        """Which options exclude each other, and what to do; empty where none do."""
+        if self.blocks is not None and self.num_blocks is not None:
+            return "--blocks and --num-blocks contradict each other; give one of them"
+        if self.join is not None and self.initial_peers:
+            return "--join knows the swarm's addresses; leave --initial-peers out"
+        if self.join is not None and self.relay:
+            return "a private swarm has no libp2p to relay; leave --relay out"
+        return ""
+
     def announced(self, port: int) -> str:
         """The host:port under which others reach this peer."""
-        return self.announce or f"{self._reachable_host()}:{port}"
+        return self.announce or with_port(self._reachable_host(), port)
 
     def _reachable_host(self) -> str:
-        return outward_host() if self.host in ("0.0.0.0", "[::]", "::") else self.host
+        if self.host not in WILDCARDS:
+            return self.host
+        return outward_host(socket.AF_INET6 if self.host == "::" else socket.AF_INET)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
 
 import grpc
 import torch
@@ -15,21 +14,23 @@ from ..protocol.checkpoint.checkpoint import Checkpoint
 from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.directory.dht import DhtDirectory
 from ..protocol.directory.directory import DirectoryError
+from ..protocol.host import WILDCARDS, is_loopback, listening_obstacle, with_port
 from ..protocol.petal_pb2_grpc import DirectoryStub, add_DirectoryServicer_to_server, add_PeerServicer_to_server
 from ..protocol.private.gossip import GossipDirectory
 from ..protocol.private.joining import join
 from ..protocol.private.membership import Membership
-from ..protocol.trust.identity import Identity
 from ..protocol.trust.interceptor import TrustInterceptor
 from ..protocol.trust.trust import PublicTrust, Trust
 from ..protocol.wire.limits import DIRECTORY_OPTIONS, MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
 from .engine.engine import Engine
 from .engine.kv_cache import KVCache
+from .identity import Claim
 from .limits.admission import Admission
 from .model import Span, load_span
 from .model.precision import NONE, WeightPrecision, choose_precision, fitting_blocks, precision_of, span_bytes
-from .options import ServeOptions
+from .options import DEFAULT_CACHE_TOKENS, ServeOptions
 from .placement import choose_span
+from .progress import StartProgress
 from .rpc.announcement import Announcement
 from .rpc.open_checks import FEATURES, ServiceInfo
 from .rpc.service import PeerService
@@ -42,36 +43,35 @@ class ServeError(RuntimeError):
     """Why a peer cannot start, in one sentence that says what to do."""
 
 
-@dataclass
-class Progress:
-    """What a person wants to see while a peer starts."""
-
-    stage: Callable[[str], None] = lambda text: None
-    loading: Callable[[int, int], None] = lambda done, total: None
-
-
 class PeerServer:
     """A running peer. `start` returns when it serves; `stop` leaves cleanly."""
 
-    def __init__(self, options: ServeOptions, progress: Progress | None = None) -> None:
+    def __init__(self, options: ServeOptions, progress: StartProgress | None = None) -> None:
         self.options = options
-        self._progress = progress or Progress()
+        self._progress = progress or StartProgress()
+        self._cache_tokens = options.cache_tokens or DEFAULT_CACHE_TOKENS
 
     async def start(self) -> None:
-        """Raises CheckpointError, DirectoryError or ServeError."""
-        options = self.options
-        self.checkpoint = open_checkpoint(options.model)
+        """Raises CheckpointError, DirectoryError, IdentityInUse or ServeError."""
+        self._claim = Claim.named(self.options.identity)
         try:
-            self.backend = backend_for(options.device)
-        except NoBackend as error:
-            raise ServeError(str(error)) from error
-        self._precision = self._choose_precision()
-        self._set_up_threads()
-        self.identity = Identity.load_or_create(options.identity)
+            await self._start()
+        except BaseException:
+            self._claim.release()
+            raise
+
+    async def _start(self) -> None:
+        options, self.identity = self.options, self._claim.identity
+        # Off the loop, which hears signals meanwhile: a hub may be slow to answer, and kernels are compiled.
+        await asyncio.to_thread(self._open)
         self.trust = await self._trust()
         self._grpc = grpc.aio.server(interceptors=[TrustInterceptor(self.trust)], options=SERVER_OPTIONS)
-        self.port = self._bind(f"{options.host}:{options.port}")
+        self.port = self._bind()
         self.address = options.announced(self.port)
+        if is_loopback(self.address.rpartition(":")[0]) and options.host in WILDCARDS:
+            self._progress.note(
+                "this machine has no network: only programs on it reach this peer; --announce host:port says otherwise"
+            )
         try:
             self._progress.stage("joining the swarm")
             self.directory = await self._join_directory()
@@ -84,6 +84,15 @@ class PeerServer:
         except BaseException:
             await self._grpc.stop(None)
             raise
+
+    def _open(self) -> None:
+        self.checkpoint = open_checkpoint(self.options.model)
+        try:
+            self.backend = backend_for(self.options.device)
+        except NoBackend as error:
+            raise ServeError(str(error)) from error
+        self._precision = self._choose_precision()
+        self._set_up_threads()
 
     def _set_up_threads(self) -> None:
         """In exact mode torch's own operations keep to one thread: where it cuts a tensor would show in the bits."""
@@ -98,12 +107,7 @@ class PeerServer:
         options = self.options
         if options.join is None:
             return PublicTrust(self.identity)
-        if options.initial_peers:
-            raise ServeError("--join knows the swarm's addresses; leave --initial-peers out")
-        if options.relay:
-            raise ServeError("a private swarm has no libp2p to relay; leave --relay out")
-        folder = options.identity.with_name(f"{options.identity.name}.members")
-        return await join(options.join, self.identity, folder)
+        return await join(options.join, self.identity, self._claim.memberships)
 
     def _choose_precision(self) -> WeightPrecision:
         options = self.options
@@ -113,12 +117,25 @@ class PeerServer:
         free = free_bytes(self.backend)
         return choose_precision(self.checkpoint, options.dtype, wanted, free, self.backend)
 
-    def _bind(self, wanted: str) -> int:
+    def _bind(self) -> int:
+        """The port that was asked for, or the last one again, so that saved lines stay true, or any."""
+        host = self.options.host
+        port = self.options.port or self._last_port("grpc")
         try:
-            return self._grpc.add_secure_port(wanted, self.trust.server_credentials())
+            bound = self._grpc.add_secure_port(with_port(host, port), self.trust.server_credentials())
         except RuntimeError as error:
-            reason = "the port is in use or not yours; choose another --port"
-            raise ServeError(f"cannot listen on {wanted}: {reason}") from error
+            reason = listening_obstacle(host, port) or "the port is in use or not yours"
+            raise ServeError(f"cannot listen on {with_port(host, port)}: {reason}; choose another --port") from error
+        self._claim.remember_port("grpc", bound)
+        return bound
+
+    def _last_port(self, kind: str) -> int:
+        """Where this identity's peer listened last, if that is free; 0 for any."""
+        port = self._claim.port(kind)
+        if port and (obstacle := listening_obstacle(self.options.host, port)):
+            self._progress.note(f"{kind} port {port}, the last one, cannot be had ({obstacle}): it is another now")
+            return 0
+        return port
 
     async def _join_directory(self) -> DhtDirectory | GossipDirectory:
         options = self.options
@@ -126,12 +143,17 @@ class PeerServer:
             gossip = GossipDirectory(self.trust, self.address)
             await gossip.join()
             return gossip
-        return await DhtDirectory.create(
-            options.identity,
+        family = "ip6" if ":" in options.host else "ip4"
+        port = options.dht_port or self._last_port("dht")
+        directory = await DhtDirectory.create(
+            self._claim.path,
             initial_peers=await bootstrap_addresses(options.initial_peers, self.trust),
-            listen=(f"/ip4/{options.host}/tcp/{options.dht_port}",),
+            listen=(f"/{family}/{options.host}/tcp/{port}",),
             relay=options.relay,
         )
+        if found := re.search(r"/tcp/(\d+)/", " ".join(await directory.multiaddrs())):
+            self._claim.remember_port("dht", int(found[1]))
+        return directory
 
     async def _load(self) -> None:
         """Choose a span, load it off the loop, and measure it."""
@@ -142,7 +164,7 @@ class PeerServer:
         self.span = await asyncio.to_thread(self._load_span)
         if options.exact and (obstacle := self.span.exactness_obstacle()):
             raise ServeError(f"--exact cannot be promised here: {obstacle}")
-        cache = KVCache(self.backend, self.span.layers, options.cache_tokens)
+        cache = KVCache(self.backend, self.span.layers, self._cache_tokens)
         self._throughput = await asyncio.to_thread(decode_tokens_per_s, self.span)
         digests = await asyncio.to_thread(checkpoint.block_digests, self.blocks.start, self.blocks.stop)
         self._digests = {part: bytes.fromhex(digest) for part, digest in digests.items()}
@@ -240,6 +262,7 @@ class PeerServer:
         await self._grpc.stop(grace=1.0)
         await asyncio.to_thread(self.engine.stop)
         await self.directory.close()
+        self._claim.release()
 
     def record(self) -> pb.PeerRecord:
         """What the directory says of this peer, as of now."""
@@ -265,7 +288,7 @@ class PeerServer:
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL,
             context_length=self.span.context_length,
-            cache_tokens=self.options.cache_tokens,
+            cache_tokens=self._cache_tokens,
             max_sessions=self.options.max_sessions,
             max_rows=MAX_ROWS,
             throughput=self._throughput,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ...protocol import program
 from ..routing.connect import connect
 from ..swarm import SwarmModel
 from .explain import CAVEAT, explain, table
@@ -38,7 +39,7 @@ from .options import (
 from .private import commands as private_swarms
 from .report import speed_line
 from .status import print_status, swarm_status
-from .terminal import console, converse, guarded, peer_program, print_json, show
+from .terminal import console, converse, peer_program, print_json, show
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
 swarm_app = typer.Typer(no_args_is_help=True, help="Look at a swarm; make private ones.")
@@ -92,18 +93,15 @@ def generate(
     """Answer one prompt."""
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
-    def run() -> None:
-        with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
-            talk = swarm.chat()
-            chunks = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
-            if as_json:
-                print_json(chunks)
-            else:
-                shown = show(chunks, verbose)
-                if verbose:
-                    console.print(speed_line(shown))
-
-    guarded(run)
+    with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
+        talk = swarm.chat()
+        chunks = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
+        if as_json:
+            print_json(chunks)
+        else:
+            shown = show(chunks, verbose)
+            if verbose:
+                console.print(speed_line(shown))
 
 
 @app.command()
@@ -130,11 +128,8 @@ def chat(
     """Talk with the model; /regen answers again, /exit or Ctrl-D ends."""
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
-    def run() -> None:
-        with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
-            converse(swarm, settings, system, verbose)
-
-    guarded(run)
+    with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
+        converse(swarm, settings, system, verbose)
 
 
 @app.command()
@@ -147,18 +142,14 @@ def route(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """The peers that a session would run through now."""
-
-    def run() -> None:
-        with SwarmModel.connect(model, initial_peers or [], join=join, trusted_ends=ends or ()) as swarm:
-            stops = explain(swarm.route(), swarm.trusted_ends, local_ends=False)
-        if as_json:
-            print(json.dumps(stops))
-        elif explained:
-            Console().print(table(stops), CAVEAT)
-        else:
-            print(" -> ".join(f"{stop['address']} [{stop['blocks'][0]}:{stop['blocks'][1]}]" for stop in stops))
-
-    guarded(run)
+    with SwarmModel.connect(model, initial_peers or [], join=join, trusted_ends=ends or ()) as swarm:
+        stops = explain(swarm.route(), swarm.trusted_ends, local_ends=False)
+    if as_json:
+        print(json.dumps(stops))
+    elif explained:
+        Console().print(table(stops), CAVEAT)
+    else:
+        print(" -> ".join(f"{stop['address']} [{stop['blocks'][0]}:{stop['blocks'][1]}]" for stop in stops))
 
 
 @app.command()
@@ -187,14 +178,11 @@ def status(
         finally:
             await directory.close()
 
-    def run() -> None:
-        report = asyncio.run(look())
-        if as_json:
-            print(json.dumps(report))
-        else:
-            print_status(report, Console())
-
-    guarded(run)
+    report = asyncio.run(look())
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_status(report, Console())
 
 
 @app.command(
@@ -233,7 +221,7 @@ def demo(
     from .demo import run_demo
 
     settings = settings_of(max_new_tokens, temperature, 0, 1.0, 0.0, 1.0, seed, drafter, None)
-    guarded(lambda: run_demo(prompt, peers, settings, chatting, console))
+    run_demo(prompt, peers, settings, chatting, console)
 
 
 @app.command()
@@ -251,18 +239,14 @@ def distill(
     seed: Seed = 0,
 ) -> None:
     """Make a drafter for a model that has no small sibling: a small Llama that learns to say what the model says."""
-
-    def run() -> None:
-        try:
-            from ..distill.run import Options, distill
-            from ..distill.shape import parameters_of
-        except ImportError as error:
-            raise ValueError("training needs more packages: pip install 'petal-swarm[distill]'") from error
-        peers = tuple(initial_peers or ())
-        distill(Options(target, out, parameters_of(size), minutes, data, gguf, head, peers, seed))
-
-    guarded(run)
+    try:
+        from ..distill.run import Options, distill
+        from ..distill.shape import parameters_of
+    except ImportError as error:
+        raise ValueError("training needs more packages: pip install 'petal-swarm[distill]'") from error
+    peers = tuple(initial_peers or ())
+    distill(Options(target, out, parameters_of(size), minutes, data, gguf, head, peers, seed))
 
 
-def main() -> None:
-    app()
+def main(arguments: list[str] | None = None) -> None:
+    program.run(app, "petal", arguments)

@@ -6,12 +6,28 @@ from typing import Annotated, Any
 
 import typer
 
+from ...protocol.directory.addresses import check_peer
 from ...protocol.private import ENVIRONMENT
 
 Model = Annotated[str, typer.Argument(help="The model as its peers name it: hub id, path, or [b]demo[/b].")]
+
+
+def _check_peers(peers: list[str] | None) -> list[str] | None:
+    for peer in peers or ():
+        try:
+            check_peer(peer)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    return peers
+
+
 Peers = Annotated[
     list[str] | None,
-    typer.Option(help="Any peer of the swarm: gRPC host:port or libp2p multiaddr.", envvar="PETAL_INITIAL_PEERS"),
+    typer.Option(
+        help="Any peer of the swarm: gRPC host:port or libp2p multiaddr.",
+        envvar="PETAL_INITIAL_PEERS",
+        callback=_check_peers,
+    ),
 ]
 Join = Annotated[
     str | None, typer.Option(envvar=ENVIRONMENT, help="Of a private swarm: an invitation, or a file that holds it.")

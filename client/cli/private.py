@@ -7,12 +7,11 @@ import json
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ...protocol.directory.records import is_address
@@ -43,23 +42,19 @@ def init(
     address: Address = None,
 ) -> None:
     """Make a private swarm: its root key, and this machine as its first admin."""
+    from ...protocol.private.authority import Authority
 
-    def run() -> None:
-        from ...protocol.private.authority import Authority
-
-        authority = Authority.init(name, _reachable(address))
-        root = authority.folder / "root.key"
-        console.print(
-            f"The swarm [b]{name}[/b] has the root key [cyan]{root}[/cyan]\n"
-            "Whoever has it rules the swarm: move it to a place that is offline; only admins need it, when they come, "
-            "go or rotate.\n"
-            f"Now leave [cyan]petal swarm admin {name}[/cyan] running here ({authority.address}), and invite others: "
-            f"[cyan]petal swarm invite {name}[/cyan]",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    _guarded(run)
+    authority = Authority.init(name, _reachable(address))
+    root = authority.folder / "root.key"
+    console.print(
+        f"The swarm [b]{name}[/b] has the root key [cyan]{root}[/cyan]\n"
+        "Whoever has it rules the swarm: move it to a place that is offline; only admins need it, when they come, "
+        "go or rotate.\n"
+        f"Now leave [cyan]petal swarm admin {name}[/cyan] running here ({authority.address}), and invite others: "
+        f"[cyan]petal swarm invite {name}[/cyan]",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @commands.command()
@@ -71,14 +66,10 @@ def invite(
     label: Annotated[list[str] | None, typer.Option(help="What routes and quotas go by, such as lab=oxford.")] = None,
 ) -> None:
     """Print one line that lets others join; only this admin redeems it."""
+    from ...protocol.private.certificates import parse_label
 
-    def run() -> None:
-        from ...protocol.private.certificates import parse_label
-
-        labels = dict(parse_label(text) for text in label or ())
-        print(_authority(name).invite(role, labels, uses, _seconds(expires)))
-
-    _guarded(run)
+    labels = dict(parse_label(text) for text in label or ())
+    print(_authority(name).invite(role, labels, uses, _seconds(expires)))
 
 
 @commands.command()
@@ -104,7 +95,7 @@ def admin(
         await leaving.wait()
         await server.stop()
 
-    _guarded(lambda: asyncio.run(serve()))
+    asyncio.run(serve())
 
 
 @commands.command()
@@ -113,15 +104,11 @@ def members(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Whom this admin has let in."""
-
-    def run() -> None:
-        newest = {issue.name: issue for issue in _authority(name).ledger.issues()}
-        if as_json:
-            print(json.dumps([vars(issue) | {"serial": f"{issue.serial:x}"} for issue in newest.values()]))
-        else:
-            Console().print(_table(newest.values()))
-
-    _guarded(run)
+    newest = {issue.name: issue for issue in _authority(name).ledger.issues()}
+    if as_json:
+        print(json.dumps([vars(issue) | {"serial": f"{issue.serial:x}"} for issue in newest.values()]))
+    else:
+        Console().print(_table(newest.values()))
 
 
 @commands.command()
@@ -130,30 +117,22 @@ def revoke(
     name: Annotated[str | None, typer.Option("--swarm", help="Where this machine administers several.")] = None,
 ) -> None:
     """Put a member out, with everybody it has let in if it is an admin. Its running sessions are cut."""
-
-    def run() -> None:
-        authority = _authority(name)
-        found = {issue.name for issue in authority.ledger.issues() if issue.name.startswith(member)}
-        if len(found) != 1:
-            raise ValueError(f"{len(found)} members have an id that begins with {member!r}; give one of `members`")
-        issues = authority.revoke(found.pop())
-        console.print(f"Revoked {issues[0].role} {issues[0].name[:SHORT]}.", highlight=False)
-        told = asyncio.run(_tell(authority))
-        console.print(f"{told} members know already; the others hear of it within seconds.", highlight=False)
-
-    _guarded(run)
+    authority = _authority(name)
+    found = {issue.name for issue in authority.ledger.issues() if issue.name.startswith(member)}
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} members have an id that begins with {member!r}; give one of `members`")
+    issues = authority.revoke(found.pop())
+    console.print(f"Revoked {issues[0].role} {issues[0].name[:SHORT]}.", highlight=False)
+    told = asyncio.run(_tell(authority))
+    console.print(f"{told} members know already; the others hear of it within seconds.", highlight=False)
 
 
 @commands.command()
 def rotate(name: Swarm = None) -> None:
     """Give this admin a new key, signed by the root. Members stay; invitations that are out are void."""
-
-    def run() -> None:
-        authority = _authority(name)
-        authority.rotate()
-        console.print(f"The admin of {authority.swarm} has a new key; put the root key away again.", highlight=False)
-
-    _guarded(run)
+    authority = _authority(name)
+    authority.rotate()
+    console.print(f"The admin of {authority.swarm} has a new key; put the root key away again.", highlight=False)
 
 
 async def _tell(authority: Authority) -> int:
@@ -198,12 +177,3 @@ def _table(issues: Iterable[Issue]) -> Table:
         until = time.strftime("%Y-%m-%d %H:%M", time.localtime(issue.not_after))
         table.add_row(issue.name[:SHORT], issue.role, labels, until, "[red]revoked[/red]" if issue.revoked else "")
     return table
-
-
-def _guarded(run: Callable[[], None]) -> None:
-    """One-line errors that say what to do."""
-    try:
-        run()
-    except (ValueError, OSError, RuntimeError) as error:
-        console.print(f"[red]petal:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error

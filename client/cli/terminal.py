@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -91,15 +90,3 @@ def print_json(chunks: Iterator[OutputChunk]) -> None:
     print(json.dumps(answer if broken is None else {**answer, "error": str(broken)}))
     if broken:
         raise broken
-
-
-def guarded(run: Callable[[], None]) -> None:
-    """One-line errors that say what to do; a stack trace would help nobody."""
-    try:
-        run()
-    except EXPECTED as error:
-        # What is in an error is never markup, and a line is a line however narrow the terminal is.
-        console.print(f"[red]petal:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None

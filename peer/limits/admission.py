@@ -7,17 +7,10 @@ import time
 from dataclasses import dataclass, field
 
 from ..engine.page_table import PAGE
+from .refused import Refused
 
 # Who was refused is taken to wait for so long.
 PATIENCE_S = 10.0
-
-
-class Refused(Exception):
-    """No room; the message says what is free and when to try again. `final`: there never will be."""
-
-    def __init__(self, reason: str, final: bool = False) -> None:
-        super().__init__(reason)
-        self.final = final
 
 
 @dataclass(frozen=True)

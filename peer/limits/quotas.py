@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...protocol.trust.trust import Principal
-from .admission import Refused
+from .refused import Refused
 
 # Clients remembered after their last session.
 _KNOWN = 4096

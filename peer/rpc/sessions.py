@@ -12,8 +12,9 @@ from ...protocol.trust.trust import AuthContext, Principal, Trust, TrustError, c
 from ...protocol.wire.limits import PROTOCOL, WINDOW_BYTES
 from ..engine.engine import Engine
 from ..engine.fair_queue import Tenant
-from ..limits.admission import Admission, Refused
+from ..limits.admission import Admission
 from ..limits.quotas import Quotas, QuotaUsage, QuotaUsages
+from ..limits.refused import Refused
 from ..session.replay import ReplayBudget
 from ..session.session import PeerSession
 from ..session.spec import SessionFailed, SessionSpec

@@ -17,8 +17,8 @@ from ...protocol import petal_pb2 as pb
 from ...protocol.wire.limits import UNREAD_BYTES
 from ..engine.engine import Engine
 from ..engine.step import BadStep, DeadlinePassed, Step, StepFailed, StepOutput
-from ..limits.admission import Refused
 from ..limits.quotas import QuotaUsage
+from ..limits.refused import Refused
 from .flow_control import CreditWindow
 from .next_hop import NextHop
 from .outputs import Outputs, ToClient, ToNextHop

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 
+from ..paths import cache_dir
 from ..trust.private_file import remove_stale, write_private
 from .layout import Layout, TensorInfo
 
@@ -65,7 +65,7 @@ class DigestCache:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or Path(platformdirs.user_cache_dir("petal")) / "digests"
+        self.folder = folder or cache_dir() / "digests"
 
     def get(self, checkpoint: Parts, part: str) -> str:
         """Digest of one part of `checkpoint`: from disk if its files are unchanged, else computed and kept."""

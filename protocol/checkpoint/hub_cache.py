@@ -7,8 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-import platformdirs
-
+from ..paths import cache_dir
 from .layout import CheckpointError
 
 # Left free on the disk whatever the limit.
@@ -33,7 +32,7 @@ class HubCache:
             limit = None if text is None else int(float(text) * 1e9)
         except ValueError as error:
             raise CheckpointError(f"PETAL_CACHE_GB is {text!r}: give a number of gigabytes, such as 40.") from error
-        return cls(Path(platformdirs.user_cache_dir("petal")) / "hub", limit)
+        return cls(cache_dir() / "hub", limit)
 
     def find(self, model: str, commit: str, file: str) -> Path | None:
         """The file if it is here, which counts as a use."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from petal.client.cli.main import app
 from petal.client.distill import run as run_module
 from petal.client.distill.run import Options, distill
 from petal.client.distill.shape import DistillError, shape_for
@@ -18,8 +17,8 @@ from petal.client.drafting.model import DraftModel, ModelDrafter
 from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingParams
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
+from ..support.commands import petal
 from .distill_target import VOCAB, write_target
 
 SIZE = 60_000
@@ -187,9 +186,6 @@ def test_too_little_memory_is_said_before_anything_starts(target, tmp_path, monk
 
 
 def test_the_command_line_says_what_is_wrong(target, tmp_path):
-    told = CliRunner().invoke(app, ["distill", str(target), "--out", str(tmp_path / "out"), "--size", "big"])
-    assert told.exit_code == 1
-    assert "--size is a number of parameters such as 16M" in told.output
-    told = CliRunner().invoke(app, ["distill", str(target), "--out", str(tmp_path / "out"), "--size", "1K"])
-    assert told.exit_code == 1
-    assert "is too small for 64 tokens" in told.output
+    words = ("distill", target, "--out", tmp_path / "out", "--size")
+    assert "--size is a number of parameters such as 16M" in petal(*words, "big").line("petal")
+    assert "is too small for 64 tokens" in petal(*words, "1K").line("petal")

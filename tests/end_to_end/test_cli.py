@@ -17,11 +17,9 @@ from typing import Any
 
 import psutil
 import pytest
-from petal.client.cli import main as client_cli
-from petal.peer import cli as peer_cli
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from typer.testing import CliRunner
 
+from ..support.commands import Ran, petal, petal_serve
 from ..support.tiny import tiny_llama
 
 BIN = Path(sys.executable).parent
@@ -48,29 +46,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(app: Any, *arguments: object) -> tuple[int, str]:
-    """Exit code, and everything printed."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
-
-def error_line(program: str, code: int, output: str) -> str:
-    """The one line that says what is wrong."""
-    assert code == 1, output
-    assert "Traceback" not in output
-    lines = [line for line in output.splitlines() if line.strip()]
-    assert len(lines) == 1, output
-    assert lines[0].startswith(f"{program}: ")
-    return lines[0]
-
-
 # petal-serve refuses.
 
 
-def serve(model: object, *options: object, tmp_path: Path) -> tuple[int, str]:
-    return run(peer_cli.app, model, "--host", "127.0.0.1", "--identity", tmp_path / "identity", *options)
+def serve(model: object, *options: object, tmp_path: Path) -> Ran:
+    return petal_serve(model, "--host", "127.0.0.1", "--identity", tmp_path / "identity", *options)
 
 
 @pytest.mark.parametrize(
@@ -88,19 +68,16 @@ def serve(model: object, *options: object, tmp_path: Path) -> tuple[int, str]:
     ids=str,
 )
 def test_serve_usage_errors_exit_with_2(options: list[str], words: str, tmp_path: Path) -> None:
-    code, output = serve(tiny_llama(), *options, tmp_path=tmp_path)
-    assert code == 2
-    assert words in output
-    assert "Traceback" not in output
+    assert words in serve(tiny_llama(), *options, tmp_path=tmp_path).line("petal-serve", code=2)
 
 
 @pytest.mark.parametrize("name", ["nobody/such-model", "/no/such/folder", "no-such.gguf"])
 def test_serve_names_a_model_it_cannot_open(name: str, tmp_path: Path) -> None:
-    assert name in error_line("petal-serve", *serve(name, tmp_path=tmp_path))
+    assert name in serve(name, tmp_path=tmp_path).line("petal-serve")
 
 
 def test_serve_names_the_blocks_that_there_are(tmp_path: Path) -> None:
-    line = error_line("petal-serve", *serve(tiny_llama(), "--blocks", "2:9", tmp_path=tmp_path))
+    line = serve(tiny_llama(), "--blocks", "2:9", tmp_path=tmp_path).line("petal-serve")
     assert "--blocks 2:9" in line
     assert "blocks 0:4" in line
 
@@ -108,7 +85,7 @@ def test_serve_names_the_blocks_that_there_are(tmp_path: Path) -> None:
 def test_serve_says_that_the_port_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        line = error_line("petal-serve", *serve(tiny_llama(), "--port", port, tmp_path=tmp_path))
+        line = serve(tiny_llama(), "--port", port, tmp_path=tmp_path).line("petal-serve")
     assert f"127.0.0.1:{port}" in line
     assert "in use" in line
 
@@ -116,14 +93,14 @@ def test_serve_says_that_the_port_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("peer", ["127.0.0.1:1", NOBODY], ids=["grpc", "libp2p"])
 def test_serve_without_a_reachable_swarm_says_so(peer: str, tmp_path: Path) -> None:
     before = set(psutil.Process().children(recursive=True))
-    error_line("petal-serve", *serve(tiny_llama(), "--initial-peers", peer, tmp_path=tmp_path))
+    serve(tiny_llama(), "--initial-peers", peer, tmp_path=tmp_path).line("petal-serve")
     left = [child for child in psutil.Process().children(recursive=True) if child not in before]
     assert not [child for child in left if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_serve_says_which_identity_file_it_cannot_use(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    line = error_line("petal-serve", *serve(tiny_llama(), "--identity", tmp_path / "file" / "id", tmp_path=tmp_path))
+    line = serve(tiny_llama(), "--identity", tmp_path / "file" / "id", tmp_path=tmp_path).line("petal-serve")
     assert "file" in line
 
 
@@ -143,7 +120,7 @@ KEY = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<IQ", 8, 5)
     ids=["empty", "short", "another format", "no metadata", "no tensors", "garbage", "huge counts"],
 )
 def test_serve_refuses_a_corrupt_gguf(data: bytes, tmp_path: Path) -> None:
-    assert "model.gguf" in error_line("petal-serve", *serve(gguf(tmp_path, data), tmp_path=tmp_path))
+    assert "model.gguf" in serve(gguf(tmp_path, data), tmp_path=tmp_path).line("petal-serve")
 
 
 def spoil(folder: Path, kind: str) -> None:
@@ -164,45 +141,39 @@ def spoil(folder: Path, kind: str) -> None:
 def test_serve_refuses_corrupt_safetensors(kind: str, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_llama(), tmp_path / "spoilt")
     spoil(folder, kind)
-    assert "model.safetensors" in error_line("petal-serve", *serve(folder, tmp_path=tmp_path))
+    assert "model.safetensors" in serve(folder, tmp_path=tmp_path).line("petal-serve")
 
 
 @pytest.mark.parametrize("config", ["", "[]", "{}", '{"model_type": "no_such_family"}'])
 def test_serve_refuses_a_config_that_is_none(config: str, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_llama(), tmp_path / "spoilt")
     (folder / "config.json").write_text(config)
-    error_line("petal-serve", *serve(folder, tmp_path=tmp_path))
+    serve(folder, tmp_path=tmp_path).line("petal-serve")
 
 
 # petal.
 
 
-def petal(*arguments: object) -> tuple[int, str]:
-    return run(client_cli.app, *arguments)
-
-
 def test_generate_asks_for_a_peer(model: Path) -> None:
-    assert "name at least one peer" in error_line("petal", *petal("generate", model, "Hi"))
+    assert "name at least one peer" in petal("generate", model, "Hi").line("petal")
 
 
-@pytest.mark.parametrize("peer", ["127.0.0.1:1", "no.such.host.invalid:80", "nonsense"])
+@pytest.mark.parametrize("peer", ["127.0.0.1:1", "no.such.host.invalid:80"])
 def test_generate_names_peers_that_do_not_answer(model: Path, peer: str) -> None:
-    assert peer in error_line("petal", *petal("generate", model, "Hi", "--initial-peers", peer))
+    assert peer in petal("generate", model, "Hi", "--initial-peers", peer).line("petal")
 
 
 def test_errors_are_no_markup(model: Path) -> None:
-    assert "[/red]" in error_line("petal", *petal("generate", model, "Hi", "--initial-peers", "[/red]:1"))
+    assert "[/red]" in petal("generate", model, "Hi", "--initial-peers", "[/red]:1").line("petal", code=2)
 
 
 def test_status_asks_for_a_peer() -> None:
-    assert "name at least one peer" in error_line("petal", *petal("swarm", "status"))
+    assert "name at least one peer" in petal("swarm", "status").line("petal")
 
 
 def test_usage_errors_exit_with_2(model: Path) -> None:
     for arguments in (["generate"], ["generate", model, "Hi", "--max-new-tokens", 0], ["swarm", "nonsense"]):
-        code, output = petal(*arguments)
-        assert code == 2
-        assert "Traceback" not in output
+        petal(*arguments).line("petal", code=2)
 
 
 # Real processes.
@@ -212,6 +183,7 @@ class Peer:
     """A `petal-serve --json` process."""
 
     def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         program = [BIN / "petal-serve", *arguments, "--host", "127.0.0.1", "--threads", 1, "--json"]
         self.process = subprocess.Popen(
@@ -231,8 +203,8 @@ class Peer:
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def interrupt(self) -> int:
-        self.process.send_signal(signal.SIGINT)
+    def interrupt(self, number: int = signal.SIGINT) -> int:
+        self.process.send_signal(number)
         return self.process.wait(20)
 
 
@@ -265,42 +237,42 @@ def test_ready_line_says_all_that_a_program_needs(peers: list[Peer], model: Path
 def test_generate_answers(peers: list[Peer], model: Path) -> None:
     address = peers[0].ready["address"]
     command = ("generate", model, "Hi there", "--initial-peers", address, "--max-new-tokens", 4, "--raw", "--json")
-    code, output = petal(*command)
-    assert code == 0
-    answer = json.loads(output)
+    ran = petal(*command)
+    assert ran.code == 0
+    answer = json.loads(ran.out)
     assert len(answer["ids"]) <= 4
     assert answer["finish_reason"] in ("length", "stop")
-    assert petal(*command)[1].split('"seconds"')[0] == output.split('"seconds"')[0]
+    assert petal(*command).out.split('"seconds"')[0] == ran.out.split('"seconds"')[0]
 
 
 @pytest.mark.parametrize("raw", [["--raw"], []], ids=["raw", "chat"])
 def test_generate_refuses_a_prompt_longer_than_the_context(peers: list[Peer], model: Path, raw: list[str]) -> None:
     for letters in (513, 6000):
         address = peers[0].ready["address"]
-        line = error_line("petal", *petal("generate", model, "x" * letters, "--initial-peers", address, *raw))
+        line = petal("generate", model, "x" * letters, "--initial-peers", address, *raw).line("petal")
         assert f"{letters} tokens" in line
         assert "512 positions" in line
 
 
 def test_generate_of_a_model_that_nobody_serves(peers: list[Peer], model: Path, tmp_path: Path) -> None:
     other = shutil.copytree(model, tmp_path / "other")
-    line = error_line("petal", *petal("generate", other, "Hi", "--initial-peers", peers[0].ready["address"]))
+    line = petal("generate", other, "Hi", "--initial-peers", peers[0].ready["address"]).line("petal")
     assert "no peer serves" in line
     assert "other" in line
 
 
 def test_generate_refuses_bad_sampling(peers: list[Peer], model: Path) -> None:
     options = ("--initial-peers", peers[0].ready["address"], "--temperature", 1, "--top-p", 2)
-    assert "top_p is above 0 and at most 1" in error_line("petal", *petal("generate", model, "Hi", *options))
+    assert "top_p is above 0 and at most 1" in petal("generate", model, "Hi", *options).line("petal")
 
 
 def states(peers: list[Peer], expected: dict[str, str]) -> dict[str, str]:
     """State of every peer as the first one knows them, once it is as expected: news takes a while to come round."""
     end = time.monotonic() + 10  # a record lives 30 s: by then only a withdrawn one is gone
     while True:
-        code, text = petal("swarm", "status", "--initial-peers", peers[0].ready["address"], "--json")
-        assert code == 0
-        [model] = json.loads(text)["models"]
+        ran = petal("swarm", "status", "--initial-peers", peers[0].ready["address"], "--json")
+        assert ran.code == 0
+        [model] = json.loads(ran.out)["models"]
         found = {peer["peer_id"]: peer["state"] for peer in model["peers"]}
         if found == expected or time.monotonic() > end:
             return found
@@ -311,23 +283,37 @@ def test_status_shows_every_peer_even_one_that_hangs(peers: list[Peer]) -> None:
     command = ("swarm", "status", "--initial-peers", peers[0].ready["address"])
     expected = dict.fromkeys(names, "online")
     assert states(peers, expected) == expected
-    table = petal(*command)[1]
+    table = petal(*command).output
     assert "all 4 blocks are covered" in table
     assert all(name[-8:] in table for name in names)
     peers[1].process.send_signal(signal.SIGSTOP)
     try:
         expected[names[1]] = "unreachable"
         assert states(peers, expected) == expected
-        assert "unreachable" in petal(*command)[1]
+        assert "unreachable" in petal(*command).output
     finally:
         peers[1].process.send_signal(signal.SIGCONT)
 
 
-def test_interrupted_peer_withdraws_and_leaves_nothing_behind(peers: list[Peer]) -> None:
-    """Runs last in this file: afterwards only the first peer is left."""
+def test_a_second_peer_of_one_identity_is_refused(peers: list[Peer], model: Path) -> None:
+    identity = peers[0].arguments[2]
+    line = petal_serve(model, "--host", "127.0.0.1", "--identity", identity).line("petal-serve")
+    assert f"another peer of this machine runs as {identity}" in line
+    assert "--identity" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["Ctrl-C", "closed terminal"])
+def test_a_peer_that_is_told_to_end_withdraws_and_leaves_nothing_behind(
+    peers: list[Peer], model: Path, number: int
+) -> None:
+    """Runs last in this file: afterwards only the first peer is left, at the port and with the id that it had."""
+    former = peers[1].ready
+    if peers[1].process.poll() is not None:
+        peers[1] = Peer(*peers[1].arguments)
+        assert (peers[1].ready["address"], peers[1].ready["multiaddrs"]) == (former["address"], former["multiaddrs"])
     children = peers[1].children()
     assert children, "the DHT daemon is a child process"
-    assert peers[1].interrupt() == 0
+    assert peers[1].interrupt(number) == 0
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     expected = {peers[0].ready["peer_id"]: "online"}
     assert states(peers, expected) == expected

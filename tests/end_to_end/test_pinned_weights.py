@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from petal.client.cli.main import app
 from petal.client.routing.peers import ConnectError
-from typer.testing import CliRunner
 
+from ..support.commands import petal
 from ..support.swarms import local_swarm
 from ..support.tiny import tiny_llama
 
@@ -32,8 +31,7 @@ async def test_other_bytes_are_refused_until_they_are_accepted(tmp_path: Path) -
     async with local_swarm(altered(model, tmp_path), [range(0, 4)]) as swarm:
         with pytest.raises(ConnectError, match=f"known weights of {model.name}; 1 of its peers .* `petal forget"):
             await swarm.connect(wait_s=0).__aenter__()
-        done = CliRunner().invoke(app, ["forget", model.name])
-        assert done.exit_code == 0
+        assert petal("forget", model.name).code == 0
         async with swarm.connect() as client:
             assert len(await client.generate(PROMPT, max_new_tokens=2)) == len(PROMPT) + 2
 

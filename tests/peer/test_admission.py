@@ -2,7 +2,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 from petal.peer.engine.kv_cache import PAGE
-from petal.peer.limits.admission import Admission, Refused
+from petal.peer.limits.admission import Admission
+from petal.peer.limits.refused import Refused
 
 
 def test_reservations_are_whole_pages():

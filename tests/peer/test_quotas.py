@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from petal.peer.limits.admission import Refused
 from petal.peer.limits.quotas import Quota, Quotas, QuotaUsage, QuotaUsages
+from petal.peer.limits.refused import Refused
 from petal.protocol.trust.trust import Principal
 
 OXFORD = Principal("a" * 52, "client", (("lab", "oxford"),))

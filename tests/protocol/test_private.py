@@ -10,7 +10,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from petal.client.cli.main import app
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.private import membership as members
 from petal.protocol.private.authority import Authority
@@ -21,7 +20,8 @@ from petal.protocol.private.revocations import sign_list
 from petal.protocol.trust.identity import Identity
 from petal.protocol.trust.tls_key import TlsKey
 from petal.protocol.trust.trust import TrustError
-from typer.testing import CliRunner
+
+from ..support import commands
 
 DAY = datetime.timedelta(days=1)
 
@@ -39,10 +39,10 @@ def member_of(authority: Authority, folder: Path) -> Membership:
     return Membership.store(folder, key, pb.Issued(certificates=chain, root=root, revocations=lists))
 
 
-def petal(*words: str, **environment: str) -> str:
+def petal(*words: str) -> str:
     """What a command prints."""
-    done = CliRunner().invoke(app, words, env=environment)
-    assert done.exit_code == 0, done.output
+    done = commands.petal(*words)
+    assert done.code == 0, done.output
     return done.output
 
 
@@ -157,14 +157,14 @@ def test_the_commands(tmp_path: Path) -> None:
     petal("swarm", "rotate")
     assert authority.key.public_key != before
     (home / "root.key").rename(tmp_path / "offline")
-    refused = CliRunner().invoke(app, ["swarm", "rotate"])
-    assert refused.exit_code == 1
-    assert "needs the root key" in refused.output.replace("\n", " ")
+    assert "needs the root key" in commands.petal("swarm", "rotate").line("petal")
 
 
-def test_an_invitation_is_read_from_a_file_and_from_the_environment(authority: Authority, tmp_path: Path) -> None:
+def test_an_invitation_is_read_from_a_file_and_from_the_environment(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     token = authority.invite("client", {}, 1, 60)
     (tmp_path / "invitation").write_text(token + "\n")
     assert read_token(str(tmp_path / "invitation"))[0] == token
-    refused = CliRunner().invoke(app, ["swarm", "status"], env={"PETAL_JOIN": str(tmp_path / "nothing")})
-    assert "neither a token nor a file that holds one" in refused.output
+    monkeypatch.setenv("PETAL_JOIN", str(tmp_path / "nothing"))
+    assert "neither a token nor a file that holds one" in commands.petal("swarm", "status").line("petal")

@@ -1,0 +1,106 @@
+"""How Petal's programs run and end: whatever went wrong is one line that says what to do, never a stack trace."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import typer
+
+# Exit codes: of a fault, and of a wrong command line.
+FAULT, USAGE = 1, 2
+# Set to see where an error came from.
+DEBUG = "PETAL_DEBUG"
+# Errors whose message is a sentence for whoever typed the command, as are all of Petal's own.
+_SAID = (ValueError, OSError, RuntimeError)
+_REMEDIES = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room on that disk",
+    errno.EROFS: "name a place that can be written to",
+    errno.EACCES: "name a place that you may use",
+    errno.EPERM: "name a place that you may use",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "name a file, not a folder",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+_LONGEST = 600
+
+
+def die_quietly_of_signals() -> None:
+    """From the first moment on: an interrupt while Python still imports has nothing to clean up, nor to say."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+
+
+def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line to its end, which is the program's."""
+    import typer
+
+    # click's own, wherever typer keeps click
+    usage_error: type[Exception] = typer.BadParameter.__mro__[1]
+    _tolerate_any_text()
+    try:
+        code = app(arguments, prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
+    except usage_error as error:
+        _leave(USAGE, _usage(name, error))
+    except (typer.Abort, KeyboardInterrupt):
+        _leave(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # Python flushes once more on its way out, and would say that it cannot.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(FAULT)
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        _leave(getattr(error, "exit_code", FAULT), f"{name}: {sentence(error)}")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, in one line; of one that nobody foresaw, what it is and how to see more."""
+    text = " ".join(str(error).split())[:_LONGEST]
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        remedy = _REMEDIES.get(error.errno or 0)
+        return f"{place}{error.strerror}" + (f"; {remedy}" if remedy else "")
+    if text and (isinstance(error, _SAID) or type(error).__module__.startswith("petal.")):
+        return text
+    return (
+        f"this should not have happened ({type(error).__name__}: {text or 'no reason given'}); "
+        f"{DEBUG}=1 shows where, for a report"
+    )
+
+
+def _leave(code: int, line: str = "") -> NoReturn:
+    if line:
+        print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def _usage(name: str, error: Any) -> str:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return str(error.format_message())
+    message = " ".join(error.format_message().split()).rstrip(".")
+    command = error.ctx.command_path if error.ctx else name
+    return f"{name}: {message}; `{command} --help` shows what there is"
+
+
+def _tolerate_any_text() -> None:
+    """Text that the terminal's encoding lacks is printed as well as it goes."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Callable[..., None] | None = getattr(stream, "reconfigure", None)
+        if reconfigure:
+            reconfigure(errors="backslashreplace")
