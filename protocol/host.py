@@ -6,8 +6,6 @@ import errno
 import ipaddress
 import socket
 
-import psutil
-
 # Documentation's own addresses: nobody has them, so the way to them is the default route.
 _FAR = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 WILDCARDS = ("0.0.0.0", "::")
@@ -75,6 +73,8 @@ def _by_route(family: socket.AddressFamily) -> str:
 
 
 def _by_interface(family: socket.AddressFamily) -> list[str]:
+    import psutil  # few machines come here
+
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     found = [a.address for name in up for a in psutil.net_if_addrs().get(name, ()) if a.family == family]
     return [a for a in sorted(found) if "%" not in a and not is_loopback(a)]  # with a % it is good on one link only

@@ -95,6 +95,6 @@ def test_imports_on_other_systems(platform: str) -> None:
 
 
 def test_a_module_of_unix_would_be_noticed() -> None:
-    done = elsewhere("win32", "petal.client.swarm", "petal.peer.cli")
+    done = elsewhere("win32", "petal.client.swarm", "petal.peer.lifecycle")
     assert "uvloop" in done.stderr
     assert done.returncode != 0
