@@ -205,7 +205,8 @@ class Peer:
 
     def interrupt(self, number: int = signal.SIGINT) -> int:
         self.process.send_signal(number)
-        return self.process.wait(60)  # busy machines
+        with self.process:  # closes the pipe, too
+            return self.process.wait(60)  # busy machines
 
 
 @pytest.fixture(scope="module")
