@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import os
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import Future
 from types import AsyncGeneratorType
 from typing import Any, TypeVar
 
@@ -18,10 +21,14 @@ class EventLoopThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="petal-client", daemon=True)
         self._thread.start()
+        self._process = os.getpid()
+        self._stopped = False
+        # A thread that is gone answers nobody: streams that are still open end before the interpreter does.
+        atexit.register(self.stop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for the result; an interrupt cancels the work."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Wait for the result; an interrupt cancels the work. Raises RuntimeError once stopped, and after a fork."""
+        future = self._submit(work)
         try:
             return future.result()
         except BaseException:
@@ -37,11 +44,12 @@ class EventLoopThread:
                 except StopAsyncIteration:
                     return
         finally:
-            self.run(_close(source))
+            if self._runs:
+                self.run(_close(source))
 
     async def delegate(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await work of this loop from another one."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        """Await work of this loop from another one. Raises RuntimeError once stopped, and after a fork."""
+        return await asyncio.wrap_future(self._submit(work))
 
     async def delegate_iteration(self, source: AsyncIterator[T]) -> AsyncIterator[T]:
         try:
@@ -52,14 +60,33 @@ class EventLoopThread:
                     return
                 yield item
         finally:
-            await self.delegate(_close(source))
+            if self._runs:
+                await self.delegate(_close(source))
 
     def stop(self) -> None:
-        """Cancel what still runs, and end the thread."""
+        """Cancel what still runs, and end the thread; nothing where it has ended."""
+        atexit.unregister(self.stop)
+        if not self._runs:
+            return
         self.run(_cancel_others())
+        self._stopped = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    @property
+    def _runs(self) -> bool:
+        return not self._stopped and os.getpid() == self._process
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._runs:
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        if self._stopped:
+            raise RuntimeError("the model is closed: connect again")
+        raise RuntimeError(
+            "a process made by fork cannot use its parent's model: connect in each process, or start them by 'spawn'"
+        )
 
 
 async def _cancel_others() -> None:
@@ -68,6 +95,7 @@ async def _cancel_others() -> None:
         task.cancel()
     if others:
         await asyncio.wait(others)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 async def _next(source: AsyncIterator[T]) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,13 @@ from .drafter import Drafter, DrafterError
 from .ngram import NgramDrafter
 from .rounds import Speculation
 
+log = logging.getLogger(__name__)
+
 # "auto", "none", "ngram", "model", a checkpoint's path or hub id, several with commas between, or instances.
 DrafterChoice = str | Drafter | Sequence[str | Drafter]
+
+# What a draft model runs on.
+_NEEDED = ("torch", "transformers")
 
 SHIPPED = Path(__file__).parent.parent / "drafters"
 
@@ -34,7 +40,7 @@ def load_drafter(source: str, tokenizer: Tokenizer) -> Drafter:
     try:
         from .model import DraftModel, ModelDrafter
     except ImportError as error:
-        raise DrafterError("a draft model needs torch: pip install 'petal-swarm[models]'") from error
+        raise DrafterError(f"a draft model needs more packages: pip install 'petal-swarm[models]' ({error})") from error
     return ModelDrafter(DraftModel.load(source, tokenizer))
 
 
@@ -45,6 +51,7 @@ class DrafterRegistry:
         self._tokenizer = tokenizer
         self._digest = model_digest
         self._models: LoadOnce[Drafter] = LoadOnce()
+        self._warned = False
         self._budgets: dict[tuple[str, ...], BudgetController] = {}
 
     async def speculation(self, choice: DrafterChoice, budget: int | None, route: Route) -> Speculation:
@@ -80,11 +87,18 @@ class DrafterRegistry:
         return [(await self._models.get(name, self._load(name))).fresh()]
 
     def _once_loaded(self, default: Path | None) -> list[Drafter]:
-        """The default drafter, if it is there by now: nobody waits for it."""
-        if default is None or self._tokenizer is None or importlib.util.find_spec("torch") is None:
+        """The default drafter, if it is there by now: nobody waits for it, and where it fails one does without."""
+        if default is None or self._tokenizer is None or not all(map(importlib.util.find_spec, _NEEDED)):
             return []
         load = self._models.start(str(default), self._load(str(default)))
-        return [load.result().fresh()] if load.done() else []
+        if not load.done():
+            return []
+        if error := load.exception():
+            if not self._warned:
+                log.warning("drafting goes on without the model's own drafter: %s", error)
+            self._warned = True
+            return []
+        return [load.result().fresh()]
 
     def _load(self, source: str) -> Callable[[], Drafter]:
         if self._tokenizer is None:

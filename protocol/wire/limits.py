@@ -44,9 +44,12 @@ _SIZES = [
     # The window opens at once: a growing one would cost several round trips a prompt on a long link.
     ("grpc.http2.lookahead_bytes", 8 << 20),
 ]
+# Peers are dialed themselves, whatever http_proxy says: a proxy of the web would not let gRPC through.
+_DIRECT = ("grpc.enable_http_proxy", 0)
 # Of whoever asks for the directory.
-DIRECTORY_OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.use_local_subchannel_pool", 1)]
+DIRECTORY_OPTIONS = [_DIRECT, ("grpc.max_receive_message_length", 16 << 20), ("grpc.use_local_subchannel_pool", 1)]
 CHANNEL_OPTIONS = [
+    _DIRECT,
     *_KEEPALIVE,
     *_SIZES,
     ("grpc.use_local_subchannel_pool", 1),
