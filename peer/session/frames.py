@@ -8,7 +8,18 @@ from ...protocol import petal_pb2 as pb
 from ...protocol.wire.limits import PART_BYTES
 from ...protocol.wire.sampling import SamplingError, SamplingParams
 from ...protocol.wire.step import StepHeader, activations_of
-from ..engine.step import StepOutput
+from ..engine.step import Step, StepOutput
+
+
+def hop_of(step: Step, peer_id: str) -> pb.Hop:
+    """When a step was where on this peer."""
+    return pb.Hop(
+        peer_id=peer_id,
+        received_ns=step.received_ns,
+        start_ns=step.started_ns,
+        end_ns=step.ended_ns,
+        queue_ns=step.queued_ns,
+    )
 
 
 def link_frames(header: StepHeader, hidden: bytes, hops: Iterable[pb.Hop]) -> list[pb.LinkFrame]:

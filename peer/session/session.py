@@ -16,21 +16,18 @@ import grpc
 from ...protocol import petal_pb2 as pb
 from ...protocol.wire.limits import UNREAD_BYTES
 from ..engine.engine import Engine
-from ..engine.step import BadStep, DeadlinePassed, Step, StepFailed, StepOutput
+from ..engine.step import Step, StepOutput
 from ..limits.quotas import QuotaUsage
 from ..limits.refused import Refused
+from .compute import SessionCompute
 from .flow_control import CreditWindow
+from .frames import hop_of
 from .next_hop import NextHop
 from .outputs import Outputs, ToClient, ToNextHop
 from .partial_steps import PartialSteps, client_step
 from .replay import ReplayBudget
 from .spec import SessionFailed, SessionSpec, invalid
 from .state import SequenceState, StepRecord
-
-_STATUS = {
-    BadStep: grpc.StatusCode.INVALID_ARGUMENT,
-    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
 
 
 class PeerSession:
@@ -55,20 +52,16 @@ class PeerSession:
         self.next_hop = NextHop(self._link_fault)
         self.state = SequenceState(spec)
         self.send = send
-        self._last_used = time.monotonic()
-        self._running = 0
         self._credit_upstream: Callable[[int], None] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._engine = engine
+        self._compute = SessionCompute(engine, self.key, self.fail)
         self._outputs: Outputs = ToClient(send) if spec.is_last else ToNextHop(spec, self.next_hop, budget)
-        self._resuming: pb.Resume | None = None
         self._partial = PartialSteps(spec)
         self._from_client, self._from_link = CreditWindow(), CreditWindow()
 
     @property
     def idle_s(self) -> float:
         """Seconds since anything happened."""
-        return 0.0 if self._running else time.monotonic() - self._last_used
+        return self._compute.idle_s
 
     # Frames from the client and from the peer before.
 
@@ -77,7 +70,7 @@ class PeerSession:
         spec = self.spec
         if not (spec.is_first or spec.is_last):
             raise invalid("steps go to the first and the last stage; this peer is neither")
-        self._last_used = time.monotonic()
+        self._compute.last_used = time.monotonic()
         self._from_client.take(size)
         if not self._current(message.route_epoch):
             return
@@ -94,7 +87,7 @@ class PeerSession:
         """Part of a step on the link from the peer before. Raises SessionFailed."""
         if self.spec.is_first:
             raise invalid("the first stage takes no activations")
-        self._last_used = time.monotonic()
+        self._compute.last_used = time.monotonic()
         self._from_link.take(size)
         if not self._current(message.route_epoch):
             return
@@ -119,17 +112,12 @@ class PeerSession:
         self.on_route(message.route_epoch)
         if message.step > self.state.step:
             raise invalid(f"cannot resume behind step {message.step}: step {self.state.step} is the newest")
-        self._last_used = time.monotonic()
+        self._compute.last_used = time.monotonic()
         self._partial.forget()
         self.next_hop.restart(iter(()))
         self.link_token = secrets.token_bytes(16)
-        self._resuming = message
-
-        def done(refusal: str) -> None:
-            self._loop.call_soon_threadsafe(self._resumed, message, refusal)
-
         kept = 0 if message.replayed else message.length
-        self._engine.resume(self.key, kept, tuple(message.commit), done)
+        self._compute.resume(kept, tuple(message.commit), lambda: self._resumed(message))
 
     def on_uplink(self, credit: Callable[[int], None]) -> None:
         """The peer before has linked up; `credit` gives it bytes back."""
@@ -149,7 +137,7 @@ class PeerSession:
         self._outputs.adopt(parent._outputs)
 
     def close(self) -> None:
-        self._engine.close(self.key)
+        self._compute.close()
         self.next_hop.close()
         self._outputs.close()
 
@@ -162,7 +150,7 @@ class PeerSession:
     def _current(self, epoch: int) -> bool:
         if epoch > self.epoch:
             raise invalid(f"route epoch {epoch} was not announced; this session is at {self.epoch}")
-        if epoch == self.epoch and self._resuming:
+        if epoch == self.epoch and self._compute.resuming:
             raise invalid("steps wait for the resumed frame")
         return epoch == self.epoch
 
@@ -176,51 +164,27 @@ class PeerSession:
                 self.usage.spend(step.header.rows)
             except Refused as error:
                 raise SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
-            self._run(step, lambda output: self._finished(record, step, output))
+            self._compute.run(step, lambda output: self._finished(record, step, output))
         elif self.state.newest:
             self._answer(self.state.newest)
 
     def _replay(self, step: Step) -> None:
         """Compute rows that another peer had computed before. Raises SessionFailed."""
         self.state.replay(step.header)
-        self._run(step, lambda output: self._outputs.replayed(step.header, output, self.epoch))
-
-    def _run(self, step: Step, finished: Callable[[StepOutput], None]) -> None:
-        """`finished` hears of the output on the event loop, unless a resumption undid the step."""
-
-        def done(result: StepOutput | StepFailed) -> None:
-            self._loop.call_soon_threadsafe(hand_over, result)
-
-        def hand_over(result: StepOutput | StepFailed) -> None:
-            if self._resuming:
-                return
-            self._running -= 1
-            self._last_used = time.monotonic()
-            if isinstance(result, StepFailed):
-                self.fail(SessionFailed(_STATUS.get(type(result), grpc.StatusCode.INTERNAL), str(result)))
-                return
-            finished(result)
-            self._return_credit()
-
-        self._running += 1
-        self._engine.submit(self.key, step, done)
+        self._compute.run(step, lambda output: self._replayed(step, output))
 
     # Results.
 
     def _finished(self, record: StepRecord, step: Step, output: StepOutput) -> None:
-        hops = step.hops
-        if step.header.trace:
-            hop = pb.Hop(
-                peer_id=self.spec.peer_id,
-                received_ns=step.received_ns,
-                start_ns=step.started_ns,
-                end_ns=step.ended_ns,
-                queue_ns=step.queued_ns,
-            )
-            hops = [*hops, hop]
+        hops = [*step.hops, hop_of(step, self.spec.peer_id)] if step.header.trace else step.hops
         record.finished = True
         self._outputs.finished(record, output, hops)
         self._answer(record)
+        self._return_credit()
+
+    def _replayed(self, step: Step, output: StepOutput) -> None:
+        self._outputs.replayed(step.header, output, self.epoch)
+        self._return_credit()
 
     def _answer(self, record: StepRecord) -> None:
         """Send the step's answer, again where it is a repeat. What nobody takes must not pile up."""
@@ -228,15 +192,7 @@ class PeerSession:
         if queued > UNREAD_BYTES:
             self.fail(SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{queued} bytes of answers wait to be read"))
 
-    def _resumed(self, message: pb.Resume, refusal: str) -> None:
-        """The compute thread went back; nothing of later steps comes from it any more."""
-        if message is not self._resuming:
-            return  # the client went on to another route meanwhile
-        if refusal:
-            self.fail(SessionFailed(grpc.StatusCode.ABORTED, refusal))
-            return
-        self._resuming = None
-        self._running = 0
+    def _resumed(self, message: pb.Resume) -> None:
         self.state.resume(message.step, message.length, missing=message.length if message.replayed else 0)
         lost = self._outputs.resume(message, self.epoch)
         resumed = pb.Resumed(route_epoch=message.route_epoch, link_token=self.link_token, log_lost=lost)
