@@ -56,10 +56,10 @@ def test_no_route_where_nobody_has_the_label():
 
 
 def test_it_says_who_sees_what():
-    head, middle, tail = explain(choose_route(OXFORD.limit(SWARM), {}), OXFORD, local_ends=False)
-    assert "your prompt as tokens" in head["sees"]
+    first, middle, last = explain(choose_route(OXFORD.limit(SWARM), {}), OXFORD, local_ends=False)
+    assert "your prompt as tokens" in first["sees"]
     assert middle["sees"] == ["activations"]
-    assert any("answer" in seen for seen in tail["sees"])
-    assert (head["labels"], middle["labels"]) == (["lab=oxford"], ["lab=mallory"])
-    head, _, tail = explain(choose_route(OXFORD.limit(SWARM), {}), OXFORD, local_ends=True)
-    assert not any("prompt" in seen for seen in [*head["sees"], *tail["sees"]])
+    assert any("answer" in seen for seen in last["sees"])
+    assert (first["labels"], middle["labels"]) == (["lab=oxford"], ["lab=mallory"])
+    first, _, last = explain(choose_route(OXFORD.limit(SWARM), {}), OXFORD, local_ends=True)
+    assert not any("prompt" in seen for seen in [*first["sees"], *last["sees"]])

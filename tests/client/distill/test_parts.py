@@ -28,9 +28,8 @@ from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingParams
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tests.support.swarms import local_swarm
-
-from .distill_target import VOCAB, write_target
+from ...support.swarms import local_swarm
+from .target_files import VOCAB, write_target
 
 CPU_DEVICE = torch.device("cpu")
 USER_ID, ASSISTANT_ID, END_ID = 1, 2, 3

@@ -18,8 +18,8 @@ from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingParams
 from transformers import AutoModelForCausalLM
 
-from ..support.commands import petal
-from .distill_target import VOCAB, write_target
+from ...support.commands import petal
+from .target_files import VOCAB, write_target
 
 SIZE = 60_000
 # Sampling a part takes what it takes, so that this is mostly training.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from petal.client.drafting.budget import LADDER, AcceptanceCurve, BudgetController, Line, Round
 
-from ..support.reference import DATA
+from ...support.reference import DATA
 
 
 @dataclass
