@@ -1,8 +1,9 @@
-"""Which span a joining peer takes: pure functions over the records of its model."""
+"""What a joining peer takes: pure functions over the records of its model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from ..protocol import petal_pb2 as pb
 
@@ -28,3 +29,41 @@ def choose_span(records: Iterable[pb.PeerRecord], n_blocks: int, size: int) -> r
     supply = block_supply(records, n_blocks)
     start = min(range(n_blocks - size + 1), key=lambda s: (sorted(supply[s : s + size]), s))
     return range(start, start + size)
+
+
+class Profile(NamedTuple):
+    """How a peer computes: routes do not mix profiles."""
+
+    dtype: str
+    quantization: str
+
+    def __str__(self) -> str:
+        return self.dtype if self.quantization in ("", "none") else f"{self.quantization} ({self.dtype})"
+
+
+def of_profile(records: Iterable[pb.PeerRecord], profile: Profile) -> list[pb.PeerRecord]:
+    return [record for record in records if (record.dtype, record.quantization) == profile]
+
+
+def served_profiles(records: Sequence[pb.PeerRecord], n_blocks: int) -> list[Profile]:
+    """The profiles that the swarm serves; the one that lacks fewest blocks first, of these the fastest."""
+
+    def rank(profile: Profile) -> tuple[int, float]:
+        supply = block_supply(of_profile(records, profile), n_blocks)
+        return supply.count(0.0), -sum(supply)
+
+    there = {Profile(r.dtype, r.quantization) for r in records if r.state in (pb.ONLINE, pb.JOINING)}
+    return sorted(there, key=lambda profile: (rank(profile), profile))
+
+
+def fill_gaps(records: Iterable[pb.PeerRecord], n_blocks: int, most: int) -> tuple[range, str]:
+    """The span of a joiner that may take up to `most` blocks, and why: what nobody serves, and no more, comes first."""
+    records = list(records)
+    window = choose_span(records, n_blocks, most)
+    supply = block_supply(records, n_blocks)
+    lacking = [block for block in window if not supply[block]]
+    if not any(supply):
+        return window, "nobody serves any yet"
+    if lacking:
+        return range(lacking[0], lacking[-1] + 1), "nobody serves them yet"
+    return window, "all are served, these by the slowest" if len(window) < n_blocks else "all are served; a spare helps"

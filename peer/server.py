@@ -15,6 +15,7 @@ from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.directory.dht import DhtDirectory
 from ..protocol.directory.directory import DirectoryError
 from ..protocol.host import WILDCARDS, is_loopback, listening_obstacle, with_port
+from ..protocol.memory import available_bytes
 from ..protocol.petal_pb2_grpc import DirectoryStub, add_DirectoryServicer_to_server, add_PeerServicer_to_server
 from ..protocol.private.gossip import GossipDirectory
 from ..protocol.private.joining import join
@@ -25,11 +26,11 @@ from ..protocol.wire.limits import DIRECTORY_OPTIONS, MAX_ROWS, PROTOCOL, PROTOC
 from .engine.engine import Engine
 from .engine.kv_cache import KVCache
 from .identity import Claim
+from .joining import Joiner, ServeError, cache_tokens
 from .limits.admission import Admission
 from .model import Span, load_span
-from .model.precision import NONE, WeightPrecision, choose_precision, fitting_blocks, precision_of, span_bytes
-from .options import DEFAULT_CACHE_TOKENS, ServeOptions
-from .placement import choose_span
+from .model.precision import NONE, span_bytes
+from .options import ServeOptions
 from .progress import StartProgress
 from .rpc.announcement import Announcement
 from .rpc.open_checks import FEATURES, ServiceInfo
@@ -39,20 +40,17 @@ from .throughput import MEMORY_SHARE, decode_tokens_per_s, free_bytes
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner", "ffn_dim")
 
 
-class ServeError(RuntimeError):
-    """Why a peer cannot start, in one sentence that says what to do."""
-
-
 class PeerServer:
     """A running peer. `start` returns when it serves; `stop` leaves cleanly."""
 
     def __init__(self, options: ServeOptions, progress: StartProgress | None = None) -> None:
         self.options = options
         self._progress = progress or StartProgress()
-        self._cache_tokens = options.cache_tokens or DEFAULT_CACHE_TOKENS
 
     async def start(self) -> None:
         """Raises CheckpointError, DirectoryError, IdentityInUse or ServeError."""
+        if contradiction := self.options.contradiction():
+            raise ServeError(contradiction)
         self._claim = Claim.named(self.options.identity)
         try:
             await self._start()
@@ -91,7 +89,6 @@ class PeerServer:
             self.backend = backend_for(self.options.device)
         except NoBackend as error:
             raise ServeError(str(error)) from error
-        self._precision = self._choose_precision()
         self._set_up_threads()
 
     def _set_up_threads(self) -> None:
@@ -108,14 +105,6 @@ class PeerServer:
         if options.join is None:
             return PublicTrust(self.identity)
         return await join(options.join, self.identity, self._claim.memberships)
-
-    def _choose_precision(self) -> WeightPrecision:
-        options = self.options
-        if options.quant is not None:
-            return precision_of(self.checkpoint, options.quant, options.dtype)
-        wanted = len(options.blocks) if options.blocks else options.num_blocks
-        free = free_bytes(self.backend)
-        return choose_precision(self.checkpoint, options.dtype, wanted, free, self.backend)
 
     def _bind(self) -> int:
         """The port that was asked for, or the last one again, so that saved lines stay true, or any."""
@@ -158,12 +147,21 @@ class PeerServer:
     async def _load(self) -> None:
         """Choose a span, load it off the loop, and measure it."""
         checkpoint, options = self.checkpoint, self.options
-        self.blocks = await self._choose_blocks()
+        records = [
+            record
+            for record in await self.directory.list(checkpoint.name)
+            if record.model_digest == self._model_digest() and record.peer_id != self.identity.peer_id
+        ]
+        self._joiner = Joiner(options, checkpoint, self.backend, free_bytes(self.backend), self._progress.note)
+        self._precision = self._joiner.precision(records)
+        self.blocks = self._joiner.blocks(self._precision, records)
         quant = "" if self._precision.quant == NONE else f" in {self._precision.quant}"
         self._progress.stage(f"loading blocks {self.blocks.start}:{self.blocks.stop} of {checkpoint.name}{quant}")
         self.span = await asyncio.to_thread(self._load_span)
         if options.exact and (obstacle := self.span.exactness_obstacle()):
             raise ServeError(f"--exact cannot be promised here: {obstacle}")
+        free = self.backend.free_bytes(available_bytes())
+        self._cache_tokens = cache_tokens(options.cache_tokens, self.span.layers, free, self._progress.note)
         cache = KVCache(self.backend, self.span.layers, self._cache_tokens)
         self._throughput = await asyncio.to_thread(decode_tokens_per_s, self.span)
         digests = await asyncio.to_thread(checkpoint.block_digests, self.blocks.start, self.blocks.stop)
@@ -186,39 +184,14 @@ class PeerServer:
                 self.checkpoint, self.blocks.start, self.blocks.stop, progress, self._precision, self.backend
             )
         except MemoryError as error:
-            raise ServeError(f"the memory ran out while loading: {self._what_fits()}") from error
+            raise ServeError(f"the memory ran out while loading: {self._joiner.what_fits(self._precision)}") from error
 
     def _check_memory(self) -> None:
         """Refuse early what cannot fit: the system would end the process in the midst of it."""
         needed = span_bytes(self.checkpoint, self._precision, self.blocks, self.backend)
         if needed > free_bytes(self.backend) / MEMORY_SHARE:
-            raise ServeError(
-                f"blocks {self.blocks.start}:{self.blocks.stop} do not fit the memory: {self._what_fits()}"
-            )
-
-    def _what_fits(self) -> str:
-        ways = [self._precision, *(precision_of(self.checkpoint, quant) for quant in ("int8", "int4"))]
-        free = free_bytes(self.backend)
-        counts = {way.quant: fitting_blocks(self.checkpoint, way, free, self.backend) for way in ways}
-        fits = ", ".join(f"{count} with --quant {quant}" for quant, count in counts.items())
-        return f"of {self.checkpoint.n_blocks} blocks fit {fits}; ask for fewer with --num-blocks"
-
-    async def _choose_blocks(self) -> range:
-        n_blocks, options = self.checkpoint.n_blocks, self.options
-        if options.blocks is not None:
-            if not 0 <= options.blocks.start < options.blocks.stop <= n_blocks:
-                raise ServeError(
-                    f"--blocks {options.blocks.start}:{options.blocks.stop} is no part of {self.checkpoint.name}, "
-                    f"which has blocks 0:{n_blocks}"
-                )
-            return options.blocks
-        free = free_bytes(self.backend)
-        size = options.num_blocks or fitting_blocks(self.checkpoint, self._precision, free, self.backend)
-        if size < 1:
-            raise ServeError(f"not one block fits the free memory: {self._what_fits()}, or try a smaller model")
-        records = await self.directory.list(self.checkpoint.name)
-        digest = self._model_digest()
-        return choose_span([r for r in records if r.model_digest == digest], n_blocks, size)
+            fits = self._joiner.what_fits(self._precision)
+            raise ServeError(f"blocks {self.blocks.start}:{self.blocks.stop} do not fit the memory: {fits}")
 
     async def _serve(self) -> None:
         self.announcement = Announcement(self.directory, self.identity, self.trust, self._served(), self.admission)

@@ -14,8 +14,8 @@ from petal.client.routing.peers import ConnectError
 from petal.client.session.peer_error import PeerError
 from petal.client.session.session import Session
 from petal.client.swarm import AsyncSwarmModel
+from petal.peer.joining import ServeError
 from petal.peer.limits.quotas import Quota, Quotas, Rule
-from petal.peer.server import ServeError
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.petal_pb2_grpc import DirectoryStub
 from petal.protocol.private.admin import AdminServer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from petal.client.routing.route import NoRoute, choose_route
 from petal.peer import server
-from petal.peer.server import ServeError
+from petal.peer.joining import ServeError
 
 from ..support.swarms import local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama

@@ -14,7 +14,7 @@ from petal.kernels.formats.base import QuantizedTensor
 from petal.kernels.torch.backend import TorchBackend
 from petal.kernels.torch.linear import TorchLinear
 from petal.kernels.torch.storage import TorchKVStorage
-from petal.peer.server import ServeError
+from petal.peer.joining import ServeError
 from torch import Tensor, nn
 
 from ..support.swarms import local_swarm, spans

@@ -1,0 +1,111 @@
+"""A joiner takes what nobody serves first, computes as the swarm does, and keeps within the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from petal.kernels.backend import LayerSpec
+from petal.kernels.registry import backend_for
+from petal.peer.joining import Joiner, ServeError, cache_tokens
+from petal.peer.options import ServeOptions
+from petal.peer.placement import Profile, fill_gaps, served_profiles
+from petal.protocol import petal_pb2 as pb
+from petal.protocol.checkpoint.open import open_checkpoint
+
+from ..support.tiny import tiny_llama
+
+
+def peer(
+    start: int, end: int, quantization: str = "none", dtype: str = "float32", speed: float = 10.0
+) -> pb.PeerRecord:
+    return pb.PeerRecord(
+        start=start, end=end, throughput=speed, state=pb.ONLINE, quantization=quantization, dtype=dtype, n_blocks=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("records", "most", "span", "why"),
+    [
+        ([], 30, range(0, 30), "nobody serves any yet"),
+        ([], 12, range(0, 12), "nobody serves any yet"),
+        ([peer(0, 15)], 30, range(15, 30), "nobody serves them"),
+        ([peer(0, 15)], 10, range(15, 25), "nobody serves them"),
+        ([peer(5, 25)], 30, range(0, 30), "nobody serves them"),
+        ([peer(5, 25)], 6, range(0, 5), "nobody serves them"),
+        ([peer(0, 29)], 20, range(29, 30), "nobody serves them"),
+        ([peer(0, 15), peer(15, 30, speed=1.0)], 10, range(15, 25), "by the slowest"),
+        ([peer(0, 30)], 30, range(0, 30), "a spare helps"),
+    ],
+)
+def test_what_is_missing_is_taken_first_and_nothing_else(
+    records: list[pb.PeerRecord], most: int, span: range, why: str
+) -> None:
+    found, reason = fill_gaps(records, 30, most)
+    assert found == span
+    assert why in reason
+
+
+def test_the_profile_that_lacks_least_is_served_first() -> None:
+    records = [peer(0, 3), peer(0, 2, "gguf", "bf16", 99.0), peer(3, 4, "int8", "bf16")]
+    assert served_profiles(records, 4)[0] == Profile("float32", "none")
+    assert served_profiles([*records, peer(2, 4, "gguf", "bf16")], 4)[0] == Profile("bf16", "gguf")
+    assert served_profiles([pb.PeerRecord(end=4, dtype="bf16", state=pb.LEFT)], 4) == []
+
+
+def joiner(notes: list[str], **options: Any) -> Joiner:
+    checkpoint = open_checkpoint(tiny_llama())
+    settings = ServeOptions(model="tiny", **{"quant": None, **options})
+    return Joiner(settings, checkpoint, backend_for("cpu"), 1 << 30, notes.append)
+
+
+def test_a_joiner_computes_as_the_swarm_does() -> None:
+    notes: list[str] = []
+    alone = joiner(notes).precision([])
+    assert (alone.quant, alone.dtype_name) == ("none", "float32")
+    for dtype, quant in (("bf16", "int8"), ("bf16", "none"), ("bf16", "nf4")):
+        taken = joiner(notes).precision([peer(0, 2, quant, dtype)])
+        assert (taken.quant, taken.dtype_name) == (quant, dtype)
+    assert notes == []
+
+
+def test_who_cannot_or_will_not_fit_in_is_told() -> None:
+    notes: list[str] = []
+    taken = joiner(notes).precision([peer(0, 2, "gguf", "bf16"), peer(0, 1, "from the future", "fp2")])
+    assert taken.quant == "none"
+    assert "serves tiny-llama-0 in gguf (bf16), this peer in float32" in notes.pop()
+    joiner(notes, quant="int4").precision([peer(0, 2)])
+    assert "leave --quant and --dtype out" in notes.pop()
+
+
+def test_blocks_are_counted_in_the_joiners_own_profile() -> None:
+    notes: list[str] = []
+    fresh = joiner(notes)
+    records = [peer(0, 2), peer(0, 1, "int8", "bf16"), peer(2, 4, "int8", "bf16")]
+    precision = fresh.precision(records)
+    assert precision.quant == "int8"
+    assert fresh.blocks(precision, records) == range(1, 2)
+    assert "taking blocks 1:2 of tiny-llama-0: nobody serves them yet" in notes
+
+
+def test_more_blocks_than_there_are_is_no_wish() -> None:
+    greedy = joiner([], num_blocks=500)
+    with pytest.raises(ServeError, match="--num-blocks 500 is more than the 4 blocks of tiny-llama-0"):
+        greedy.blocks(greedy.precision([]), [])
+
+
+LAYERS = [LayerSpec(32, 128, 128, None)] * 32  # Llama-2-7B: a mebibyte a token
+
+
+def test_the_cache_fits_beside_the_weights() -> None:
+    notes: list[str] = []
+    assert cache_tokens(None, LAYERS, 64 << 30, notes.append) == 16384
+    assert cache_tokens(20000, LAYERS, 64 << 30, notes.append) == 20000
+    assert notes == []
+    shrunk = cache_tokens(None, LAYERS, 4 << 30, notes.append)
+    assert 1000 < shrunk < 4096
+    assert f"the cache holds {shrunk} tokens, not 16384" in notes[0]
+    with pytest.raises(ServeError, match=r"--cache-tokens 1000000000 needs 976562\.5 GiB, and 4\.0 GiB"):
+        cache_tokens(1_000_000_000, LAYERS, 4 << 30, notes.append)
+    with pytest.raises(ServeError, match="only 153 tokens of cache fit"):
+        cache_tokens(None, LAYERS, 256 << 20, notes.append)
