@@ -18,7 +18,7 @@ from ..routing.route import by_model, describe_blocks, missing_blocks
 
 PING_S = 2.0
 # Columns that the table needs with lines and bars.
-WIDE = 130
+WIDE = 150
 
 
 async def swarm_status(directory: Directory, trust: Trust) -> dict[str, Any]:

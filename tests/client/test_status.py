@@ -57,7 +57,7 @@ def test_blocks_count_only_where_one_route_can_take_them() -> None:
     assert "all 30 blocks are covered" in printed(whole, 80)
 
 
-@pytest.mark.parametrize("width", [60, 80, 100, 140])
+@pytest.mark.parametrize("width", [60, 80, 100, 150])
 def test_tables_fold_by_dropping_columns(width: int) -> None:
     lines = printed(SPLIT, width).splitlines()
     rows = [line for line in lines if "192.168.178.123:45123" in line]
