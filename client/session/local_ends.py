@@ -50,7 +50,7 @@ class LocalEnds:
         source: folder, GGUF file or hub id. Raises LocalEndsError.
         """
         if last.dtype not in _DTYPES:
-            raise LocalEndsError(f"peers compute in {last.dtype}; local ends in {' or '.join(_DTYPES)}")
+            raise LocalEndsError(f"peers compute in {last.dtype}; local ends do in {' or '.join(_DTYPES)}")
         try:
             with open_checkpoint(source) as checkpoint:
                 precision = precision_of(checkpoint, last.quantization or "none", last.dtype)

@@ -57,7 +57,7 @@ def _threads() -> Iterator[None]:
 
 @asynccontextmanager
 async def both(swarm: LocalSwarm, **options: object) -> AsyncIterator[tuple[AsyncSwarmModel, AsyncSwarmModel]]:
-    """A client whose tail samples, and one that holds the head."""
+    """A client whose last stage samples, and one with local ends."""
     async with swarm.connect(**options) as plain, swarm.connect(local_ends=True, **options) as local:
         yield plain, local
 
@@ -254,7 +254,7 @@ async def test_other_weights_than_the_peers_are_noticed(tmp_path: Path) -> None:
 
 
 def test_arithmetics_that_cannot_agree() -> None:
-    with pytest.raises(LocalEndsError, match=r"peers compute in int4; a head on this machine in float32 or bf16"):
+    with pytest.raises(LocalEndsError, match=r"peers compute in int4; local ends do in float32 or bf16"):
         LocalEnds.load(str(tiny_llama()), pb.PeerRecord(dtype="int4"), exact=False)
     with pytest.raises(LocalEndsError, match=r"here it is float32/\w+, on peers float32/other"):
         LocalEnds.load(str(tiny_llama()), pb.PeerRecord(dtype="float32", numerics="float32/other"), exact=True)
