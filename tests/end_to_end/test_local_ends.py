@@ -258,5 +258,5 @@ def test_arithmetics_that_cannot_agree() -> None:
         LocalEnds.load(str(tiny_llama()), pb.PeerRecord(dtype="int4"), exact=False)
     with pytest.raises(LocalEndsError, match=r"here it is float32/\w+, on peers float32/other"):
         LocalEnds.load(str(tiny_llama()), pb.PeerRecord(dtype="float32", numerics="float32/other"), exact=True)
-    with pytest.raises(LocalEndsError, match="no head in /nowhere"):
+    with pytest.raises(LocalEndsError, match="no local ends in /nowhere"):
         LocalEnds.load("/nowhere", pb.PeerRecord(dtype="float32"), exact=False)
