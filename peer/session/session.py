@@ -27,7 +27,7 @@ from .outputs import Outputs, ToClient, ToNextHop
 from .partial_steps import PartialSteps, client_step
 from .replay import ReplayBudget
 from .spec import SessionFailed, SessionSpec, invalid
-from .state import SequenceState, StepRecord
+from .state import SequenceState, StepRecord, not_between_steps
 
 
 class PeerSession:
@@ -110,8 +110,7 @@ class PeerSession:
     def on_resume(self, message: pb.Resume) -> None:
         """Go back to where the client stands; `Resumed` tells it once the compute thread has. Raises SessionFailed."""
         self.on_route(message.route_epoch)
-        if message.step > self.state.step:
-            raise invalid(f"cannot resume behind step {message.step}: step {self.state.step} is the newest")
+        self.state.check_resume(message)
         self._compute.last_used = time.monotonic()
         self._partial.forget()
         self.next_hop.restart(iter(()))
@@ -126,13 +125,14 @@ class PeerSession:
 
     def start_behind(self, message: pb.Resume) -> None:
         """Take another peer's place: its rows come as a replay. Raises SessionFailed."""
-        if message.length > self.spec.reserve_tokens:
-            raise invalid(f"{message.length} rows to replay, but only {self.spec.reserve_tokens} are reserved")
+        self.spec.check_room(message.length)
         self._outputs.expect_replay(message.replay)
         self.state.resume(message.step, message.length, missing=message.length)
 
     def adopt(self, parent: PeerSession) -> None:
         """Start as a fork of a session of the same client. Raises SessionFailed."""
+        if parent._compute.resuming:
+            raise not_between_steps()
         self.state.adopt(parent.state)
         self._outputs.adopt(parent._outputs)
 

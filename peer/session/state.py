@@ -40,9 +40,17 @@ class SequenceState:
     def adopt(self, parent: SequenceState) -> None:
         """Start as a fork of a session whose newest step must have finished."""
         if parent.missing or (parent.newest and not parent.newest.finished):
-            raise SessionFailed(grpc.StatusCode.FAILED_PRECONDITION, "a session forks only between two steps")
+            raise not_between_steps()
+        pending = parent.newest.header.rows if parent.newest and not parent.newest.header.prefill else 0
+        self._spec.check_room(parent.length + pending)
         self.step, self.length = parent.step, parent.length
         self.newest = parent.newest and StepRecord(parent.newest.header, parent.newest.brought, finished=True)
+
+    def check_resume(self, message: pb.Resume) -> None:
+        """Whether a session may stand where the client says."""
+        if message.step > self.step:
+            raise invalid(f"cannot resume behind step {message.step}: step {self.step} is the newest")
+        self._spec.check_room(message.length)
 
     def resume(self, step: int, length: int, missing: int) -> None:
         """Be as behind `step`, with `length` rows cached, the `missing` last of them yet to come."""
@@ -58,7 +66,7 @@ class SequenceState:
                 if self.missing
                 else "a replay, but no row is missing"
             )
-        self._check_rows(header)
+        self._check_room(header)
         self.missing -= header.rows
 
     def accept(self, step: Step) -> StepRecord | None:
@@ -101,12 +109,8 @@ class SequenceState:
         return length
 
     def _check_room(self, header: StepHeader) -> None:
-        spec, end = self._spec, header.base + header.rows
-        if end > spec.reserve_tokens:
-            raise SessionFailed(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{end} rows exceed the {spec.reserve_tokens} that this session reserved",
-            )
+        spec = self._spec
+        spec.check_room(header.base + header.rows)
         if header.base + header.tree.height >= spec.context_length:
             raise invalid(f"the model's context ends at position {spec.context_length - 1}")
         self._check_rows(header)
@@ -119,3 +123,7 @@ class SequenceState:
             raise invalid(f"a tree of {header.rows - 1} nodes; your quota here is {spec.max_nodes}")
         if header.rows > spec.max_rows:
             raise invalid(f"a step of {header.rows} rows; this peer takes up to {spec.max_rows}")
+
+
+def not_between_steps() -> SessionFailed:
+    return SessionFailed(grpc.StatusCode.FAILED_PRECONDITION, "a session forks only between two steps")

@@ -87,6 +87,7 @@ async def test_a_step_under_way_is_dropped(whole: Wire) -> None:
     whole.peer.engine.call(lambda: gate.wait(10) and None)
     await session.step(2, [token] * 3, base=len(PROMPT), parents=[-1, 0, 0], sample=True)
     await session.send(**resume(1, len(PROMPT)))
+    await session.raise_epoch(2)  # the peer has read the resumption
     gate.set()
     assert (await session.read()).HasField("resumed"), "no answer of the undone step may come"
     await session.step(2, [token], base=len(PROMPT), sample=True, route_epoch=2)
@@ -170,21 +171,48 @@ async def test_a_step_before_the_end_of_the_replay_is_refused(whole: Wire) -> No
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "code", "words"),
     [
-        ({"resume": pb.Resume(step=1, length=999)}, "999 rows to replay, but only 128 are reserved"),
-        ({"resume": pb.Resume(step=1, length=3), "fork": True}, "forks or resumes, not both"),
+        ({"resume": pb.Resume(step=1, length=999)}, Code.RESOURCE_EXHAUSTED, "999 rows exceed the 128 that"),
+        ({"resume": pb.Resume(step=1, length=3), "fork": True}, Code.INVALID_ARGUMENT, "forks or resumes, not both"),
     ],
     ids=["too long", "fork"],
 )
-async def test_bad_openings_are_refused(whole: Wire, fields: dict[str, Any], words: str) -> None:
+async def test_bad_openings_are_refused(
+    whole: Wire, fields: dict[str, Any], code: grpc.StatusCode, words: str
+) -> None:
     opening = whole.opening()
     await whole.stream().open(**opening)
     if fields.pop("fork", False):
         fields["fork_of"] = opening["session_id"]
     session = whole.stream()
     await session.send(open=pb.Open(**whole.opening(**fields)))
-    await session.refused(Code.INVALID_ARGUMENT, words)
+    await session.refused(code, words)
+
+
+async def test_a_resumption_reserves_nothing(whole: Wire) -> None:
+    """A client that reserved 16 rows once replayed 15,872, and the pool ran dry under others' feet."""
+    session, token = await whole.prefilled(PROMPT, reserve_tokens=16)
+    await tree_step(session, token)
+    await session.send(**resume(1, 17, replayed=True))
+    await session.refused(Code.RESOURCE_EXHAUSTED, "17 rows exceed the 16 that this session reserved")
+    within, token = await whole.prefilled(PROMPT, reserve_tokens=16)
+    await within.send(**resume(1, 16, replayed=True))
+    assert (await within.read()).HasField("resumed")
+
+
+async def test_nothing_forks_while_its_parent_goes_back(whole: Wire) -> None:
+    """The fork would stand where its parent was, on pages of where its parent is."""
+    session, token = await whole.prefilled(PROMPT, session_id=bytes(16))
+    await tree_step(session, token)
+    gate = threading.Event()
+    whole.peer.engine.call(lambda: gate.wait(10) and None)
+    await session.send(**resume(1, 4))
+    await session.raise_epoch(3)  # the peer has read the resumption
+    fork = whole.stream()
+    await fork.send(open=pb.Open(**whole.opening(fork_of=bytes(16))))
+    await fork.refused(Code.FAILED_PRECONDITION, "a session forks only between two steps")
+    gate.set()
 
 
 async def test_a_client_whose_stream_broke_opens_its_session_anew(whole: Wire) -> None:

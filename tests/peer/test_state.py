@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -72,3 +74,49 @@ def test_nothing_forks_in_the_middle_of_a_replay(state: SequenceState) -> None:
     state.resume(2, 9, missing=9)
     with pytest.raises(SessionFailed, match="forks only between two steps"):
         SequenceState(SPEC).adopt(state)
+
+
+def rows_of(state: SequenceState) -> int:
+    """The most rows that the compute thread holds of a session: committed and pending ones."""
+    newest = state.newest
+    return state.length - state.missing + (newest.header.rows if newest and not newest.header.prefill else 0)
+
+
+def test_whichever_way_rows_come_none_is_past_the_reservation(state: SequenceState) -> None:
+    """Random words of a hostile client, each of which may be refused; the reservation is all that the pool lends."""
+    random, state, refused = Random(0), SequenceState(SPEC), 0
+    most = 0
+    for _ in range(20_000):
+        rows, base = random.randint(1, 40), random.choice([state.length, state.length - state.missing])
+        commit = sorted(random.sample(range(4), random.randint(0, 2)))
+        try:
+            match random.choice(["prefill", "tree", "resume", "replay", "fork", "rewind"]):
+                case "prefill":
+                    state.accept(Step(header(state.step + 1, base, rows, prefill=True, commit=commit)))
+                case "tree":
+                    state.accept(Step(header(state.step + 1, base + len(commit), rows, commit=commit)))
+                case "rewind":
+                    state.accept(Step(header(state.step + 1, rows, 1, commit=commit, rewind=rows)))
+                case "resume":
+                    message = pb.Resume(step=state.step, length=random.randint(0, SPEC.reserve_tokens + 9))
+                    state.check_resume(message)
+                    state.resume(message.step, message.length, missing=message.length)
+                case "replay":
+                    state.replay(replay(state.step, base, rows))
+                case "fork":
+                    child = SequenceState(SPEC)
+                    child.adopt(state)
+                    state = child
+        except SessionFailed:
+            refused += 1
+        if state.newest:
+            state.newest.finished = True
+        most = max(most, rows_of(state))
+    assert SPEC.reserve_tokens - 4 <= most <= SPEC.reserve_tokens
+    assert 0 < refused < 20_000
+
+
+def test_a_fork_needs_room_for_what_it_takes_over(state: SequenceState) -> None:
+    small = replace(SPEC, reserve_tokens=10)
+    with pytest.raises(SessionFailed, match="11 rows exceed the 10"):
+        SequenceState(small).adopt(state)
