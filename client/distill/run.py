@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from ...peer.model import read_dense
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.open import open_checkpoint
 from ...protocol.wire.sampling import SamplingParams
@@ -161,7 +162,7 @@ class _Distillation:
         return dialogues.sample(self._target, turns, rows, length, seed)
 
     def _trainer(self, corpus: Corpus) -> Trainer:
-        matrix = torch.from_numpy(self._checkpoint.read_f32(self._checkpoint.layout.token_matrix).copy())
+        matrix = read_dense(self._checkpoint, self._checkpoint.layout.token_matrix)
         config = self._checkpoint.config
         special = {key: config[key] for key in _SPECIAL if isinstance(config.get(key), int)}
         shape = shape_for(self._options.size, len(matrix))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from ...peer.model import read_dense
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.layout import CheckpointError, text_config
 from .device import compiled
@@ -141,7 +142,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"transformers does not know this model's config: {error}") from error
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    state = {name: torch.from_numpy(checkpoint.read_f32(name).copy()).to(dtype) for name in checkpoint.tensors}
+    state = {name: read_dense(checkpoint, name).to(dtype) for name in checkpoint.tensors}
     if checkpoint.layout.tied:
         state["lm_head.weight"] = state[checkpoint.layout.token_matrix]
     missing, _ = model.load_state_dict(state, strict=False)

@@ -73,6 +73,12 @@ def _halves(packed: Tensor) -> Tensor:
     return torch.cat((packed & 15, packed >> 4), -1)
 
 
+def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
+    """32 bits at byte `at`, shifted to the value 16: uint8 [n, 32]."""
+    places = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    return (blocks[:, at : at + 4, None] >> places & 1).flatten(1) << 4
+
+
 def _signed(packed: Tensor) -> Tensor:
     return packed.contiguous().view(torch.int8)
 
@@ -83,6 +89,15 @@ def _q4_0(blocks: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _q4_1(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return _halves(blocks[:, 4:]).to(dtype) * _half(blocks, 0, dtype) + _half(blocks, 2, dtype)
+
+
+def _q5_0(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    return ((_halves(blocks[:, 6:]) | _fifth_bits(blocks, 2)).to(dtype) - 16) * _half(blocks, 0, dtype)
+
+
+def _q5_1(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    codes = _halves(blocks[:, 8:]) | _fifth_bits(blocks, 4)
+    return codes.to(dtype) * _half(blocks, 0, dtype) + _half(blocks, 2, dtype)
 
 
 def _q8_0(blocks: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,4 +180,11 @@ TYPES = {
         Gguf("q5_k", 256, 176, _q5_k, halves=(0, 2)),
         Gguf("q6_k", 256, 210, _q6_k, halves=(208,)),
     )
+}
+
+# What can be decoded, but is multiplied as dense weights only.
+DECODED = {
+    **TYPES,
+    "q5_0": Gguf("q5_0", 32, 22, _q5_0),
+    "q5_1": Gguf("q5_1", 32, 24, _q5_1, halves=(0, 2)),
 }

@@ -18,6 +18,7 @@ from ...kernels.backend import Backend, Embedding
 from ...kernels.formats.base import QuantizedTensor
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.layout import CheckpointError
+from .dense import read_dense
 from .heap import trim
 from .meta_model import MetaModel, fill_in
 from .precision import DENSE, WeightPrecision
@@ -130,7 +131,7 @@ def _ties(model: nn.Module) -> dict[str, str]:
 class _Reader:
     """Reads tensors of a checkpoint, those of a weight format as they are stored; `progress` hears their bytes.
 
-    GGUF's that are not kept so are decoded by the checkpoint, in pieces: at once that takes several times the memory.
+    GGUF's that are not kept so are decoded in pieces: at once that takes several times the memory.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class _Reader:
         checkpoint = self._checkpoint
         if name in self.storage.matrices and self.storage.quant != "gguf":
             raise CheckpointError(f"{checkpoint.name}: {name} is one of several that this family joins, not quantized.")
-        value = torch.from_numpy(checkpoint.read_f32(name))
+        value = read_dense(checkpoint, name)
         if value.numel() and not all(map(torch.isfinite, value.aminmax())):
             raise CheckpointError(f"{checkpoint.name}: {name} holds a value that is not finite: download it again.")
         self._progress(checkpoint.tensors[name].nbytes)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.layout import CheckpointError, TensorInfo
 from ...protocol.checkpoint.safetensors import SafetensorsFile
+from ..model.dense import read_dense
 
 _DENSE = {"F32", "F16", "BF16"}
 Describe = Callable[[Mapping[str, Sequence[int]]], dict[str, Any]]
@@ -111,11 +112,11 @@ def unquantized(checkpoint: Checkpoint, block: int, quantized: Iterable[str]) ->
 
 def stored(checkpoint: Checkpoint, name: str) -> Tensor:
     """A tensor in its stored type; float16 for what a GGUF file packs."""
-    values = torch.from_numpy(np.array(checkpoint.read(name)))
     dtype = checkpoint.info(name).dtype
-    if dtype == "BF16":
-        return values.view(torch.bfloat16)
-    return values if dtype in _DENSE else values.half()
+    if dtype not in _DENSE:
+        return read_dense(checkpoint, name).half()
+    values = torch.from_numpy(np.array(checkpoint.read(name)))
+    return values.view(torch.bfloat16) if dtype == "BF16" else values
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

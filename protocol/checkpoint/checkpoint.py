@@ -49,8 +49,7 @@ class Checkpoint(ABC):
     def read(self, name: str) -> npt.NDArray[Any]:
         """Dense values in the tensor's shape: float32, float16, or for dtype "BF16" its bits as uint16.
 
-        Quantized types come as fresh float32. Dense types may be read-only views of the file.
-        Raises CheckpointError for an unknown name or a type that cannot be decoded.
+        They may be a read-only view of the file. Raises CheckpointError for an unknown name or a packed type.
         """
 
     @abstractmethod

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .gguf_quants import GGML_TYPES, GgmlType
+from .gguf_types import GGML_TYPES, GgmlType
 from .layout import CheckpointError
 from .mapped import MappedFile
 

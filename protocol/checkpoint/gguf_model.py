@@ -12,13 +12,13 @@ import numpy.typing as npt
 from .checkpoint import Checkpoint
 from .gguf import GgufFile, StoredTensor
 from .gguf_config import Family, family, hf_config
-from .gguf_quants import dequantize
 from .gguf_split import SplitGguf, open_gguf
 from .layout import CheckpointError, TensorInfo
 from .tokenizer import Tokenizer
 from .tokenizer_gguf import gguf_tokenizer
 
 _SHARED = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_DENSE = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 # Read through the config, so no weight of the model.
 _FOLDED = {"rope_freqs.weight"}
 
@@ -38,13 +38,13 @@ class GgufCheckpoint(Checkpoint):
     def read(self, name: str) -> npt.NDArray[Any]:
         """See Checkpoint.read; rows of q and k, and gemma's norms, come as Hugging Face has them."""
         info = self.info(name)
-        raw = self._ordered(name)
+        if info.dtype not in _DENSE:
+            raise CheckpointError(f"{self.name}: {name} has the packed type {info.dtype}; its rows can be read packed.")
+        values: npt.NDArray[Any] = self._ordered(name).view(_DENSE[info.dtype]).reshape(info.shape)
         if name.endswith("norm.weight") and self._family.norm_offset:
-            return dequantize(raw, info.shape, self._stored[name].kind) - np.float32(self._family.norm_offset)
-        dense = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}.get(info.dtype)
-        if dense is not None:
-            return raw.view(dense).reshape(info.shape)
-        return dequantize(raw, info.shape, self._stored[name].kind, self.forget)
+            wide = (values.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else values
+            return wide.astype(np.float32) - np.float32(self._family.norm_offset)
+        return values
 
     def forget(self, view: npt.NDArray[Any]) -> None:
         """See Checkpoint.forget."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from petal.kernels.formats import aqlm, int4, spqr
-from petal.peer.model import load_span, precision_of
+from petal.peer.model import load_span, precision_of, read_dense
 from petal.peer.model.hooks import choose_attention
 from petal.peer.model.quantized_checkpoint import storage_of
 from petal.peer.model.trainable_block import TrainableBlock
@@ -220,7 +220,7 @@ def test_a_quantized_checkpoint_holds_every_tensor_of_the_model(model, checkpoin
         assert made.config["quantization_config"]["quant_method"]
         storage, name = storage_of(made), "model.layers.1.mlp.up_proj.weight"
         assert storage.quant == format
-        weight = torch.from_numpy(checkpoint.read_f32(name).copy())
+        weight = read_dense(checkpoint, name)
         assert (storage.read(made, name, (192, 64)).dense() - weight).norm() < 0.5 * weight.norm()
 
 

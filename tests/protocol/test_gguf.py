@@ -3,6 +3,7 @@
 import importlib.util
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -12,9 +13,10 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from petal.protocol.checkpoint import gguf_quants
+from petal.kernels.formats.gguf import DECODED
+from petal.peer.model import read_dense
 from petal.protocol.checkpoint.gguf import GgufFile
-from petal.protocol.checkpoint.gguf_quants import GGML_TYPES
+from petal.protocol.checkpoint.gguf_types import GGML_TYPES, GgmlType
 from petal.protocol.checkpoint.layout import CheckpointError
 from petal.protocol.checkpoint.open import DEMO_MODEL, open_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
@@ -62,13 +64,13 @@ def tiny(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [kind for kind in GGML_TYPES.values() if kind.decode], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", DECODED.values(), ids=lambda kind: kind.name)
 def test_decoders_equal_the_public_package_bit_by_bit(kind):
     raw = np.random.default_rng(0).integers(0, 256, (40, 12, kind.size), np.uint8)
     shape = (40, 12 * kind.block)
     with np.errstate(all="ignore"):
-        wanted = gguf.dequantize(raw.reshape(40, -1), Kind[kind.name]).reshape(shape)
-    got = gguf_quants.dequantize(raw.reshape(-1), shape, kind)
+        wanted = gguf.dequantize(raw.reshape(40, -1), Kind[kind.name.upper()]).reshape(shape)
+    got = kind.decode(torch.from_numpy(raw).reshape(-1, kind.size), torch.float32).view(shape).numpy()
     # A quantized scale that is not a number may keep another payload; every number is bit-equal.
     numbers = ~np.isnan(wanted)
     np.testing.assert_array_equal(np.isnan(got), ~numbers)
@@ -112,7 +114,10 @@ def test_packed_rows_decode_to_what_read_gives(tmp_path, kind):
                 checkpoint.packed(name)
         else:
             packed = checkpoint.packed(name)
-            np.testing.assert_array_equal(gguf.dequantize(packed, kind), checkpoint.read_f32(name))
+            np.testing.assert_array_equal(gguf.dequantize(packed, kind), read_dense(checkpoint, name).numpy())
+            if kind not in (Kind.BF16, Kind.F16):
+                with pytest.raises(CheckpointError, match="packed type"):
+                    checkpoint.read(name)
             assert packed.nbytes == checkpoint.tensors[name].nbytes
 
 
@@ -136,7 +141,7 @@ def test_demo_equals_transformers(demo_path):
                 assert getattr(config, name) == value, name
         assert set(checkpoint.tensors) == set(state) == set(model.state_dict()) - {"lm_head.weight"}
         for name, value in state.items():
-            got = checkpoint.read_f32(name)
+            got = read_dense(checkpoint, name).numpy()
             np.testing.assert_array_equal(got.view(np.uint32), value.numpy().view(np.uint32))
 
 
@@ -144,7 +149,7 @@ def test_a_third_of_the_demo_is_read_in_time():
     begin = time.perf_counter()
     with open_checkpoint("demo") as checkpoint:
         names = [name for block in range(10) for name in checkpoint.block_tensors(block)]
-        n_values = sum(checkpoint.read_f32(name).size for name in names)
+        n_values = sum(read_dense(checkpoint, name).numel() for name in names)
     seconds = time.perf_counter() - begin
     print(f"{n_values} values in {seconds:.2f} s")
     assert n_values == 35_400_960
@@ -191,11 +196,12 @@ def test_rope_scaling_by_metadata(tmp_path):
 def test_types_without_a_decoder_are_listed_and_refused(tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
     write_gguf(path, built(FAMILIES[0]), Kind.Q8_0)
-    coded = {**GGML_TYPES, 8: gguf_quants.GgmlType("Q8_X", 32, 34)}
+    coded = {**GGML_TYPES, 8: GgmlType("Q8_X", 32, 34)}
     monkeypatch.setattr("petal.protocol.checkpoint.gguf.GGML_TYPES", coded)
     checkpoint = open_checkpoint(path)
-    with pytest.raises(CheckpointError, match="Q8_X"):
-        checkpoint.read("lm_head.weight")
+    for read in (checkpoint.read, partial(read_dense, checkpoint)):
+        with pytest.raises(CheckpointError, match="Q8_X"):
+            read("lm_head.weight")
     assert checkpoint.packed("lm_head.weight").shape == (64, 68)
 
 
@@ -203,7 +209,7 @@ def read_all(path: Path) -> None:
     """Open and read everything; only CheckpointError may come out."""
     with suppress(CheckpointError), open_checkpoint(path) as checkpoint:
         for name in checkpoint.tensors:
-            checkpoint.read_f32(name)
+            read_dense(checkpoint, name)
         checkpoint.tokenizer()
 
 
@@ -274,7 +280,7 @@ def test_parts_of_a_model_are_read_as_one(parts, given):
         assert split.digest() == whole.digest()
         assert split.block_digests(0, 2) == whole.block_digests(0, 2)
         for name in whole.tensors:
-            np.testing.assert_array_equal(split.read(name), whole.read(name))
+            assert torch.equal(read_dense(split, name), read_dense(whole, name))
         assert split.files(split.tensors) == set(parts)
         assert len(split.files(["model.norm.weight"])) == 1
 

@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
+from petal.peer.model import read_dense
 from petal.protocol.checkpoint.checkpoint import Checkpoint
 from petal.protocol.checkpoint.open import open_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -32,7 +33,7 @@ def load_reference(checkpoint: Checkpoint) -> PreTrainedModel:
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    state = {name: torch.from_numpy(checkpoint.read_f32(name).copy()) for name in checkpoint.tensors}
+    state = {name: read_dense(checkpoint, name) for name in checkpoint.tensors}
     if config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     model.load_state_dict(state, strict=True, assign=True)

@@ -14,6 +14,7 @@ from petal.client.distill.student import new_student
 from petal.client.distill.train import Trainer
 from petal.client.drafting.drafter import DrafterError
 from petal.client.drafting.model import DraftModel, ModelDrafter
+from petal.peer.model import read_dense
 from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingParams
 from transformers import AutoModelForCausalLM
@@ -89,7 +90,7 @@ def test_the_card_has_the_figures(made):
 def test_it_has_learnt_something(made, target):
     """The negative control is the same drafter before its training."""
     with open_checkpoint(target) as checkpoint:
-        matrix = torch.from_numpy(checkpoint.read_f32(checkpoint.layout.token_matrix).copy())
+        matrix = read_dense(checkpoint, checkpoint.layout.token_matrix)
     untrained = new_student(shape_for(SIZE, VOCAB), matrix, {}, 0).eval()
     trained = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(target)
