@@ -9,9 +9,11 @@ from ..kernels.backend import Backend, LayerSpec
 from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint.checkpoint import Checkpoint
 from ..protocol.checkpoint.layout import CheckpointError
-from .model.precision import TORCH_DTYPES, WeightPrecision, choose_precision, fitting_blocks, precision_of
+from .model import Span, load_span
+from .model.precision import TORCH_DTYPES, WeightPrecision, choose_precision, fitting_blocks, precision_of, span_bytes
 from .options import DEFAULT_CACHE_TOKENS, ServeOptions
 from .placement import Profile, choose_span, fill_gaps, of_profile, served_profiles
+from .throughput import MEMORY_SHARE
 
 # Keys and values are kept in float32.
 _KV_BYTES = 4
@@ -94,6 +96,28 @@ class Joiner:
         if alike or limit:
             self.note(f"taking blocks {span.start}:{span.stop} of {name}: {reason}{limit}")
         return span
+
+    def load(self, precision: WeightPrecision, blocks: range, loading: Callable[[int, int], None]) -> Span:
+        """Load a span; `loading` hears of stored bytes read, of all. Raises ServeError.
+
+        What cannot fit is refused early: the system would end the process in the midst of it.
+        """
+        if span_bytes(self.checkpoint, precision, blocks, self.backend) > self.free / MEMORY_SHARE:
+            fits = self.what_fits(precision)
+            raise ServeError(f"blocks {blocks.start}:{blocks.stop} do not fit the memory: {fits}")
+        parts = self.checkpoint.span_tensors(blocks.start, blocks.stop)
+        total = sum(self.checkpoint.info(name).nbytes for names in parts.values() for name in names)
+        done = 0
+
+        def progress(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            loading(done, total)
+
+        try:
+            return load_span(self.checkpoint, blocks.start, blocks.stop, progress, precision, self.backend)
+        except MemoryError as error:
+            raise ServeError(f"the memory ran out while loading: {self.what_fits(precision)}") from error
 
     def what_fits(self, precision: WeightPrecision) -> str:
         """How many blocks would fit, and in which weights."""

@@ -8,6 +8,7 @@ import re
 import grpc
 import torch
 
+from ..kernels.backend import Backend
 from ..kernels.registry import NoBackend, backend_for
 from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint.checkpoint import Checkpoint
@@ -28,14 +29,13 @@ from .engine.kv_cache import KVCache
 from .identity import Claim
 from .joining import Joiner, ServeError, cache_tokens
 from .limits.admission import Admission
-from .model import Span, load_span
-from .model.precision import NONE, span_bytes
+from .model.precision import NONE
 from .options import ServeOptions
 from .progress import StartProgress
 from .rpc.announcement import Announcement
 from .rpc.open_checks import FEATURES, ServiceInfo
 from .rpc.service import PeerService
-from .throughput import MEMORY_SHARE, decode_tokens_per_s, free_bytes
+from .throughput import decode_tokens_per_s, free_bytes
 
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner", "ffn_dim")
 
@@ -62,7 +62,9 @@ class PeerServer:
         options, self.identity = self.options, self._claim.identity
         # Off the loop, which hears signals meanwhile: a hub may be slow to answer, and kernels are compiled.
         await asyncio.to_thread(self._open)
-        self.trust = await self._trust()
+        self.trust: Trust = PublicTrust(self.identity)
+        if options.join is not None:
+            self.trust = await join(options.join, self.identity, self._claim.memberships)
         self._grpc = grpc.aio.server(interceptors=[TrustInterceptor(self.trust)], options=SERVER_OPTIONS)
         self.port = self._bind()
         self.address = options.announced(self.port)
@@ -89,22 +91,7 @@ class PeerServer:
             self.backend = backend_for(self.options.device)
         except NoBackend as error:
             raise ServeError(str(error)) from error
-        self._set_up_threads()
-
-    def _set_up_threads(self) -> None:
-        """In exact mode torch's own operations keep to one thread: where it cuts a tensor would show in the bits."""
-        options = self.options
-        threads = options.threads or torch.get_num_threads()
-        if options.exact and (obstacle := self.backend.exactness_obstacle(layer_widths(self.checkpoint))):
-            raise ServeError(f"--exact cannot be promised here: {obstacle}")
-        self.backend.threads = threads
-        torch.set_num_threads(1 if options.exact else threads)
-
-    async def _trust(self) -> Trust:
-        options = self.options
-        if options.join is None:
-            return PublicTrust(self.identity)
-        return await join(options.join, self.identity, self._claim.memberships)
+        set_up_threads(self.options, self.backend, self.checkpoint)
 
     def _bind(self) -> int:
         """The port that was asked for, or the last one again, so that saved lines stay true, or any."""
@@ -152,12 +139,12 @@ class PeerServer:
             for record in await self.directory.list(checkpoint.name)
             if record.model_digest == self._model_digest() and record.peer_id != self.identity.peer_id
         ]
-        self._joiner = Joiner(options, checkpoint, self.backend, free_bytes(self.backend), self._progress.note)
-        self._precision = self._joiner.precision(records)
-        self.blocks = self._joiner.blocks(self._precision, records)
-        quant = "" if self._precision.quant == NONE else f" in {self._precision.quant}"
+        joiner = Joiner(options, checkpoint, self.backend, free_bytes(self.backend), self._progress.note)
+        self._precision = precision = joiner.precision(records)
+        self.blocks = joiner.blocks(precision, records)
+        quant = "" if precision.quant == NONE else f" in {precision.quant}"
         self._progress.stage(f"loading blocks {self.blocks.start}:{self.blocks.stop} of {checkpoint.name}{quant}")
-        self.span = await asyncio.to_thread(self._load_span)
+        self.span = await asyncio.to_thread(joiner.load, precision, self.blocks, self._progress.loading)
         if options.exact and (obstacle := self.span.exactness_obstacle()):
             raise ServeError(f"--exact cannot be promised here: {obstacle}")
         free = self.backend.free_bytes(available_bytes())
@@ -168,30 +155,6 @@ class PeerServer:
         self._digests = {part: bytes.fromhex(digest) for part, digest in digests.items()}
         self.admission = Admission(cache.n_pages, options.max_sessions)
         self.engine = Engine(self.span, cache)
-
-    def _load_span(self) -> Span:
-        total = loaded_bytes(self.checkpoint, self.blocks)
-        done = 0
-        self._check_memory()
-
-        def progress(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            self._progress.loading(done, total)
-
-        try:
-            return load_span(
-                self.checkpoint, self.blocks.start, self.blocks.stop, progress, self._precision, self.backend
-            )
-        except MemoryError as error:
-            raise ServeError(f"the memory ran out while loading: {self._joiner.what_fits(self._precision)}") from error
-
-    def _check_memory(self) -> None:
-        """Refuse early what cannot fit: the system would end the process in the midst of it."""
-        needed = span_bytes(self.checkpoint, self._precision, self.blocks, self.backend)
-        if needed > free_bytes(self.backend) / MEMORY_SHARE:
-            fits = self._joiner.what_fits(self._precision)
-            raise ServeError(f"blocks {self.blocks.start}:{self.blocks.stop} do not fit the memory: {fits}")
 
     async def _serve(self) -> None:
         self.announcement = Announcement(self.directory, self.identity, self.trust, self._served(), self.admission)
@@ -278,15 +241,21 @@ class PeerServer:
         return bytes.fromhex(self.checkpoint.digest())
 
 
+def set_up_threads(options: ServeOptions, backend: Backend, checkpoint: Checkpoint) -> None:
+    """In exact mode torch's own operations keep to one thread: where it cuts a tensor would show in the bits.
+
+    Raises ServeError.
+    """
+    threads = options.threads or torch.get_num_threads()
+    if options.exact and (obstacle := backend.exactness_obstacle(layer_widths(checkpoint))):
+        raise ServeError(f"--exact cannot be promised here: {obstacle}")
+    backend.threads = threads
+    torch.set_num_threads(1 if options.exact else threads)
+
+
 def layer_widths(checkpoint: Checkpoint) -> list[int]:
     """Of hidden states and what is within blocks, as the config names them."""
     return [value for name, value in checkpoint.config.items() if name in _WIDTHS and isinstance(value, int)]
-
-
-def loaded_bytes(checkpoint: Checkpoint, blocks: range) -> int:
-    """Stored bytes that a span reads."""
-    parts = checkpoint.span_tensors(blocks.start, blocks.stop)
-    return sum(checkpoint.info(name).nbytes for names in parts.values() for name in names)
 
 
 async def bootstrap_addresses(initial_peers: tuple[str, ...], trust: Trust) -> list[str]:

@@ -72,10 +72,10 @@ async def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.
 
 
 def test_a_format_that_is_none_is_named(tmp_path) -> None:
-    code, output = serve(tiny_llama(), "--quant", "int5", tmp_path=tmp_path)
-    assert code == 2
-    assert "int5" in output
-    assert "gguf" in output
-    code, output = serve(tiny_llama(), "--quant", "aqlm", tmp_path=tmp_path)
-    assert code == 1
-    assert "does not store aqlm weights: choose --quant none, int8, int4, nf4" in output
+    unknown = serve(tiny_llama(), "--quant", "int5", tmp_path=tmp_path)
+    assert unknown.code == 2
+    assert "int5" in unknown.output
+    assert "gguf" in unknown.output
+    other = serve(tiny_llama(), "--quant", "aqlm", tmp_path=tmp_path)
+    assert other.code == 1
+    assert "does not store aqlm weights: choose --quant none, int8, int4, nf4" in other.output
