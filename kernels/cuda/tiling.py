@@ -106,7 +106,6 @@ class Tiling:
             "REGISTERS": self.registers,
             "RESIDENT": self.resident,
             "WGMMA": int(self.wgmma),
-            "HOPPER": int(card.hopper),
             "NF4_LEVELS": nf4_levels(),
         }
         return Program("linear.cu", tuple(choices.items()))

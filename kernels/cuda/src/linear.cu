@@ -22,7 +22,7 @@
 //   TOTALS_IN_SHARED  1: totals wait in shared memory while the next quarter is summed
 //   REGISTERS         of a consuming thread, taken from the producers; 0: as compiled
 //   RESIDENT          blocks that a multiprocessor must hold
-//   WGMMA, HOPPER     1: Hopper's product; Hopper's copies, barriers and overlap
+//   WGMMA             1: Hopper's product
 #include "ptx.cuh"
 #include "matrix.cuh"
 #include "formats.cuh"

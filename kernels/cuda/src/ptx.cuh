@@ -1,5 +1,7 @@
-// Instructions that CUDA C++ has no plain words for. HOPPER: compute capability 9.0.
+// Instructions that CUDA C++ has no plain words for.
 #pragma once
+
+#define HOPPER (__CUDA_ARCH__ == 900)
 
 typedef unsigned char u8;
 typedef unsigned short u16;
