@@ -32,8 +32,8 @@ class Extent:
 
     def group(self, heads: int) -> int:
         """Neighbouring queries that share keys, for so many query heads on a kv head."""
-        rows = 1 if self.widest == 1 else 4 if self.widest <= 4 else 8
-        return max(rows * max(1, 8 // heads), 16 // heads)
+        rows, power = 1 if self.widest == 1 else 4 if self.widest <= 4 else 8, _power(heads)
+        return max(rows * max(1, 8 // power), 16 // power)
 
     def groups(self, heads: int) -> int:
         """Groups of queries at most."""
@@ -63,8 +63,8 @@ class Queries:
     straight_of: Tensor
     full_of: Tensor
     path: Tensor
-    first: Tensor
-    members: Tensor
+    groups: Tensor
+    """[groups, 4]: members, first query, `full` and segment."""
 
 
 class Attention:
@@ -91,28 +91,20 @@ class Attention:
     ) -> Queries:
         """heads: query heads on a kv head. The tensors are those of `AttentionMetadata`, on the card."""
         n, groups, width = extent.queries, extent.groups(heads), max(1, extent.deepest)
-        held = torch.empty(5 * n + n * width + 2 * groups, dtype=torch.int32, device=base.device)
-        of, path, first, members = held.split([5 * n, n * width, groups, groups])
+        held = torch.empty(5 * n + n * width + 4 * groups, dtype=torch.int32, device=base.device)
+        grouped, of, path = held.split([4 * groups, 5 * n, n * width])  # groups lie on 16 bytes
         per_query = of.view(5, n).unbind()
         kernel = self._runtime.kernel(_PLAN, "plan_rows", _BLOCK)
         assert kernel is not None
         kernel(
-            (extent.segments,), row_start, row_count, base, positions, parents, stored, *per_query, path, first,
-            members, extent.segments, n, extent.group(heads), groups, width,
+            (extent.segments,), row_start, row_count, base, positions, parents, stored, *per_query, path, grouped,
+            extent.segments, n, extent.group(heads), groups, width,
         )  # fmt: skip
         segment_of, position_of, slot_of, straight_of, full_of = per_query
         return Queries(
-            extent,
-            page_table,
-            segment_of,
-            position_of,
-            slot_of,
-            straight_of,
-            full_of,
-            path.view(n, width),
-            first,
-            members,
-        )
+            extent, page_table, segment_of, position_of, slot_of, straight_of, full_of, path.view(n, width),
+            grouped.view(groups, 4),
+        )  # fmt: skip
 
     def attend(
         self,
@@ -146,17 +138,16 @@ class Attention:
         numbers = (scale if softcap is not None else scale * _LOG2_E, softcap or 1.0, window or 0)
         chunks = -(-extent.longest // (_SUPER if supers else _CHUNK))
         if chunks:
-            self._kernels.shared_tiles[(len(queries.first), kv_heads, chunks)](
-                q, k_pages, v_pages, queries.table, queries.segment_of, queries.position_of, queries.full_of,
-                queries.first, queries.members, *partial, n, queries.table.shape[1], *numbers,
-                **shape, GROUPED=_power(group), ROWS=extent.group(group), num_warps=4,
-                num_stages=3 if width <= 128 else 2,
+            self._kernels.shared_tiles[(len(queries.groups), kv_heads, chunks)](
+                q, k_pages, v_pages, queries.table, queries.position_of, queries.groups, *partial, n,
+                queries.table.shape[1], *numbers, **shape, GROUPED=_power(group), ROWS=extent.group(group),
+                num_warps=4, num_stages=3 if width <= 128 else 2, enable_fp_fusion=False,
             )  # fmt: skip
         self._kernels.own_tiles[(n, kv_heads)](
             q, k_pages, v_pages, queries.table, queries.segment_of, queries.position_of, queries.straight_of,
             queries.full_of, queries.path, *partial, sinks if sinks is not None else q, out, n, queries.table.shape[1],
             queries.path.shape[1], *numbers, **shape, GROUPED=max(8, _power(group)), SINKS=sinks is not None,
-            TILED=tile, EIGHTHS=out.shape[1] if tile else 0, num_warps=4, num_stages=2,
+            TILED=tile, EIGHTHS=out.shape[1] if tile else 0, num_warps=4, num_stages=2, enable_fp_fusion=False,
         )  # fmt: skip
         return out
 

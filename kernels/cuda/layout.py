@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,16 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Extension:
+    """Columns of x that come once more behind the last, times a power of two each."""
+
+    columns: Tensor
+    """int32 [n]"""
+    factors: Tensor
+    """float32 [n]"""
+
+
+@dataclass(frozen=True)
 class Fields:
     """One matrix as codes and numbers, each tensor with one entry an output."""
 
@@ -55,6 +66,12 @@ class Fields:
     rows: Tensors
     """codes uint8 or bfloat16 [out, in]; scale, zero, middle [out, in / group]; row_scale float32 [out]."""
     codebooks: Tensor | None = None
+    extension: Extension | None = None
+
+    @property
+    def depth(self) -> int:
+        """Columns with those of the extension, padded."""
+        return padded(self.width + (len(self.extension.columns) if self.extension else 0), UNIT)
 
     @property
     def outputs(self) -> int:
@@ -72,6 +89,7 @@ class Weights:
     scale: Tensor | None = None
     """float32 [padded out]"""
     codebooks: Tensor | None = None
+    extension: Extension | None = None
 
     @property
     def nbytes(self) -> int:
@@ -85,23 +103,25 @@ class Weights:
 def pack(fields: Fields) -> Weights:
     """Fields in the device's layout, on the fields' device."""
     layout, outputs, device = fields.layout, fields.outputs, fields.rows["codes"].device
-    blobs = torch.empty(padded(outputs, BLOB) // BLOB, padded(fields.width, UNIT) // BLOB, layout.bytes,
+    blobs = torch.empty(padded(outputs, BLOB) // BLOB, fields.depth // BLOB, layout.bytes,
                         dtype=torch.uint8, device=device)  # fmt: skip
     for start in range(0, outputs, _PIECE):
         piece = {name: t[start : start + _PIECE] for name, t in fields.rows.items() if name != "row_scale"}
-        parts = layout.write(_padded_fields(piece, fields.width, layout))
+        parts = layout.write(_padded_fields(piece, fields.depth, layout))
         first = start // BLOB
         blobs[first : first + len(parts[0])] = torch.cat([_bytes(part) for part in parts], -1)
     scale = fields.rows.get("row_scale")
     if scale is not None:
         scale = F.pad(scale.float(), (0, -len(scale) % BLOB))
-    return Weights(layout, (outputs, fields.width), blobs, scale, fields.codebooks)
+    return Weights(layout, (outputs, fields.width), blobs, scale, fields.codebooks, fields.extension)
 
 
 def interleave(gate: Fields, up: Fields) -> Fields:
     """Outputs by sixteens, 8 of `gate` and the same 8 of `up`, each padded to a multiple of 32 with zeros."""
     if gate.layout is not up.layout or gate.width != up.width or gate.outputs != up.outputs:
         raise FormatError("gate and up have different layouts or shapes.")
+    if gate.extension or up.extension:
+        raise FormatError("gate and up with outlier columns of their own are two products.")
 
     def both(name: str) -> Tensor:
         pair = torch.stack((gate.rows[name], up.rows[name]))
@@ -111,16 +131,16 @@ def interleave(gate: Fields, up: Fields) -> Fields:
     return Fields(gate.layout, gate.width, {name: both(name) for name in gate.rows}, gate.codebooks)
 
 
-def _padded_fields(rows: Tensors, width: int, layout: Layout) -> Tensors:
+def _padded_fields(rows: Tensors, depth: int, layout: Layout) -> Tensors:
     """Whole blobs."""
     out = {}
     for name, t in rows.items():
         unit = {"codes": 1}.get(name, layout.group)
         if layout.reordered:
-            t = F.pad(t, (0, 0, 0, padded(width, UNIT) // 8 - t.shape[1]))
+            t = F.pad(t, (0, 0, 0, depth // 8 - t.shape[1]))
             out[name] = F.pad(t, (0, 0, 0, 0, 0, -len(t) % BLOB))
         else:
-            out[name] = F.pad(t, (0, padded(width, UNIT) // unit - t.shape[1], 0, -len(t) % BLOB))
+            out[name] = F.pad(t, (0, depth // unit - t.shape[1], 0, -len(t) % BLOB))
     return out
 
 
@@ -234,6 +254,7 @@ LAYOUTS = {
         Layout("Q5_K", 3072, 32, _write_q5_k),
         Layout("Q6_K", 3584, 16, _write_q6_k),
         Layout("Aqlm2x8", 1024, 0, _write_aqlm, scaled=True, table=65536, reordered=True),
+        Layout("Aqlm1x16", 1024, 0, _write_aqlm, scaled=True, reordered=True),
     )
 }
 
@@ -247,15 +268,15 @@ def fields(format: Format, tensors: Mapping[str, Tensor], shape: Shape) -> Field
             codes = split_high(tensors["weight"][:, 0])[: shape[0] * shape[1]].view(shape)
             scale = block_scales(tensors, torch.float32).view(shape[0], -1)
             return Fields(LAYOUTS["Nf4"], shape[1], {"codes": codes, "scale": scale})
-        case Int8() if not tensors["outliers"].numel():
-            codes = tensors["codes"].view(torch.uint8)
-            return Fields(LAYOUTS["Int8"], shape[1], {"codes": codes, "row_scale": tensors["scales"]})
+        case Int8():
+            return _int8(tensors, shape)
         case Gguf():
             return _gguf(format, tensors["blocks"], shape)
-        case Aqlm(codebooks=2, bits=8):
+        case Aqlm(codebooks=2, bits=8) | Aqlm(codebooks=1, bits=16):
             books = tensors["codebooks"][:, :, 0].bfloat16().contiguous()
+            # A code of 16 bits is two bytes, the lower first, as are those of two codebooks.
             rows = {"codes": tensors["codes"].view(torch.uint8), "row_scale": tensors["scales"].float().flatten()}
-            return Fields(LAYOUTS["Aqlm2x8"], shape[1], rows, books)
+            return Fields(LAYOUTS[f"Aqlm{format.codebooks}x{format.bits}"], shape[1], rows, books)
         case Dense():
             return Fields(LAYOUTS["Bf16"], shape[1], {"codes": tensors["weight"].bfloat16()})
     return dense(format, tensors, shape)
@@ -274,6 +295,26 @@ def _int4(tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
         scale, zero = (t.repeat_interleave(group // BLOB, 1) for t in (scale, zero))
     layout = LAYOUTS["Int4Group32" if group == 32 else "Int4"]
     return Fields(layout, codes.shape[1], {"codes": codes, "scale": scale, "zero": zero})
+
+
+def _int8(tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
+    """Outlier columns are two columns of codes each, behind all others: v = scale · 2^e · (first + second / 256)."""
+    codes, scale, columns = tensors["codes"], tensors["scales"], tensors["outliers"]
+    if not len(columns):
+        return Fields(LAYOUTS["Int8"], shape[1], {"codes": codes.view(torch.uint8), "row_scale": scale})
+    # A row that is all outliers has no scale of its own.
+    least = tensors["values"].float().abs().amax(1) / 2**14
+    empty = scale == 0
+    scale = torch.where(empty, least.clamp(min=torch.finfo(torch.float32).tiny), scale)
+    shares = tensors["values"].double() / scale.double()[:, None]
+    exponent = max(0, math.ceil(math.log2(max(float(shares.abs().max()), 1e-30) / 127)))
+    shares = shares / 2.0**exponent
+    first = shares.round().clamp(-127, 127)
+    second = ((shares - first) * 256).round().clamp(-128, 127)
+    codes = torch.cat((codes, first.to(torch.int8), second.to(torch.int8)), 1)
+    factors = torch.tensor([2.0**exponent, 2.0 ** (exponent - 8)], device=codes.device).repeat_interleave(len(columns))
+    extension = Extension(columns.int().repeat(2), factors)
+    return Fields(LAYOUTS["Int8"], shape[1], {"codes": codes.view(torch.uint8), "row_scale": scale}, None, extension)
 
 
 def _gguf(format: Gguf, blocks: Tensor, shape: Shape) -> Fields:

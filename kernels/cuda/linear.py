@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formats.base import padded
 from .compile import Program
 from .driver import Kernel
-from .layout import UNIT, Layout, Weights
+from .layout import UNIT, Weights
 from .runtime import Runtime
 from .tiling import Tiling, choose, row_tile
 
@@ -39,15 +39,15 @@ class Linear:
         """Begins to compile what a product needs."""
         self._runtime.programs.start(self.tiling(weights, rows, gated).program(self._card, weights.layout))
 
-    def pack(self, x: Tensor, layout: Layout) -> Tensor:
-        """x [rows, in] bfloat16, contiguous -> activations for weights of a layout."""
+    def pack(self, x: Tensor, weights: Weights) -> Tensor:
+        """x [rows, in] bfloat16, contiguous -> activations for these weights."""
         rows, width = x.shape
         tile = row_tile(rows, self._card)
-        packed = torch.empty_like(activations(rows, width, tile, torch.device("meta")), device=x.device)
+        packed = torch.empty(-(-rows // tile), weights.depth_blobs * 8, tile, 8, dtype=torch.bfloat16, device=x.device)
         kernel = self._kernel(_ELEMENTWISE, "pack_rows", _BLOCK)
         eighths = packed.shape[1]
         count = len(packed) * tile * eighths
-        kernel((-(-count // _BLOCK),), x, packed, rows, width, eighths, tile, int(layout.reordered), count)
+        kernel((-(-count // _BLOCK),), x, packed, rows, width, eighths, tile, int(weights.layout.reordered), count)
         return packed
 
     def product(
@@ -73,6 +73,8 @@ class Linear:
         if tuple(packed.shape[1:]) != (weights.depth_blobs * 8, tiling.rows, 8):
             raise ValueError(f"activations {tuple(packed.shape)} are not those of {rows} rows for {weights.shape}")
         program = tiling.program(self._card, layout)
+        if weights.extension is not None:
+            self._extend(weights, packed, rows, overlap)
         kernel = self._kernel(program, "linear", tiling.threads, tiling.shared_bytes(layout))
         tiles = tiling.tiles(outputs, rows)
         partial = self._workspace(tiling.partial_bytes(outputs, rows))
@@ -80,6 +82,16 @@ class Linear:
             (min(tiles, tiling.resident * self._card.multiprocessors),),
             weights.blobs, packed, out, partial, self._arrived, weights.scale, bias, weights.codebooks,
             rows, outputs, weights.depth_blobs, tiles, -(-rows // tiling.rows),
+            overlap=overlap,
+        )  # fmt: skip
+
+    def _extend(self, weights: Weights, packed: Tensor, rows: int, overlap: bool) -> None:
+        """Columns of outliers come once more: other weights that read the same activations write theirs later."""
+        assert weights.extension is not None
+        columns, factors = weights.extension.columns, weights.extension.factors
+        count, (_, eighths, tile, _) = rows * len(columns), packed.shape
+        self._kernel(_ELEMENTWISE, "extend_rows", _BLOCK)(
+            (-(-count // _BLOCK),), packed, columns, factors, rows, len(columns), weights.shape[1], eighths, tile,
             overlap=overlap,
         )  # fmt: skip
 

@@ -25,15 +25,31 @@ def fold(M, Z, A, m, z, a):
 
 
 @triton.jit
-def step(q, k, v, m, z, acc, scale, softcap, seen, CAPPED: tl.constexpr):
-    """One tile of keys [64, width] joins the running softmax of q [rows, width]; seen [rows, 64]."""
+def rows_of(pages, place, d, there, WIDTH: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
+    """Keys or values [64, PADDED] at places; MASKED: zeros where there are none."""
+    at = pages + place[:, None] * WIDTH + d[None, :]
+    if MASKED:
+        rows = tl.load(at, mask=there[:, None] & (d[None, :] < WIDTH), other=0.0)
+    elif WIDTH != PADDED:
+        rows = tl.load(at, mask=d[None, :] < WIDTH, other=0.0)
+    else:
+        rows = tl.load(at)
+    return rows
+
+
+@triton.jit
+def step(q, k, v, m, z, acc, scale, softcap, seen, CAPPED: tl.constexpr, MASKED: tl.constexpr):
+    """One tile of keys [64, width] joins the running softmax of q [rows, width]; MASKED: where seen [rows, 64]."""
     s = tl.dot(q, tl.trans(k)) * scale
     if CAPPED:
         s = softcap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
         s = s * 1.4426950408889634
-    s = tl.where(seen, s, LOWEST)
+    if MASKED:
+        s = tl.where(seen, s, LOWEST)
     most = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(most == LOWEST, 0.0, most)
+    base = most
+    if MASKED:
+        base = tl.where(most == LOWEST, 0.0, most)
     p = tl.exp2(s - base[:, None])
     decay = tl.exp2(m - base)
     z = z * decay + tl.sum(p, 1)
@@ -43,7 +59,7 @@ def step(q, k, v, m, z, acc, scale, softcap, seen, CAPPED: tl.constexpr):
 
 @triton.jit
 def shared_tiles(
-    q, k_pages, v_pages, table, segment_of, position_of, full_of, first, members, po, pm, pz,
+    q, k_pages, v_pages, table, position_of, groups, po, pm, pz,
     queries, table_width, scale, softcap, window,
     TILE: tl.constexpr, CHUNK: tl.constexpr, SUPER: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUPED: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
@@ -58,17 +74,18 @@ def shared_tiles(
     g = tl.program_id(0)
     head_kv = tl.program_id(1)
     c = tl.program_id(2)
-    count = tl.load(members + g)
+    count = tl.load(groups + 4 * g)
+    row0 = tl.load(groups + 4 * g + 1)
+    full = tl.load(groups + 4 * g + 2)
+    segment = tl.load(groups + 4 * g + 3)
     if count == 0:
         return
-    row0 = tl.load(first + g)
-    full = tl.load(full_of + row0)
     SIZE: tl.constexpr = SUPER if SUPERS else CHUNK
     low = c * SIZE
     high = tl.minimum(low + SIZE, full)
     if low >= high:
         return
-    pages = table + tl.load(segment_of + row0) * table_width
+    pages = table + segment * table_width
     i = tl.arange(0, ROWS * GROUPED)
     row = row0 + i // GROUPED
     head = head_kv * GROUP + i % GROUPED
@@ -93,7 +110,7 @@ def shared_tiles(
         SZ = tl.zeros((ROWS * GROUPED,), tl.float32)
         SA = tl.zeros((ROWS * GROUPED, VP), tl.float32)
     for t0 in range(start, high, TILE):
-        if SUPERS:
+        if SUPERS:  # noqa: SIM102 (known when it is compiled)
             if (t0 % CHUNK == 0) & (t0 > start):
                 SM, SZ, SA = fold(SM, SZ, SA, m, z, acc)
                 m = tl.full((ROWS * GROUPED,), LOWEST, tl.float32)
@@ -101,12 +118,12 @@ def shared_tiles(
                 acc = tl.zeros((ROWS * GROUPED, VP), tl.float32)
         position = t0 + t
         page = tl.load(pages + position // PAGE)
-        there = page >= 0
+        there = page >= 0  # pages that a window left behind are given back
         place = (page.to(tl.int64) * PAGE + position % PAGE) * KV + head_kv
-        k = tl.load(k_pages + place[:, None] * D + d[None, :], mask=there[:, None] & (d[None, :] < D), other=0.0)
-        v = tl.load(v_pages + place[:, None] * V + e[None, :], mask=there[:, None] & (e[None, :] < V), other=0.0)
+        k = rows_of(k_pages, place, d, there, D, DP, WINDOWED)
+        v = rows_of(v_pages, place, e, there, V, VP, WINDOWED)
         seen = there[None, :] & (position[None, :] >= lowest[:, None])
-        m, z, acc = step(q_tile, k, v, m, z, acc, scale, softcap, seen, CAPPED)
+        m, z, acc = step(q_tile, k, v, m, z, acc, scale, softcap, seen, CAPPED, WINDOWED)
     if SUPERS:
         if high % CHUNK == 0:
             SM, SZ, SA = fold(SM, SZ, SA, m, z, acc)
@@ -169,14 +186,16 @@ def own_tiles(
     SA = A
     kept = ok[:, None] & (e[None, :] < V)
     if SUPERS:
-        for c in range(lowest // SUPER, supers):
-            o = (2 * c * queries + u) * HEADS + head
-            M, Z, A = fold(
-                M, Z, A,
-                tl.load(pm + o, mask=ok, other=LOWEST),
-                tl.load(pz + o, mask=ok, other=0.0),
-                tl.load(po + o[:, None] * V + e[None, :], mask=kept, other=0.0),
-            )  # fmt: skip
+        for c0 in range(lowest // SUPER, supers, 4):
+            for i4 in tl.static_range(4):  # side by side: what is not there folds into nothing
+                there = ok & (c0 + i4 < supers)
+                o = (2 * (c0 + i4) * queries + u) * HEADS + head
+                M, Z, A = fold(
+                    M, Z, A,
+                    tl.load(pm + o, mask=there, other=LOWEST),
+                    tl.load(pz + o, mask=there, other=0.0),
+                    tl.load(po + o[:, None] * V + e[None, :], mask=kept & there[:, None], other=0.0),
+                )  # fmt: skip
         if (chunks % (SUPER // CHUNK) > 0) & (chunks > first_chunk):
             o = (2 * supers * queries + u) * HEADS + head
             SM = tl.load(pm + o, mask=ok, other=LOWEST)
@@ -184,15 +203,20 @@ def own_tiles(
             SA = tl.load(po + o[:, None] * V + e[None, :], mask=kept, other=0.0)
         slot = 2 * supers + 1
     else:
-        for c in range(first_chunk, chunks):
-            o = (c * queries + u) * HEADS + head
-            SM, SZ, SA = fold(
-                SM, SZ, SA,
-                tl.load(pm + o, mask=ok, other=LOWEST),
-                tl.load(pz + o, mask=ok, other=0.0),
-                tl.load(po + o[:, None] * V + e[None, :], mask=kept, other=0.0),
-            )  # fmt: skip
-            if c % (SUPER // CHUNK) == SUPER // CHUNK - 1:
+        for c0 in range(lowest // SUPER * (SUPER // CHUNK), chunks, SUPER // CHUNK):
+            SM = tl.full((GROUPED,), LOWEST, tl.float32)
+            SZ = tl.zeros((GROUPED,), tl.float32)
+            SA = tl.zeros((GROUPED, VP), tl.float32)
+            for i8 in tl.static_range(SUPER // CHUNK):
+                there = ok & (c0 + i8 >= first_chunk) & (c0 + i8 < chunks)
+                o = ((c0 + i8) * queries + u) * HEADS + head
+                SM, SZ, SA = fold(
+                    SM, SZ, SA,
+                    tl.load(pm + o, mask=there, other=LOWEST),
+                    tl.load(pz + o, mask=there, other=0.0),
+                    tl.load(po + o[:, None] * V + e[None, :], mask=kept & there[:, None], other=0.0),
+                )  # fmt: skip
+            if c0 + SUPER // CHUNK <= chunks:
                 M, Z, A = fold(M, Z, A, SM, SZ, SA)
                 SM = tl.full((GROUPED,), LOWEST, tl.float32)
                 SZ = tl.zeros((GROUPED,), tl.float32)
@@ -223,9 +247,9 @@ def own_tiles(
         page = tl.load(pages + own // PAGE, mask=valid, other=-1)
         there = page >= 0
         place = (page.to(tl.int64) * PAGE + own % PAGE) * KV + head_kv
-        k = tl.load(k_pages + place[:, None] * D + d[None, :], mask=there[:, None] & (d[None, :] < D), other=0.0)
-        v = tl.load(v_pages + place[:, None] * V + e[None, :], mask=there[:, None] & (e[None, :] < V), other=0.0)
-        m, z, acc = step(q_tile, k, v, m, z, acc, scale, softcap, there[None, :] & ok[:, None], CAPPED)
+        k = rows_of(k_pages, place, d, there, D, DP, True)
+        v = rows_of(v_pages, place, e, there, V, VP, True)
+        m, z, acc = step(q_tile, k, v, m, z, acc, scale, softcap, there[None, :] & ok[:, None], CAPPED, True)
     SM, SZ, SA = fold(SM, SZ, SA, m, z, acc)
     M, Z, A = fold(M, Z, A, SM, SZ, SA)
     if SINKS:

@@ -28,6 +28,18 @@ pack_rows(const u16* x, uint4* packed, int rows, int width, int eighths, int til
       make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
 }
 
+// Columns of activations once more, behind depth `width`, times a factor each: outliers of int8 weights.
+extern "C" __global__ void __launch_bounds__(256)
+extend_rows(u16* packed, const int* columns, const float* factors, int rows, int extended, int width, int eighths, int tile_rows) {
+  let_next_start();
+  wait_for_previous();
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  if (i >= rows * extended) return;
+  const int row = i / extended, n = i % extended, from = columns[n], to = width + n;
+  const u16 v = packed[place_of(row, from / 8, eighths, tile_rows) * 8 + from % 8];
+  packed[place_of(row, to / 8, eighths, tile_rows) * 8 + to % 8] = round1(__uint_as_float((u32)v << 16) * factors[n]);
+}
+
 // h += add (unless null); then y = weight * h / sqrt(mean(h²) + epsilon), rounded once: rows of `width` = 8 * eighths, or
 // activations if tile_rows. One block a row, sums in an order that the width alone decides.
 constexpr int NORM_THREADS = 256, NORM_HELD = 8;  // eighths that a thread keeps in registers

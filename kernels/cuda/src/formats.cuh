@@ -11,6 +11,7 @@ struct Lane {
   int thread;  // in the group, 0 to 127
   int pair;    // 8 * warp + g: the pair of outputs
   u32 table;   // shared address of the format's table, as `Format::table_of` gives it
+  const uint4* codebooks;
 };
 
 // Codes of four bits on 128: bfloat16 counts in ones from 128 to 256.
@@ -262,6 +263,27 @@ struct Aqlm2x8 {
       fragments[4 * j + 2 + h] = add2(first[v][1], second[v][1]);
       fragments[4 * j + 4 + h] = add2(first[v][2], second[v][2]);
       fragments[4 * j + 6 + h] = add2(first[v][3], second[v][3]);
+    }
+  }
+};
+
+// AQLM with one codebook of 65,536 vectors, a megabyte that the L2 cache holds; order and scales as above.
+struct Aqlm1x16 : NoTable {
+  static constexpr int BYTES = 1024;
+  static constexpr bool SCALED = true;
+  struct Codes { u32 words[2]; };
+  static INLINE void load(Codes& c, u32 blob, const Lane& lane) { load_shared2(c.words, blob + lane.thread * 8); }
+  static INLINE void expand(u32 (&fragments)[16], const Codes& c, const Lane& lane) {
+    uint4 vectors[4];
+#pragma unroll
+    for (int v = 0; v < 4; v++) vectors[v] = __ldg(lane.codebooks + (c.words[v >> 1] >> (16 * (v & 1)) & 0xFFFFu));
+#pragma unroll
+    for (int v = 0; v < 4; v++) {
+      const int j = v & ~1, h = v & 1;
+      fragments[4 * j + h] = vectors[v].x;
+      fragments[4 * j + 2 + h] = vectors[v].y;
+      fragments[4 * j + 4 + h] = vectors[v].z;
+      fragments[4 * j + 6 + h] = vectors[v].w;
     }
   }
 };

@@ -443,6 +443,6 @@ linear(const u8* weights, const u8* x, u16* y, float* partial, u32* arrived, con
   Consumer c;
   c.group = warp >> 2, c.group_out = c.group / GROUPS_K, c.group_k = c.group % GROUPS_K;
   c.warp = warp & 3, c.lane = lane, c.pair = lane >> 2, c.t = lane & 3;
-  c.share = {(int)threadIdx.x & 127, c.warp * 8 + c.pair, Weights::table_of(base, lane)};
+  c.share = {(int)threadIdx.x & 127, c.warp * 8 + c.pair, Weights::table_of(base, lane), (const uint4*)codebooks};
   consume(p, ring, shared + Weights::TABLE_BYTES + STAGES * STAGE, quarter_depth, c);
 }

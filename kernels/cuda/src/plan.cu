@@ -9,10 +9,10 @@ constexpr int TILE = 64;  // positions; attention cuts keys there and nowhere el
 //             leading rows
 //   path      [path_width] slots that hold the positions from `straight` on
 //   full      positions below it, whole tiles, are seen by all queries of its group of up to `group` neighbours
-// first, members [groups]: the queries of a group; 0 members where there is none.
+// For each group: members (0 where there is none), first query, full, segment.
 extern "C" __global__ void __launch_bounds__(128)
 plan_rows(const int* start, const int* count, const int* base, const int* positions, const int* parents, const int* stored,
-          int* segment_of, int* position_of, int* slot_of, int* straight_of, int* full_of, int* path, int* first, int* members, int segments,
+          int* segment_of, int* position_of, int* slot_of, int* straight_of, int* full_of, int* path, int4* grouped, int segments,
           int queries, int group, int groups, int path_width) {
   wait_for_previous();
   let_next_start();
@@ -51,11 +51,10 @@ plan_rows(const int* start, const int* count, const int* base, const int* positi
     for (int q = begin + 1; q < end; q++) full = min(full, straight_of[q]);
     full -= full % TILE;
     for (int q = begin; q < end; q++) full_of[q] = full;
-    first[passed_groups + g] = begin;
-    members[passed_groups + g] = end - begin;
+    grouped[passed_groups + g] = make_int4(end - begin, begin, full, segment);
   }
   if (segment == segments - 1) {
     for (int q = passed + asking + thread; q < queries; q += 128) segment_of[q] = -1;
-    for (int g = passed_groups + mine + thread; g < groups; g += 128) members[g] = 0;
+    for (int g = passed_groups + mine + thread; g < groups; g += 128) grouped[g].x = 0;
   }
 }

@@ -32,7 +32,7 @@ def plan_rows(
     n, width, group = extent.queries, max(1, extent.deepest), extent.group(heads)
     per_query: list[list[int]] = []
     paths = torch.full((n, width), -7, dtype=torch.int32)
-    first, members, full_of = [], [], []
+    groups, full_of = [], []
     start = 0
     for segment, (count, base) in enumerate(zip(counts, bases, strict=True)):
         mine = parents[start : start + count]
@@ -51,10 +51,9 @@ def plan_rows(
             end = min(at + group, len(per_query))
             full = min(per_query[q][3] for q in range(at, end)) // TILE * TILE
             full_of += [full] * (end - at)
-            first.append(at)
-            members.append(end - at)
+            groups.append([end - at, at, full, segment])
         start += count
-    rest = extent.groups(heads) - len(first)
+    groups += [[0] * 4] * (extent.groups(heads) - len(groups))
     columns = torch.tensor(per_query, dtype=torch.int32).T.contiguous()
-    numbers = [torch.tensor(t, dtype=torch.int32) for t in (full_of, first + [0] * rest, members + [0] * rest)]
-    return Queries(extent, table, *columns.unbind(), numbers[0], paths, *numbers[1:])
+    full = torch.tensor(full_of, dtype=torch.int32)
+    return Queries(extent, table, *columns.unbind(), full, paths, torch.tensor(groups, dtype=torch.int32))

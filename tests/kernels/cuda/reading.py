@@ -28,6 +28,10 @@ def dense(weights: Weights) -> Tensor:
                     depth = span + 8 * (depth % 8 // 2) + 2 * (eighth % 4) + depth % 2
                 out[:, :, 16 * warp + 8 * h + g, depth] = registers[:, :, thread, i, e].double()
     matrix = out.transpose(1, 2).flatten(2).flatten(0, 1)
+    if weights.extension is not None:
+        width = weights.shape[1]
+        behind = matrix[:, width : width + len(weights.extension.columns)] * weights.extension.factors.double()
+        matrix = matrix.index_add(1, weights.extension.columns.long(), behind)
     if weights.scale is not None:
         matrix = matrix * weights.scale.double()[:, None]
     return matrix[: weights.shape[0], : weights.shape[1]]
@@ -152,6 +156,14 @@ def _aqlm(blobs: Tensor, weights: Weights) -> Tensor:
     return torch.stack(registers, -2)
 
 
+def _aqlm_1x16(blobs: Tensor, weights: Weights) -> Tensor:
+    assert weights.codebooks is not None
+    codes = (blobs.long()[..., 0::2] | blobs.long()[..., 1::2] << 8).unflatten(-1, (128, 4))
+    vectors = weights.codebooks[0][codes].unflatten(-1, (4, 2))
+    registers = [vectors[..., 2 * (i // 8) + i % 2, i // 4 % 2 * 2 + i // 2 % 2, :] for i in range(16)]
+    return torch.stack(registers, -2)
+
+
 _READERS: dict[str, Callable[[Tensor, Weights], Tensor]] = {
     "Int4": _int4,
     "Int4Group32": _int4_32,
@@ -164,4 +176,5 @@ _READERS: dict[str, Callable[[Tensor, Weights], Tensor]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
     "Aqlm2x8": _aqlm,
+    "Aqlm1x16": _aqlm_1x16,
 }

@@ -112,13 +112,14 @@ def test_a_plan_is_what_python_makes_of_it(card, name):
     counts, bases, parents = (t.tolist() for t in (batch.plan.row_count, batch.plan.base, batch.plan.parents))
     ours = plan_rows(extent_of(counts, bases, parents), 4, counts, bases, parents, batch.plan.page_table)
     theirs = planned(card, batch)
-    for field in ("segment_of", "position_of", "slot_of", "straight_of", "full_of", "members"):
+    for field in ("segment_of", "position_of", "slot_of", "straight_of", "full_of"):
         assert getattr(theirs, field).tolist() == getattr(ours, field).tolist(), field
     for q in range(len(ours.path)):
         length = int(ours.position_of[q]) + 1 - int(ours.straight_of[q])
         assert theirs.path[q, :length].tolist() == ours.path[q, :length].tolist()
-    used = int((ours.members > 0).sum())
-    assert theirs.first[:used].tolist() == ours.first[:used].tolist()
+    used = int((ours.groups[:, 0] > 0).sum())
+    assert theirs.groups[:used].tolist() == ours.groups[:used].tolist()
+    assert not theirs.groups[used:, 0].any()
 
 
 @CARD

@@ -6,6 +6,7 @@ import pytest
 import torch
 from petal.kernels.cuda.layout import LAYOUTS, fields, interleave, pack
 from petal.kernels.formats.int4 import Int4
+from petal.kernels.formats.int8 import Int8
 from petal.kernels.formats.registry import FORMATS
 
 from tests.kernels.cuda.reading import dense
@@ -25,7 +26,9 @@ CASES = {
     "q4_k": (FORMATS["q4_k"], "Q4_1"),
     "q5_k": (FORMATS["q5_k"], "Q5_K"),
     "q6_k": (FORMATS["q6_k"], "Q6_K"),
+    "int8 with outliers": (Int8(threshold=1.2, most_outliers=0.02), "Int8"),
     "aqlm": (FORMATS["aqlm"], "Aqlm2x8"),
+    "aqlm-1x16": (FORMATS["aqlm-1x16"], "Aqlm1x16"),
 }
 
 
@@ -37,7 +40,8 @@ def test_a_layout_holds_what_the_checkpoint_says(case, shape):
     taken = fields(format, tensors, shape)
     assert taken.layout is LAYOUTS[layout]
     packed = pack(taken)
-    assert packed.blobs.shape == (-(-shape[0] // 64), -(-shape[1] // 512) * 8, LAYOUTS[layout].bytes)
+    assert packed.blobs.shape == (-(-shape[0] // 64), taken.depth // 64, LAYOUTS[layout].bytes)
+    assert (packed.extension is not None) == (case == "int8 with outliers")
     expected = format.dequantize(tensors, shape)
     off = (dense(packed) - expected).abs()
     largest = expected.abs().amax(1, keepdim=True).clamp(min=1e-30)

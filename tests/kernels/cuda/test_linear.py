@@ -58,7 +58,7 @@ def product(
 ) -> Tensor:
     rows, outputs = len(x), weights.shape[0]
     out = torch.full((rows * outputs + GUARD,), torch.nan, dtype=torch.bfloat16, device="cuda")
-    packed = linear.pack(x, weights.layout)
+    packed = linear.pack(x, weights)
     linear.product(weights, packed, rows, out, bias=bias, tiling=tiling)
     assert out[rows * outputs :].isnan().all(), "something was written past the end"
     return out[: rows * outputs].view(rows, outputs)
@@ -134,7 +134,7 @@ def test_gated_products_leave_the_next_activations(linear, case):
         tile = row_tile(rows, linear._card)
         for tiling in candidates(linear._card, weights.layout, weights.shape[0], weights.depth_blobs, rows, gated=True):
             out = activations(rows, shape[0], tile, x.device)
-            packed = linear.pack(x[:rows].contiguous(), weights.layout)
+            packed = linear.pack(x[:rows].contiguous(), weights)
             linear.product(weights, packed, rows, out, gated=True, tiling=tiling)
             flat = out.transpose(1, 2).flatten(2).flatten(0, 1)
             assert not flat[:, shape[0] :].any()
@@ -148,7 +148,7 @@ def test_a_product_repeats(linear):
     weights, _ = on_card("int4", (1280, 4096))
     for rows in (8, 64, 128):
         x = torch.randn(rows, 4096, device="cuda").bfloat16()
-        packed = linear.pack(x, weights.layout)
+        packed = linear.pack(x, weights)
         first = product(linear, weights, x)
         differing = torch.zeros((), dtype=torch.long, device="cuda")
         for index in range(2000):
