@@ -43,6 +43,10 @@ class Layout:
     """Each output has one scale, applied to its sum."""
     table: int = 0
     """Bytes of shared memory that a block needs beside its ring."""
+    heavy: bool = False
+    """Unpacking takes many instructions a weight: more groups of warps are better than more blobs a group."""
+    cached: bool = False
+    """What it looks up lies in the first-level cache, which shares its memory with the ring."""
     reordered: bool = False
     """Activations lie in the order of codebooks of 8 depths."""
 
@@ -245,16 +249,16 @@ LAYOUTS = {
     for layout in (
         Layout("Int4", 2304, 64, _write_int4),
         Layout("Int4Group32", 2560, 32, _write_int4),
-        Layout("Nf4", 2304, 64, _write_nf4, table=32768),
+        Layout("Nf4", 2304, 64, _write_nf4, table=32768, heavy=True),
         Layout("Int8", 4096, 0, _write_int8, scaled=True),
         Layout("Bf16", 8192, 0, _write_bf16),
         Layout("Q4_0", 2304, 32, _write_q4_0),
         Layout("Q4_1", 2560, 32, _write_affine),
         Layout("Q8_0", 4352, 32, _write_q8_0),
-        Layout("Q5_K", 3072, 32, _write_q5_k),
-        Layout("Q6_K", 3584, 16, _write_q6_k),
-        Layout("Aqlm2x8", 1024, 0, _write_aqlm, scaled=True, table=65536, reordered=True),
-        Layout("Aqlm1x16", 1024, 0, _write_aqlm, scaled=True, reordered=True),
+        Layout("Q5_K", 3072, 32, _write_q5_k, heavy=True),
+        Layout("Q6_K", 3584, 16, _write_q6_k, heavy=True),
+        Layout("Aqlm2x8", 1024, 0, _write_aqlm, scaled=True, table=65536, heavy=True, reordered=True),
+        Layout("Aqlm1x16", 1024, 0, _write_aqlm, scaled=True, heavy=True, cached=True, reordered=True),
     )
 }
 

@@ -12,6 +12,7 @@ ROW_TILES = (8, 16, 32, 64, 128)
 _QUARTERS = 4
 _RESERVED = 1024  # bytes of shared memory that the driver keeps for each resident block
 _MOST_STAGES = 24
+_WITH_CACHE = 96 * 1024  # bytes of shared memory that leave most of the first-level cache
 _BARRIERS = 1024  # bytes that they take, with what aligns the ring
 
 
@@ -86,9 +87,12 @@ class Tiling:
 
     def on(self, card: Card, layout: Layout) -> Tiling | None:
         """With as many stages as the card holds; None where they are too few."""
-        each = (card.shared + _RESERVED) // self.resident - _RESERVED
-        stages = min((each - _BARRIERS - self.fixed_bytes(layout)) // self.stage_bytes(layout), _MOST_STAGES)
-        return replace(self, stages=stages) if stages >= 2 else None
+        for shared in (min(card.shared, _WITH_CACHE), card.shared)[0 if layout.cached else 1 :]:
+            each = (shared + _RESERVED) // self.resident - _RESERVED
+            room = each - _BARRIERS - self.fixed_bytes(layout)
+            if (stages := min(room // self.stage_bytes(layout), _MOST_STAGES)) >= 2:
+                return replace(self, stages=stages)
+        return None
 
     def program(self, card: Card, layout: Layout) -> Program:
         choices: dict[str, str | int] = {
@@ -196,9 +200,13 @@ def candidates(
 ) -> list[Tiling]:
     """Tilings that a product of a shape can use, with their stages, the cheapest first."""
     table = [m for m in (_HOPPER if card.hopper else _PORTABLE) if m.tiling.rows == row_tile(rows, card)]
-    table.sort(key=lambda m: m.cost(card, outputs, depth_blobs, rows))
-    found = (replace(m.tiling.fitted(depth_blobs), gated=gated).on(card, layout) for m in table)
-    return list(dict.fromkeys(t for t in found if t is not None))
+    found = {}
+    for m in table:
+        tiling = replace(m.tiling.fitted(depth_blobs), gated=gated).on(card, layout)
+        if tiling is not None:
+            slow = (1.15 if layout.heavy and tiling.blocks > 1 else 1.0) * (1.1 if tiling.stages < 3 else 1.0)
+            found[tiling] = slow * m.cost(card, outputs, depth_blobs, rows)
+    return sorted(found, key=found.__getitem__)
 
 
 def choose(card: Card, layout: Layout, outputs: int, depth_blobs: int, rows: int, gated: bool = False) -> Tiling:

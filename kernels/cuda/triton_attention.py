@@ -6,7 +6,9 @@ their super and supers into the row in order. Two kernels share the work: `share
 group of rows has in common, `own_tiles` what is left of each row (the rest of the committed rows, then its ancestors,
 gathered by position), and folds. Which of the two does a tile makes no difference to its bits.
 
-m, z, a: of a running softmax the largest score, the sum and the weighted values.
+m, z, a: of a running softmax the largest score, the sum and the weighted values. The matrix unit adds the sum up, too:
+the order of a reduction over threads would change with the shape of a tile. So z is 16 equal columns until a chunk is
+done.
 """
 
 import triton
@@ -50,10 +52,10 @@ def step(q, k, v, m, z, acc, scale, softcap, seen, CAPPED: tl.constexpr, MASKED:
     base = most
     if MASKED:
         base = tl.where(most == LOWEST, 0.0, most)
-    p = tl.exp2(s - base[:, None])
+    p = tl.exp2(s - base[:, None]).to(v.dtype)
     decay = tl.exp2(m - base)
-    z = z * decay + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None])
+    z = tl.dot(p, tl.full((p.shape[1], 16), 1.0, v.dtype), z * decay[:, None])
+    acc = tl.dot(p, v, acc * decay[:, None])
     return most, z, acc
 
 
@@ -103,7 +105,7 @@ def shared_tiles(
         if start >= high:
             return
     m = tl.full((ROWS * GROUPED,), LOWEST, tl.float32)
-    z = tl.zeros((ROWS * GROUPED,), tl.float32)
+    z = tl.zeros((ROWS * GROUPED, 16), tl.float32)
     acc = tl.zeros((ROWS * GROUPED, VP), tl.float32)
     if SUPERS:
         SM = tl.full((ROWS * GROUPED,), LOWEST, tl.float32)
@@ -112,9 +114,9 @@ def shared_tiles(
     for t0 in range(start, high, TILE):
         if SUPERS:  # noqa: SIM102 (known when it is compiled)
             if (t0 % CHUNK == 0) & (t0 > start):
-                SM, SZ, SA = fold(SM, SZ, SA, m, z, acc)
+                SM, SZ, SA = fold(SM, SZ, SA, m, tl.max(z, 1), acc)
                 m = tl.full((ROWS * GROUPED,), LOWEST, tl.float32)
-                z = tl.zeros((ROWS * GROUPED,), tl.float32)
+                z = tl.zeros((ROWS * GROUPED, 16), tl.float32)
                 acc = tl.zeros((ROWS * GROUPED, VP), tl.float32)
         position = t0 + t
         page = tl.load(pages + position // PAGE)
@@ -126,7 +128,7 @@ def shared_tiles(
         m, z, acc = step(q_tile, k, v, m, z, acc, scale, softcap, seen, CAPPED, WINDOWED)
     if SUPERS:
         if high % CHUNK == 0:
-            SM, SZ, SA = fold(SM, SZ, SA, m, z, acc)
+            SM, SZ, SA = fold(SM, SZ, SA, m, tl.max(z, 1), acc)
         o = (2 * c * queries + row) * HEADS + head
         tl.store(po + o[:, None] * V + e[None, :], SA, mask=ok[:, None] & (e[None, :] < V))
         tl.store(pm + o, SM, mask=ok)
@@ -135,12 +137,12 @@ def shared_tiles(
             o = ((2 * c + 1) * queries + row) * HEADS + head
             tl.store(po + o[:, None] * V + e[None, :], acc, mask=ok[:, None] & (e[None, :] < V))
             tl.store(pm + o, m, mask=ok)
-            tl.store(pz + o, z, mask=ok)
+            tl.store(pz + o, tl.max(z, 1), mask=ok)
     else:
         o = (c * queries + row) * HEADS + head
         tl.store(po + o[:, None] * V + e[None, :], acc, mask=ok[:, None] & (e[None, :] < V))
         tl.store(pm + o, m, mask=ok)
-        tl.store(pz + o, z, mask=ok)
+        tl.store(pz + o, tl.max(z, 1), mask=ok)
 
 
 @triton.jit
@@ -225,14 +227,14 @@ def own_tiles(
     begun = (full % CHUNK > 0) & (full > lowest)
     o = (slot * queries + u) * HEADS + head
     m = tl.load(pm + o, mask=ok & begun, other=LOWEST)
-    z = tl.load(pz + o, mask=ok & begun, other=0.0)
+    z = tl.load(pz + o, mask=ok & begun, other=0.0)[:, None] + tl.zeros((GROUPED, 16), tl.float32)
     acc = tl.load(po + o[:, None] * V + e[None, :], mask=kept & begun, other=0.0)
     start = tl.maximum(full, lowest // TILE * TILE)
     for t0 in range(start, position_u + 1, TILE):
         if (t0 % CHUNK == 0) & (t0 > full):
-            SM, SZ, SA = fold(SM, SZ, SA, m, z, acc)
+            SM, SZ, SA = fold(SM, SZ, SA, m, tl.max(z, 1), acc)
             m = tl.full((GROUPED,), LOWEST, tl.float32)
-            z = tl.zeros((GROUPED,), tl.float32)
+            z = tl.zeros((GROUPED, 16), tl.float32)
             acc = tl.zeros((GROUPED, VP), tl.float32)
             if t0 % SUPER == 0:
                 M, Z, A = fold(M, Z, A, SM, SZ, SA)
@@ -250,7 +252,7 @@ def own_tiles(
         k = rows_of(k_pages, place, d, there, D, DP, True)
         v = rows_of(v_pages, place, e, there, V, VP, True)
         m, z, acc = step(q_tile, k, v, m, z, acc, scale, softcap, there[None, :] & ok[:, None], CAPPED, True)
-    SM, SZ, SA = fold(SM, SZ, SA, m, z, acc)
+    SM, SZ, SA = fold(SM, SZ, SA, m, tl.max(z, 1), acc)
     M, Z, A = fold(M, Z, A, SM, SZ, SA)
     if SINKS:
         sink = tl.load(sinks + head, mask=ok, other=0.0) * 1.4426950408889634

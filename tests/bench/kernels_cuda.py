@@ -7,8 +7,11 @@ of a large bfloat16 product. `bf16_ms` is torch's own dense product.
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,12 +24,13 @@ from petal.kernels.cuda.tiling import Tiling, candidates, row_tile
 Call = Callable[[], object]
 ROTATE = 220e6  # bytes of weights in a graph
 ROWS = (1, 4, 16, 32, 64, 128, 256)
+# What `--part` names: layouts and shapes.
 LARGE = ((28672, 8192), (8192, 28672))
 MIDDLE = ((8192, 8192), (10240, 8192))
 SMALL = ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096))
 # Bits a weight of each layout's format, as a checkpoint stores it.
 BITS = {"Int4": 4.5, "Nf4": 4.5, "Int8": 8.0, "Bf16": 16.0, "Q4_0": 4.5, "Q4_1": 4.5, "Q8_0": 8.5, "Q5_K": 5.5,
-        "Q6_K": 6.5625, "Aqlm2x8": 2.0, "Int4Group32": 5.0}  # fmt: skip
+        "Q6_K": 6.5625, "Aqlm2x8": 2.0, "Aqlm1x16": 2.0, "Int4Group32": 5.0}  # fmt: skip
 
 
 def graph_ms(calls: Sequence[Call], replays: int = 7) -> float:
@@ -89,13 +93,13 @@ def random_weights(layout: Layout, shape: tuple[int, int]) -> Weights:
     outputs, width = shape
     blobs = torch.randint(0, 256, (padded(outputs, 64) // 64, padded(width, 512) // 64, layout.bytes),
                           dtype=torch.uint8, device="cuda")  # fmt: skip
-    codes = {"Int8": 4096, "Q8_0": 4096, "Bf16": 0, "Aqlm2x8": 1024}.get(layout.name, 2048)
+    codes = {"Int8": 4096, "Q8_0": 4096, "Bf16": 0, "Aqlm2x8": 1024, "Aqlm1x16": 1024}.get(layout.name, 2048)
     if codes < layout.bytes:
         numbers = torch.rand(*blobs.shape[:2], (layout.bytes - codes) // 2, device="cuda") * 0.01 + 0.01
         halves = numbers.bfloat16()
         blobs[..., codes:] = halves.view(torch.uint8)
     scale = torch.rand(padded(outputs, 64), device="cuda") if layout.scaled else None
-    books = torch.randn(2, 256, 8, device="cuda").bfloat16() if layout.reordered else None
+    books = torch.randn(512 if layout.table else 65536, 8, device="cuda").bfloat16() if layout.reordered else None
     return Weights(layout, shape, blobs, scale, books)
 
 
@@ -193,3 +197,36 @@ def label(tiling: Tiling) -> str:
     )
     size = f"{tiling.rows}/{tiling.groups_out}x{tiling.groups_k}x{tiling.blocks}"
     return f"{size} d{tiling.depth}u{tiling.unroll} {flags}{tiling.registers or ''}r{tiling.resident} {tiling.stages}st"
+
+
+PARTS = {
+    "int4": (("Int4",), LARGE + MIDDLE),
+    "small": (("Int4",), SMALL),
+    "bytes": (("Nf4", "Int8", "Q8_0", "Bf16"), LARGE[:1]),
+    "ggml": (("Q4_0", "Q4_1", "Q5_K", "Q6_K"), LARGE[:1]),
+    "codebooks": (("Aqlm2x8", "Aqlm1x16"), LARGE[:1]),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    from tests.bench import blocks_cuda
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--part", action="append", choices=[*PARTS, *blocks_cuda.PARTS], help="all, if none is named")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON last")
+    arguments = parser.parse_args(argv)
+    bench, rows = Bench(), []
+    for part in arguments.part or [*PARTS, *blocks_cuda.PARTS]:
+        start = time.perf_counter()
+        found = bench.rows(*PARTS[part], ROWS) if part in PARTS else blocks_cuda.PARTS[part](bench)
+        for row in found:
+            rows.append(row)
+            print(*(f"{v:.4f}" if isinstance(v, float) else v for v in row.values()), flush=True)
+        print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
+    if arguments.json:
+        facts = {"device": torch.cuda.get_device_name(0), "gb_per_s": bench.ceilings.bytes_per_ms / 1e6}
+        print(json.dumps(facts | {"tflops": bench.ceilings.flops_per_ms / 1e9, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
