@@ -178,9 +178,7 @@ async def test_a_step_before_the_end_of_the_replay_is_refused(whole: Wire) -> No
     ],
     ids=["too long", "fork"],
 )
-async def test_bad_openings_are_refused(
-    whole: Wire, fields: dict[str, Any], code: grpc.StatusCode, words: str
-) -> None:
+async def test_bad_openings_are_refused(whole: Wire, fields: dict[str, Any], code: grpc.StatusCode, words: str) -> None:
     opening = whole.opening()
     await whole.stream().open(**opening)
     if fields.pop("fork", False):

@@ -11,7 +11,7 @@ import sys
 import torch
 from petal.kernels.cuda import triton_attention
 from petal.kernels.cuda.attention import Attention
-from petal.kernels.metadata import AttentionPlan
+from petal.kernels.metadata import AttentionMetadata
 from petal.kernels.reference import attention
 
 from tests.kernels.batches import batch_of, chain, tree
@@ -25,7 +25,7 @@ CASES = {
 }
 
 
-def attend(plan: AttentionPlan, batch, options: dict) -> torch.Tensor:
+def attend(plan: AttentionMetadata, batch, options: dict) -> torch.Tensor:
     counts, bases, parents = (t.tolist() for t in (plan.row_count, plan.base, plan.parents))
     heads = batch.q.shape[1] // batch.k.shape[1]
     queries = plan_rows(extent_of(counts, bases, parents), heads, counts, bases, parents, plan.page_table)
@@ -38,7 +38,7 @@ def attend(plan: AttentionPlan, batch, options: dict) -> torch.Tensor:
 def main() -> int:
     for name, (segments, heads, widths, options) in CASES.items():
         batch = batch_of(segments, heads, widths, torch.float16)
-        plan = batch.plan
+        plan = batch.metadata
         for segment, rows, asking in plan.segments():
             base = int(plan.base[segment])
             places = plan.places(segment, torch.arange(base, base + rows.stop - rows.start))

@@ -67,7 +67,7 @@ def card() -> tuple[Attention, Elementwise]:
 
 
 def planned(card: tuple[Attention, Elementwise], batch: Batch, extent: Extent | None = None) -> Queries:
-    plan = batch.plan
+    plan = batch.metadata
     counts, bases, parents = (t.tolist() for t in (plan.row_count, plan.base, plan.parents))
     parts = [t.cuda() for t in (plan.row_start, plan.row_count, plan.base, plan.positions, plan.parents)]
     heads = batch.q.shape[1] // batch.k.shape[1]
@@ -84,7 +84,7 @@ def attended(card: tuple[Attention, Elementwise], batch: Batch, queries: Queries
 
 
 def expected(batch: Batch, **options) -> Tensor:
-    plan = batch.plan
+    plan = batch.metadata
     filled = batch.with_pages()
     for segment, rows, asking in plan.segments():
         base = int(plan.base[segment])
@@ -109,8 +109,10 @@ HEADS = {"8 of 8": (16, 2), "3 of 1": (9, 3), "alone": (4, 4), "5 of 1": (10, 2)
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_plan_is_what_python_makes_of_it(card, name):
     batch = batch_of(BATCHES[name], (8, 2), (64, 64), torch.bfloat16)
-    counts, bases, parents = (t.tolist() for t in (batch.plan.row_count, batch.plan.base, batch.plan.parents))
-    ours = plan_rows(extent_of(counts, bases, parents), 4, counts, bases, parents, batch.plan.page_table)
+    counts, bases, parents = (
+        t.tolist() for t in (batch.metadata.row_count, batch.metadata.base, batch.metadata.parents)
+    )
+    ours = plan_rows(extent_of(counts, bases, parents), 4, counts, bases, parents, batch.metadata.page_table)
     theirs = planned(card, batch)
     for field in ("segment_of", "position_of", "slot_of", "straight_of", "full_of"):
         assert getattr(theirs, field).tolist() == getattr(ours, field).tolist(), field
@@ -149,7 +151,7 @@ def test_widths_and_options(card, widths, options):
 
 def alone(batch: Batch, row: int) -> Batch:
     """The same row with its ancestors committed, in a batch of its own with other pages."""
-    parents, base = batch.plan.parents.tolist(), int(batch.plan.base[0])
+    parents, base = batch.metadata.parents.tolist(), int(batch.metadata.base[0])
     way = [row]
     while parents[way[-1]] >= 0:
         way.append(parents[way[-1]])
@@ -160,7 +162,7 @@ def alone(batch: Batch, row: int) -> Batch:
         batch.k.shape[2:] + batch.v.shape[2:],
         torch.bfloat16,
     )
-    old, new = batch.plan, one.plan
+    old, new = batch.metadata, one.metadata
     before = torch.arange(base)
     later = new.places(0, torch.arange(base, base + len(way) - 1))
     for pages, other, rows in ((batch.k_pages, one.k_pages, batch.k), (batch.v_pages, one.v_pages, batch.v)):
@@ -185,7 +187,7 @@ def test_who_folds_makes_no_difference(card):
     """Chunks folded early or late, and grids made for longer contexts."""
     batch = batch_of([(2500, tree(64)), (1100, chain(80))], (16, 2), (128, 128), torch.bfloat16)
     first = attended(card, batch)
-    plan = batch.plan
+    plan = batch.metadata
     extent = extent_of(plan.row_count.tolist(), plan.base.tolist(), [])
     longer = Extent(extent.queries, extent.segments, 40_000, extent.deepest, extent.widest)
     assert longer.supers(8, 2) != extent.supers(8, 2)
@@ -195,7 +197,7 @@ def test_who_folds_makes_no_difference(card):
 @CARD
 def test_padding_writes_nowhere(card):
     batch = batch_of([(100, tree(5))], (8, 2), (64, 64), torch.bfloat16)
-    plan = batch.plan
+    plan = batch.metadata
     exact = extent_of([5], [100], [])
     wide = Extent(16, 3, exact.longest, 5, 5)
     counts, starts = torch.tensor([5, 0, 0]), torch.tensor([0, 5, 5])
