@@ -292,6 +292,6 @@ def _identify(model: str, tokenizer: Tokenizer | None) -> tuple[str, bytes | Non
             return checkpoint.name, bytes.fromhex(checkpoint.digest()), ModelText.of(checkpoint, tokenizer)
     except CheckpointError as error:
         if tokenizer is None:
-            raise ConnectError(f"no tokenizer for {model}: {error}") from error
+            raise ConnectError(str(error)) from error
         ends = GenerationDefaults(tokenizer.eos_ids)
         return model, None, ModelText(tokenizer, defaults=ends)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +14,6 @@ from .limits.quotas import NO_QUOTAS, Quotas
 from .options import ServeOptions
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings={"auto_envvar_prefix": a.PREFIX})
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        print(f"petal-swarm {version('petal-swarm')}")
-        raise typer.Exit
 
 
 @app.command(epilog="Every option can be set in the environment, too: --dht-port is PETAL_SERVE_DHT_PORT.")
@@ -47,7 +40,7 @@ def serve(
     quotas: a.QuotasFile = None,
     exact: a.Exact = False,
     json_logs: a.JsonLogs = False,
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", callback=program.show_version, is_eager=True)] = False,
 ) -> None:
     """Host a span of MODEL's blocks for a swarm. Without --initial-peers this starts a new swarm."""
     options = ServeOptions(

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +29,7 @@ _REMEDIES = {
     errno.EPERM: "name a place that you may use",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
+    errno.EEXIST: "name another place",
     errno.EISDIR: "name a file, not a folder",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
@@ -67,6 +69,15 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
             traceback.print_exc()
         _leave(getattr(error, "exit_code", FAULT), f"{name}: {sentence(error)}")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def show_version(asked: bool) -> None:
+    """A callback of typer's."""
+    if asked:
+        import typer
+
+        print(f"petal-swarm {version('petal-swarm')}")
+        raise typer.Exit
 
 
 def sentence(error: BaseException) -> str:

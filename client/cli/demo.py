@@ -22,13 +22,19 @@ from rich.table import Table
 
 from ..routing.peers import ConnectError
 from ..swarm import SwarmModel
-from .report import speed_line
-from .terminal import converse, peer_program, show
+from .conversation import Conversation, reader
+from .report import plain_report
+from .terminal import peer_program, show
 
 MODEL = "demo"
 N_BLOCKS = 30
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
+NEXT = """
+What to try next, here (after [cyan]source .venv/bin/activate[/cyan], where make set Petal up):
+  [cyan]petal demo --chat[/cyan]          talk with it
+  [cyan]petal-serve demo[/cyan]           start a peer that stays; it prints the line for the next machine\
+"""
 
 
 @dataclass
@@ -186,11 +192,12 @@ def run_demo(prompt: str, peers: int, settings: dict[str, Any], chatting: bool, 
     ):
         console.print(_hosts(children))
         if chatting:
-            converse(swarm, settings, None, verbose=True)
+            Conversation(swarm, settings, None, verbose=False).run(reader())
             return
         console.print(f"[b cyan]you>[/b cyan] {prompt}", highlight=False)
         chunks = show(swarm.chat().send(prompt, trace=True, **settings))
-        console.print(speed_line(chunks), highlight=False)
+        console.print(plain_report(chunks, len(children)), highlight=False)
+    console.print(NEXT, highlight=False)
 
 
 @contextmanager

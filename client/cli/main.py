@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +14,13 @@ import typer
 from rich.console import Console
 
 from ...protocol import program
+from ...protocol.program import show_version
+from ..output import OutputChunk
 from ..routing.connect import connect
 from ..swarm import SwarmModel
+from .conversation import Conversation, reader
 from .explain import CAVEAT, explain, table
+from .memberships import commands as memberships
 from .options import (
     AllowMixed,
     Budget,
@@ -37,14 +42,27 @@ from .options import (
     settings_of,
 )
 from .private import commands as private_swarms
+from .prompts import protect_prompt, read_prompt
 from .report import speed_line
 from .status import print_status, swarm_status
-from .terminal import console, converse, peer_program, print_json, show
+from .terminal import console, cut_note, peer_program, print_json, show
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
 swarm_app = typer.Typer(no_args_is_help=True, help="Look at a swarm; make private ones.")
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Run a large language model together: peers host blocks, clients draft and the swarm verifies."""
+
+
 app.add_typer(swarm_app, name="swarm")
 swarm_app.add_typer(private_swarms)
+swarm_app.add_typer(memberships)
 
 
 def _connected(
@@ -70,7 +88,9 @@ def _connected(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to say to the model; - or nothing reads what is piped in.")
+    ] = None,
     initial_peers: Peers = None,
     join: Join = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -91,17 +111,21 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Answer one prompt."""
+    text = read_prompt(prompt)
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
-    with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
-        talk = swarm.chat()
-        chunks = (swarm.stream if raw else talk.send)(prompt, trace=verbose, **settings)
-        if as_json:
-            print_json(chunks)
-        else:
-            shown = show(chunks, verbose)
-            if verbose:
-                console.print(speed_line(shown))
+    def chunks() -> Iterator[OutputChunk]:
+        with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
+            yield from (swarm.stream if raw else swarm.chat().send)(text, trace=verbose, **settings)
+
+    if as_json:
+        print_json(chunks())
+        return
+    shown = show(chunks(), verbose)
+    if note := cut_note(shown):
+        console.print(f"[dim]({note})[/dim]", highlight=False)
+    if verbose and shown:
+        console.print(speed_line(shown))
 
 
 @app.command()
@@ -125,11 +149,11 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Talk with the model; /regen answers again, /exit or Ctrl-D ends."""
+    """Talk with the model; /help lists what can be said beside messages, /exit or Ctrl-D ends."""
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
-        converse(swarm, settings, system, verbose)
+        Conversation(swarm, settings, system, verbose).run(reader())
 
 
 @app.command()
@@ -249,4 +273,4 @@ def distill(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    program.run(app, "petal", arguments)
+    program.run(app, "petal", protect_prompt(sys.argv[1:] if arguments is None else arguments))

@@ -8,6 +8,7 @@ import typer
 
 from ...protocol.directory.addresses import check_peer
 from ...protocol.private import ENVIRONMENT
+from .prompts import check_drafter
 
 Model = Annotated[str, typer.Argument(help="The model as its peers name it: hub id, path, or [b]demo[/b].")]
 
@@ -45,8 +46,9 @@ Repetition = Annotated[float, typer.Option(help="1 is off.")]
 Drafter = Annotated[
     str,
     typer.Option(
+        callback=check_drafter,
         help="Who guesses ahead; never changes the text. [b]auto[/b], [b]ngram[/b] (the text's own repeats), "
-        "[b]model[/b] (the one made for this model), a checkpoint, several with commas, or [b]none[/b]."
+        "[b]model[/b] (the one made for this model), a checkpoint, several with commas, or [b]none[/b].",
     ),
 ]
 Budget = Annotated[int | None, typer.Option(min=0, help="Tokens to draft a round; by default what pays most.")]

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...protocol.directory.records import is_address
-from ...protocol.host import outward_host
+from ...protocol.directory.addresses import check_address
+from ...protocol.host import is_loopback, outward_host, with_port
 
 # What only admins need is imported late: `petal --help` answers at once.
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def admin(
         from ...protocol.private.joining import join_as_admin
 
         authority = await join_as_admin(join, _reachable(address)) if join else _authority(name)
+        if address and not join:
+            authority.move_to(_reachable(address))
         server = AdminServer(authority, host)
         await server.start()
         console.print(f"Admin of {server.authority.swarm} at {server.authority.address}. Ctrl-C ends.", highlight=False)
@@ -142,9 +144,16 @@ async def _tell(authority: Authority) -> int:
 
 
 def _reachable(address: str | None) -> str:
-    address = address or f"{outward_host()}:{PORT}"
-    if not is_address(address) or int(address.rpartition(":")[2]) > 65534:
-        raise ValueError(f"{address!r} is no host:port with a port below 65535")
+    if address is None:
+        address = with_port(outward_host(), PORT)
+        if is_loopback(outward_host()):
+            console.print(
+                f"This machine has no network: only programs on it reach {address}; --address says otherwise.",
+                highlight=False,
+                soft_wrap=True,
+            )
+    if int(check_address(address).rpartition(":")[2]) > 65534:
+        raise ValueError(f"{address!r} leaves no port above it for members; give one below 65535")
     return address
 
 
@@ -155,7 +164,9 @@ def _authority(name: str | None) -> Authority:
         swarms = folder_of("any").parent
         names = sorted(path.parent.name for path in swarms.glob("*/admin.json")) if swarms.exists() else []
         if len(names) != 1:
-            raise ValueError(f"name the swarm: this machine administers {', '.join(names) or 'none'}")
+            if not names:
+                raise ValueError("this machine administers no swarm; `petal swarm init NAME` makes one")
+            raise ValueError(f"name the swarm: this machine administers {', '.join(names)}")
         name = names[0]
     folder = folder_of(name)
     if not (folder / "admin.json").exists():

@@ -5,6 +5,19 @@ from __future__ import annotations
 from ..output import OutputChunk
 
 
+def plain_report(chunks: list[OutputChunk], peers: int) -> str:
+    """What happened, for somebody who sees it for the first time."""
+    tokens, trips = sum(len(chunk.ids) for chunk in chunks), len(chunks)
+    seconds = sum(chunk.seconds for chunk in chunks)
+    guessed = tokens - trips
+    lines = [f"{tokens} tokens in {seconds:.1f} s, in {trips} trips through the {peers} peers."]
+    if guessed > 0:
+        lines.append(
+            f"{guessed} of them were guessed on this machine, and only checked by the peers: that saves trips."
+        )
+    return "\n".join(lines)
+
+
 def speed_line(chunks: list[OutputChunk]) -> str:
     """Tokens a second and, where traced, each hop's median time."""
     tokens = sum(len(chunk.ids) for chunk in chunks)

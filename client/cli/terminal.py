@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,8 +17,6 @@ from ..output import OutputChunk
 from ..routing.peers import ConnectError
 from ..routing.route import NoRoute
 from ..session.peer_error import PeerError
-from ..swarm import SwarmModel
-from .report import speed_line
 
 console = Console(stderr=True)
 
@@ -46,29 +43,11 @@ def show(chunks: Iterator[OutputChunk], verbose: bool = False) -> list[OutputChu
     return shown
 
 
-def converse(swarm: SwarmModel, settings: dict[str, Any], system: str | None, verbose: bool) -> None:
-    """A conversation in the terminal."""
-    talk = swarm.chat(system=system)
-    console.print(f"[dim]Talking with {swarm.name}. /regen answers again, /exit or Ctrl-D ends.[/dim]")
-    try:
-        while True:
-            text = console.input("[b cyan]you>[/b cyan] ").strip()
-            if text == "/exit":
-                return
-            if not text:
-                continue
-            if text == "/regen":
-                settings = {**settings, "seed": settings["seed"] + 1}
-                chunks = talk.regenerate(trace=verbose, **settings)
-            else:
-                chunks = talk.send(text, trace=verbose, **settings)
-            shown = show(chunks, verbose)
-            if verbose:
-                console.print(speed_line(shown))
-    except EOFError:
-        console.print()
-    finally:
-        talk.close()
+def cut_note(shown: list[OutputChunk]) -> str:
+    """What to say of an answer that ended before it was over; nothing of one that was."""
+    if not shown or shown[-1].finish_reason != "length":
+        return ""
+    return f"cut after {sum(len(chunk.ids) for chunk in shown)} tokens; --max-new-tokens allows more, up to the context"
 
 
 def print_json(chunks: Iterator[OutputChunk]) -> None:

@@ -84,6 +84,13 @@ class Authority:
         """The admin's own."""
         return Membership(self.folder / "member")
 
+    def move_to(self, address: str) -> None:
+        """Be reached elsewhere: by new invitations, and by members as soon as they are told."""
+        if address != self.address:
+            self.address = address
+            write_private(self.folder / "admin.json", json.dumps({"address": address}).encode())
+            self.join_own_swarm()
+
     def join_own_swarm(self) -> None:
         """Make or renew the admin's own membership."""
         leaf = TlsKey.ephemeral()

@@ -36,6 +36,7 @@ async def join(text: str, identity: Identity | None = None, folder: Path | None 
     try:
         membership = Membership(place)
         if membership.valid:
+            membership.find_admin(invite)
             return membership
     except (OSError, ValueError, KeyError):
         pass  # not a member yet

@@ -24,6 +24,7 @@ from ..trust.tls_key import TlsKey, name_of, parse_certificate, pem_of
 from ..trust.trust import AuthContext, Options, Principal, Trust, TrustError, client_id_of, server_name
 from ..wire.limits import CHANNEL_OPTIONS, DIRECTORY_OPTIONS
 from .certificates import ANY_MEMBER, MEMBER_LIFETIME, Member, chain_of_pem, der_of, verify_chain
+from .invites import Invite
 from .revocations import RevocationLists
 from .rotating_credentials import KeyAndChain, credentials_of
 
@@ -79,6 +80,15 @@ class Membership(Trust):
         if addresses and list(addresses) != self.addresses:
             self.addresses = list(addresses[:MAX_ADDRESSES])
             about = {"admin": self.admin, "addresses": self.addresses}
+            write_private(self.folder / "swarm.json", json.dumps(about).encode())
+
+    def find_admin(self, invite: Invite) -> None:
+        """Look for the admin where a newer invitation says, if it is the admin's that this membership is of."""
+        host, _, port = invite.addresses[0].rpartition(":")
+        admin = f"{host}:{int(port) + 1}"
+        if admin != self.admin and any(invite.admin == server_name(parse_certificate(der)) for der in self._chain[1:]):
+            self.admin = admin
+            about = {"admin": admin, "addresses": self.addresses}
             write_private(self.folder / "swarm.json", json.dumps(about).encode())
 
     # Renewing.

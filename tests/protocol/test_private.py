@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import sqlite3
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from petal.protocol import petal_pb2 as pb
+from petal.protocol.paths import data_dir
 from petal.protocol.private import membership as members
 from petal.protocol.private.authority import Authority
 from petal.protocol.private.certificates import MEMBER_LIFETIME, der_of, issue_admin, issue_member
@@ -168,3 +170,27 @@ def test_an_invitation_is_read_from_a_file_and_from_the_environment(
     assert read_token(str(tmp_path / "invitation"))[0] == token
     monkeypatch.setenv("PETAL_JOIN", str(tmp_path / "nothing"))
     assert "neither a token nor a file that holds one" in commands.petal("swarm", "status").line("petal")
+
+
+def test_swarms_are_listed_and_left(authority: Authority) -> None:
+    folder = data_dir() / "members" / "elsewhere"
+    member_of(authority, folder)
+    [held] = json.loads(petal("swarm", "list", "--json"))
+    assert (held["swarm"], held["role"], held["folder"]) == ("lab", "client", str(folder))
+    assert held["id"] in authority.ledger.issues()[-1].name
+    assert "Left lab: 1 memberships are gone" in petal("swarm", "leave", "lab")
+    assert not folder.exists()
+    assert "None yet" in petal("swarm", "list")
+    Authority.init("mine", "127.0.0.1:4000")
+    assert "its keys are in" in commands.petal("swarm", "leave", "mine").line("petal")
+
+
+def test_an_admin_may_move_and_members_find_it_by_a_new_invitation(authority: Authority, tmp_path: Path) -> None:
+    member = member_of(authority, tmp_path / "member")
+    authority.move_to("192.0.2.9:31500")
+    assert Authority(authority.folder).address == "192.0.2.9:31500"
+    _, invite = read_token(authority.invite("client", {}, 1, 60))
+    member.find_admin(invite)
+    assert Membership(tmp_path / "member").admin == "192.0.2.9:31501"
+    member.find_admin(dataclasses.replace(invite, admin="somebody", addresses=("192.0.2.66:1",)))
+    assert member.admin == "192.0.2.9:31501", "another admin's invitation moves nobody"
