@@ -20,7 +20,7 @@ from .. import petal_pb2 as pb
 from ..petal_pb2_grpc import AdminStub
 from ..trust.identity import Identity
 from ..trust.private_file import write_private
-from ..trust.tls_key import TlsKey, name_of, parse_certificate, pem_of
+from ..trust.tls_key import TlsKey, name_of, parse_certificate, pem_of, public_bytes
 from ..trust.trust import AuthContext, Options, Principal, Trust, TrustError, client_id_of, server_name
 from ..wire.limits import CHANNEL_OPTIONS, DIRECTORY_OPTIONS
 from .certificates import ANY_MEMBER, MEMBER_LIFETIME, Member, chain_of_pem, der_of, verify_chain
@@ -86,7 +86,8 @@ class Membership(Trust):
         """Look for the admin where a newer invitation says, if it is the admin's that this membership is of."""
         host, _, port = invite.addresses[0].rpartition(":")
         admin = f"{host}:{int(port) + 1}"
-        if admin != self.admin and any(invite.admin == server_name(parse_certificate(der)) for der in self._chain[1:]):
+        signers = {name_of(public_bytes(parse_certificate(der).public_key())) for der in self._chain[1:]}  # type: ignore[arg-type]
+        if admin != self.admin and invite.admin in signers:
             self.admin = admin
             about = {"admin": admin, "addresses": self.addresses}
             write_private(self.folder / "swarm.json", json.dumps(about).encode())
