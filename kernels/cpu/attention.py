@@ -98,6 +98,8 @@ class _Attention:
 
     def __init__(self, storage: CpuKVStorage, metadata: Sequence[AttentionMetadata]) -> None:
         self._storage, self._prepared = storage, [one.prepared for one in metadata]
+        # What is prepared are addresses: the tensors live as long as this does.
+        self._metadata = metadata
 
     def __call__(
         self,
