@@ -107,7 +107,7 @@ async def generate(
         if chunk.finish_reason:
             return
         started = time.perf_counter()
-        room = positions - len(ids) if cutter.left > 1 else 0
+        room = min(positions - len(ids), session.room(len(ids))) if cutter.left > 1 else 0
         done = await speculation.round(session, ids, room, config.output)
 
 

@@ -256,20 +256,22 @@ class Hello(_message.Message):
     def __init__(self, public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("route_epoch", "step", "length", "commit", "replayed", "replay")
+    __slots__ = ("route_epoch", "step", "length", "commit", "replayed", "replay", "extent")
     ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
     REPLAY_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_FIELD_NUMBER: _ClassVar[int]
     route_epoch: int
     step: int
     length: int
     commit: _containers.RepeatedScalarFieldContainer[int]
     replayed: bool
     replay: bool
-    def __init__(self, route_epoch: _Optional[int] = ..., step: _Optional[int] = ..., length: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., replayed: bool = ..., replay: bool = ...) -> None: ...
+    extent: int
+    def __init__(self, route_epoch: _Optional[int] = ..., step: _Optional[int] = ..., length: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., replayed: bool = ..., replay: bool = ..., extent: _Optional[int] = ...) -> None: ...
 
 class Resumed(_message.Message):
     __slots__ = ("route_epoch", "link_token", "log_lost")
@@ -288,7 +290,7 @@ class Draining(_message.Message):
     def __init__(self, grace_ms: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("link_token", "window_bytes", "max_rows", "protocol", "features", "revocations", "max_nodes")
+    __slots__ = ("link_token", "window_bytes", "max_rows", "protocol", "features", "revocations", "max_nodes", "rope_borders")
     LINK_TOKEN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -296,6 +298,7 @@ class Opened(_message.Message):
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_NODES_FIELD_NUMBER: _ClassVar[int]
+    ROPE_BORDERS_FIELD_NUMBER: _ClassVar[int]
     link_token: bytes
     window_bytes: int
     max_rows: int
@@ -303,7 +306,8 @@ class Opened(_message.Message):
     features: _containers.RepeatedScalarFieldContainer[str]
     revocations: _containers.RepeatedCompositeFieldContainer[RevocationList]
     max_nodes: int
-    def __init__(self, link_token: _Optional[bytes] = ..., window_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ..., protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ..., max_nodes: _Optional[int] = ...) -> None: ...
+    rope_borders: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, link_token: _Optional[bytes] = ..., window_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ..., protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ..., max_nodes: _Optional[int] = ..., rope_borders: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LinkTo(_message.Message):
     __slots__ = ("peer_id", "token", "route_epoch")
@@ -324,7 +328,7 @@ class Linked(_message.Message):
     def __init__(self, route_epoch: _Optional[int] = ..., window_bytes: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "route_epoch", "base", "commit", "rewind", "ids", "parents", "prefill", "sample", "want", "sampling", "history", "op", "embeddings", "trace", "deadline_ms", "replay")
+    __slots__ = ("step", "route_epoch", "base", "commit", "rewind", "ids", "parents", "prefill", "sample", "want", "sampling", "history", "op", "embeddings", "trace", "deadline_ms", "replay", "extent")
     STEP_FIELD_NUMBER: _ClassVar[int]
     ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -342,6 +346,7 @@ class Step(_message.Message):
     TRACE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     REPLAY_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_FIELD_NUMBER: _ClassVar[int]
     step: int
     route_epoch: int
     base: int
@@ -359,7 +364,8 @@ class Step(_message.Message):
     trace: bool
     deadline_ms: int
     replay: bool
-    def __init__(self, step: _Optional[int] = ..., route_epoch: _Optional[int] = ..., base: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., rewind: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., prefill: bool = ..., sample: bool = ..., want: _Optional[_Union[Want, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., history: _Optional[_Union[History, _Mapping]] = ..., op: _Optional[_Union[Op, str]] = ..., embeddings: _Optional[bytes] = ..., trace: bool = ..., deadline_ms: _Optional[int] = ..., replay: bool = ...) -> None: ...
+    extent: int
+    def __init__(self, step: _Optional[int] = ..., route_epoch: _Optional[int] = ..., base: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., rewind: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., prefill: bool = ..., sample: bool = ..., want: _Optional[_Union[Want, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., history: _Optional[_Union[History, _Mapping]] = ..., op: _Optional[_Union[Op, str]] = ..., embeddings: _Optional[bytes] = ..., trace: bool = ..., deadline_ms: _Optional[int] = ..., replay: bool = ..., extent: _Optional[int] = ...) -> None: ...
 
 class ClientFrame(_message.Message):
     __slots__ = ("open", "link_to", "step", "resume")
@@ -474,7 +480,7 @@ class LinkHello(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., token: _Optional[bytes] = ..., route_epoch: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ...) -> None: ...
 
 class Activations(_message.Message):
-    __slots__ = ("step", "route_epoch", "base", "commit", "rewind", "parents", "rows", "prefill", "sample", "want", "hidden", "total_bytes", "trace", "hops", "deadline_ms", "replay")
+    __slots__ = ("step", "route_epoch", "base", "commit", "rewind", "parents", "rows", "prefill", "sample", "want", "hidden", "total_bytes", "trace", "hops", "deadline_ms", "replay", "extent")
     STEP_FIELD_NUMBER: _ClassVar[int]
     ROUTE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -491,6 +497,7 @@ class Activations(_message.Message):
     HOPS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     REPLAY_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_FIELD_NUMBER: _ClassVar[int]
     step: int
     route_epoch: int
     base: int
@@ -507,7 +514,8 @@ class Activations(_message.Message):
     hops: _containers.RepeatedCompositeFieldContainer[Hop]
     deadline_ms: int
     replay: bool
-    def __init__(self, step: _Optional[int] = ..., route_epoch: _Optional[int] = ..., base: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., rewind: _Optional[int] = ..., parents: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., prefill: bool = ..., sample: bool = ..., want: _Optional[_Union[Want, _Mapping]] = ..., hidden: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., trace: bool = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., deadline_ms: _Optional[int] = ..., replay: bool = ...) -> None: ...
+    extent: int
+    def __init__(self, step: _Optional[int] = ..., route_epoch: _Optional[int] = ..., base: _Optional[int] = ..., commit: _Optional[_Iterable[int]] = ..., rewind: _Optional[int] = ..., parents: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., prefill: bool = ..., sample: bool = ..., want: _Optional[_Union[Want, _Mapping]] = ..., hidden: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., trace: bool = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., deadline_ms: _Optional[int] = ..., replay: bool = ..., extent: _Optional[int] = ...) -> None: ...
 
 class LinkFrame(_message.Message):
     __slots__ = ("hello", "activations")

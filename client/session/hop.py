@@ -26,6 +26,7 @@ class Hop:
         self.failed: PeerError | None = None
         self.max_rows = self.max_nodes = 0
         self.features: frozenset[str] = frozenset()
+        self.rope_borders: frozenset[int] = frozenset()
         # What the peer before this one shows to be let in.
         self.link_token = b""
         # What it was told of the newest route.
@@ -46,6 +47,7 @@ class Hop:
             raise self.fail(error) from None
         self.link_token, self.max_rows, self.features = opened.link_token, opened.max_rows, frozenset(opened.features)
         self.max_nodes = opened.max_nodes if opened.HasField("max_nodes") else opened.max_rows - 1
+        self.rope_borders = frozenset(opened.rope_borders)
         self._window = opened.window_bytes
         self._reader = asyncio.create_task(self._read())
         return opened

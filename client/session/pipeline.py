@@ -59,6 +59,11 @@ class Pipeline:
             return 0
         return min(self.max_rows - 1, *(hop.max_nodes for hop in self.hops))
 
+    @property
+    def rope_borders(self) -> frozenset[int]:
+        """Lengths beyond which a sequence has other angles in all its rows."""
+        return frozenset().union(*(hop.rope_borders for hop in self.hops))
+
     async def open(self, route: Route, fork_of: bytes = b"") -> None:
         """Reserve on every peer and join the links, or release all and raise PeerError."""
         self.epoch += 1

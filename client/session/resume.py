@@ -10,11 +10,15 @@ from ...protocol import petal_pb2 as pb
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a session stands: behind `step`, with these tokens cached; `commit` are that step's accepted rows."""
+    """Where a session stands: behind `step`, with these tokens cached; `commit` are that step's accepted rows.
+
+    `extent`: length of the sequence that the rows were computed for.
+    """
 
     step: int
     ids: Sequence[int]
     commit: Sequence[int]
+    extent: int = 0
 
 
 def resume_messages(up_to_date: Sequence[bool], epoch: int, point: ResumePoint) -> list[pb.Resume]:
@@ -31,6 +35,7 @@ def resume_messages(up_to_date: Sequence[bool], epoch: int, point: ResumePoint) 
             commit=point.commit,
             replayed=not here,
             replay=not after,
+            extent=point.extent,
         )
         for here, after in zip(up_to_date, following, strict=True)
     ]
@@ -46,6 +51,7 @@ def replay_steps(point: ResumePoint, epoch: int, rows: int) -> list[pb.Step]:
             ids=point.ids[start : start + rows],
             prefill=True,
             replay=True,
+            extent=point.extent,
         )
         for start in range(0, len(point.ids), rows)
     ]

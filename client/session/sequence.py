@@ -21,6 +21,10 @@ class SequenceState:
     commit: list[int] = field(default_factory=list)
     rewind: int | None = None
     sampling: SamplingParams | None = None
+    # Length of the sequence that the cached rows were computed for, see Opened.rope_borders.
+    extent: int = 0
+    # The step that tells the last stage the history anew.
+    retelling: int = 0
 
     def fork(self) -> SequenceState:
         """The same, for another session."""
@@ -49,6 +53,7 @@ class SequenceState:
         sample: bool,
         sampling: SamplingParams | None,
         client_draws: bool,
+        extent: int = 0,
     ) -> pb.Step:
         """The message of the step that appends these rows. `sample`: the row behind them is drawn, here or there."""
         self.step += 1
@@ -67,6 +72,7 @@ class SequenceState:
                 hidden=output.hidden or (sample and client_draws),
             ),
             trace=output.trace,
+            extent=extent,
         )
         if sampling is not None and sampling != self.sampling:
             step.sampling.CopyFrom(sampling_message(sampling))
@@ -83,7 +89,7 @@ class SequenceState:
     def to_last_stage(self, step: pb.Step, up_to_date: bool) -> pb.ClientFrame:
         """With all that the last stage needs to draw; a new one lacks the history and how to sample."""
         frame = pb.ClientFrame(step=step)
-        if not up_to_date:
+        if not up_to_date or step.step == self.retelling:
             length = min(self.prompt_length, step.base)
             frame.step.history.CopyFrom(pb.History(ids=self.ids[: step.base], prompt_length=length))
             if self.sampling:

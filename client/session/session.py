@@ -73,6 +73,10 @@ class Session:
         """Rows of a tree below row 0; none where a peer knows no trees."""
         return self._pipeline.max_nodes
 
+    def room(self, length: int) -> int:
+        """Tokens that a sequence of `length` may grow by before its rows must be computed anew."""
+        return min((b - length for b in self._pipeline.rope_borders if b >= length), default=self.context_length)
+
     async def open(self) -> None:
         """Reserve on every peer and join the links, or release all and raise PeerError."""
         await self._pipeline.open(self.route)
@@ -118,6 +122,28 @@ class Session:
         if not ids:
             raise ValueError("there is nothing to prefill")
         output = output or OutputOptions()
+        length = len(self.ids) + len(ids)
+        await self._fit(length)
+        results = await self._append(ids, length, sampling, output, chunk)
+        if sampling is not None and self.options.local_ends:
+            await self._draw(results[-1], None, output)
+        return joined(results, output)
+
+    async def _fit(self, length: int) -> None:
+        """Have the cached rows computed for a sequence of this length; ropes of some models depend on it."""
+        sequence, borders = self._sequence, self._pipeline.rope_borders
+        anew = bool(sequence.ids) and any((length > b) != (sequence.extent > b) for b in borders)
+        sequence.extent = length
+        if anew:
+            ids, prompt_length = list(sequence.ids), sequence.prompt_length
+            sequence.rewind_to(0)
+            await self._append(ids, length, None, OutputOptions(), 0)
+            sequence.prompt_length, sequence.retelling = prompt_length, sequence.step + 1
+
+    async def _append(
+        self, ids: Sequence[int], extent: int, sampling: SamplingParams | None, output: OutputOptions, chunk: int
+    ) -> list[StepResult]:
+        """Rows of a prompt, chunk by chunk: see `prefill`."""
         chunk = chunk or self._chunk_rows(len(ids))
         in_flight = max(2, PREFILL_BYTES // (chunk * row_bytes(self.options.codec, self.route[0].peer.hidden_size)))
         results: list[StepResult] = []
@@ -127,14 +153,12 @@ class Session:
                 results.append(await self._steps.result(first + len(results)))
             rows = ids[start : start + chunk]
             sample = start == starts[-1] and sampling is not None
-            await self._send(rows, (), output, prefill=True, sample=sample, sampling=sampling)
+            await self._send(rows, (), output, prefill=True, sample=sample, sampling=sampling, extent=extent)
             self.ids.extend(rows)
             self._sequence.prompt_length = len(self.ids)
         while len(results) < len(starts):
             results.append(await self._steps.result(first + len(results)))
-        if sampling is not None and self.options.local_ends:
-            await self._draw(results[-1], None, output)
-        return joined(results, output)
+        return results
 
     async def step(
         self, tree: DraftTree, sampling: SamplingParams | None = None, output: OutputOptions | None = None
@@ -144,6 +168,7 @@ class Session:
         Raises PeerError, NoRoute.
         """
         output = output or OutputOptions()
+        await self._fit(len(self.ids) + 1)
         parents = () if tree.is_chain else tree.parents
         await self._send(tree.ids, parents, output, prefill=False, sample=True, sampling=sampling)
         result = await self._steps.result(self._sequence.step)
@@ -162,6 +187,7 @@ class Session:
         prefill: bool,
         sample: bool,
         sampling: SamplingParams | None,
+        extent: int = 0,
     ) -> None:
         if self._pipeline.draining:
             await self._steps.hand_over()
@@ -173,6 +199,7 @@ class Session:
             sample=sample,
             sampling=sampling,
             client_draws=self.options.local_ends is not None,
+            extent=extent,
         )
         await self._steps.send(step)
 

@@ -82,9 +82,9 @@ class StepStream:
         """Behind the last step that was answered."""
         sequence = self._sequence
         if not self._unanswered:
-            return ResumePoint(sequence.step, sequence.ids, sequence.commit)
+            return ResumePoint(sequence.step, sequence.ids, sequence.commit, sequence.extent)
         first = next(iter(self._unanswered.values()))
-        return ResumePoint(first.step - 1, sequence.ids[: first.base], list(first.commit))
+        return ResumePoint(first.step - 1, sequence.ids[: first.base], list(first.commit), sequence.extent)
 
     async def resend(self) -> None:
         """Send the steps without an answer along the new route. Raises PeerError."""

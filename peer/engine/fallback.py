@@ -17,7 +17,7 @@ from .page_table import BlockTable
 
 
 def forward(
-    span: Span, cache: KVCache, table: BlockTable, rows: Tensor, parents: Sequence[int], blocks: range
+    span: Span, cache: KVCache, table: BlockTable, rows: Tensor, parents: Sequence[int], blocks: range, extent: int = 0
 ) -> Tensor:
     """Rows of one step, ids [n] or hidden states [n, d] -> hidden states [n, d].
 
@@ -28,7 +28,7 @@ def forward(
     layers = range(blocks.start - span.start, blocks.stop - span.start)
     for batch, past in _batches(parents, base):
         seen = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in (cache.read(table, at, past) for at in layers)]
-        hidden, made = span.forward_cached(rows[batch], seen, blocks)
+        hidden, made = span.forward_cached(rows[batch], seen, blocks, extent)
         for layer, (keys, values) in zip(layers, made, strict=True):
             cache.write(table, layer, base + batch, keys.transpose(1, 2), values.transpose(1, 2))
         result[batch] = hidden

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,12 +20,16 @@ from .page_table import PAGE, BlockTable
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one step: ids [n] or hidden states [n, d], their tree within the segment, the blocks to apply."""
+    """Rows of one step: ids [n] or hidden states [n, d], their tree within the segment, the blocks to apply.
+
+    `extent`: length of the sequence, see Span.forward.
+    """
 
     table: BlockTable
     rows: Tensor
     tree: StepTree
     blocks: range
+    extent: int = 0
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -38,14 +43,18 @@ class ModelRunner:
     def __init__(self, span: Span, cache: KVCache) -> None:
         self._span = span
         self._cache = cache
-        self._batches = span.backend.runner(span.forward, cache.storage, cache.table.group_of)
+        # One for each kind of rotary angles: what a runner has captured holds for one.
+        self._batches = [
+            span.backend.runner(partial(span.forward, extent=extent), cache.storage, cache.table.group_of)
+            for extent in span.extents
+        ]
 
     def run(self, segments: Sequence[Segment]) -> Sequence[Tensor]:
         """Hidden states behind each segment's last block, [n, d].
 
-        One forward, unless routes cut the span in parts or some clients send embeddings.
+        One forward, unless routes cut the span in parts, some clients send embeddings, or rotary angles differ.
         """
-        ways = [(segment.blocks, segment.rows.dim()) for segment in segments]
+        ways = [(segment.blocks, segment.rows.dim(), self._angles(segment)) for segment in segments]
         kinds = dict.fromkeys(ways)
         if len(kinds) == 1:
             return self._forward(segments)
@@ -63,7 +72,8 @@ class ModelRunner:
         blocks = segments[0].blocks
         if not self._span.ragged:
             return [
-                fallback.forward(self._span, self._cache, s.table, s.rows, s.tree.parents, blocks) for s in segments
+                fallback.forward(self._span, self._cache, s.table, s.rows, s.tree.parents, blocks, s.extent)
+                for s in segments
             ]
         counts = [len(segment.rows) for segment in segments]
         plan = BatchPlan(
@@ -74,5 +84,10 @@ class ModelRunner:
             [[segment.table.pages[g] for segment in segments] for g in range(len(self._cache.table.groups))],
             PAGE,
         )
-        hidden = self._batches.run(Batch(joined([segment.rows for segment in segments]), plan, blocks))
+        batches = self._batches[self._angles(segments[0])]
+        hidden = batches.run(Batch(joined([segment.rows for segment in segments]), plan, blocks))
         return hidden.split(counts) if len(counts) > 1 else [hidden]
+
+    def _angles(self, segment: Segment) -> int:
+        """Which of the span's kinds of rotary angles a segment has: that of its sequence's length."""
+        return sum(segment.extent > border for border in self._span.rope_borders)

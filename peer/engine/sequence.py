@@ -70,7 +70,7 @@ class CachedSequence:
         step = self._under_way()
         whole = stop - start == len(step.rows)
         tree, rows = (step.header.tree, step.rows) if whole else (chain(stop - start), step.rows[start:stop])
-        return Segment(self.table, rows, tree, self.blocks)
+        return Segment(self.table, rows, tree, self.blocks, step.header.length)
 
     def collect(self, output: Tensor, started_ns: int, ended_ns: int, idle_ns: int) -> None:
         """Hidden states [n, d] of a chunk. idle_ns: when the iteration before had ended."""

@@ -32,6 +32,7 @@ class BlockAttend(Protocol):
 class ForwardContext:
     """One forward: `hidden` is what enters the next block, None where the model's own embedding decides.
 
+    `extent`: length of the sequence that the rows are part of, where ropes depend on it; 0 leaves that to the rows.
     `windows` are those of the masks that the model asked for, in order: a probe's.
     """
 
@@ -39,6 +40,7 @@ class ForwardContext:
     hidden: Tensor | None = None
     attend: BlockAttend | None = None
     block: int = -1
+    extent: int = 0
     windows: list[int | None] = field(default_factory=list)
 
 

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ...kernels.backend import Attend, Backend, LayerSpec
 from .fused import FusedSpan
 from .hooks import ForwardContext, within
+from .rope import by_sequence
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -43,10 +44,20 @@ class Span:
         self.ragged = False
         self.fused: FusedSpan | None = None
         self.model, self.backend = model, backend
+        # A sequence that is longer than one of these has other rotary angles in all its rows.
+        self.rope_borders = by_sequence(model)
         self._base = model.base_model
+        one = torch.zeros(1, 1, dtype=torch.long, device=backend.device)
+        self._entry_width: int = model.get_input_embeddings()(one).shape[-1]
         # transformers' name for its cache from 5.24 on, and until then.
         named = inspect.signature(self._base.forward).parameters
         self._cache = "cache" if "cache" in named else "past_key_values"
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """A length of sequence for each kind of rotary angles, see `rope_borders`; 0 where there is but one."""
+        borders = self.rope_borders
+        return (borders[0], *(border + 1 for border in borders)) if borders else (0,)
 
     @property
     def nbytes(self) -> int:
@@ -65,10 +76,13 @@ class Span:
         return ""
 
     @torch.inference_mode()
-    def forward(self, rows: Tensor, positions: Tensor, attend: Attend, blocks: range | None = None) -> Tensor:
+    def forward(
+        self, rows: Tensor, positions: Tensor, attend: Attend, blocks: range | None = None, extent: int = 0
+    ) -> Tensor:
         """Token ids [N] (from block 0 on) or hidden states [N, d], positions [N] -> hidden states [N, d].
 
-        `blocks` is the part of the span to apply, all of it by default.
+        `blocks` is the part of the span to apply, all of it by default. `extent`: length of the sequences that the rows
+        are part of, where the span has `rope_borders`; all rows are on the same side of each.
         """
         if self.fused is not None:
             return self.fused.forward(rows, positions, attend, blocks)
@@ -82,12 +96,12 @@ class Span:
                 layer, query, key, value, window=self.layers[layer].window, **attention_options(query, options)
             )
 
-        context = ForwardContext(blocks or range(self.start, self.end), attend=attend_block)
+        context = ForwardContext(blocks or range(self.start, self.end), attend=attend_block, extent=extent)
         return self.through(context, rows[None], position_ids=positions[None])[0]
 
     @torch.inference_mode()
     def forward_cached(
-        self, rows: Tensor, past: Sequence[KeysValues], blocks: range | None = None
+        self, rows: Tensor, past: Sequence[KeysValues], blocks: range | None = None, extent: int = 0
     ) -> tuple[Tensor, list[KeysValues]]:
         """A batch of pieces behind equally long pasts: ids [B, n] or hidden states [B, n, d].
 
@@ -103,7 +117,7 @@ class Span:
             for layer in range(self.n_blocks):
                 keys, values = past[layer - blocks.start] if layer in blocks else (nothing, nothing)
                 cache.update(keys, values, layer)
-        hidden = self.through(ForwardContext(blocks), rows, cache)
+        hidden = self.through(ForwardContext(blocks, extent=extent), rows, cache)
         made = [cache.layers[layer] for layer in blocks if layer < len(cache.layers)]
         if len(made) < len(blocks) or any(layer.get_seq_length() != length + rows.shape[1] for layer in made):
             raise NoKeysValues("a block does not cache keys and values of its own")
@@ -114,13 +128,20 @@ class Span:
         """Final norm and LM head: [n, d] -> [n, vocab]."""
         assert self.end == self.n_blocks
         with within(ForwardContext(range(0), hidden[None])):
-            return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+            return self.model(inputs_embeds=self._entry(hidden[None]), use_cache=False).logits[0]
+
+    def _entry(self, hidden: Tensor) -> Tensor:
+        """What a model may take for embeddings where hidden states enter at a block: some embed in another width."""
+        if hidden.shape[-1] == self._entry_width:
+            return hidden
+        return hidden.new_zeros(()).expand(*hidden.shape[:-1], self._entry_width)
 
     def through(
         self, context: ForwardContext, rows: Tensor, cache: DynamicCache | None = None, **options: Any
     ) -> Tensor:
         """The base model under `context`: ids [B, n] or hidden states [B, n, d] -> what leaves its last block."""
-        inputs = {"inputs_embeds" if rows.is_floating_point() else "input_ids": rows}
+        ids = not rows.is_floating_point()
+        inputs = {"input_ids": rows} if ids else {"inputs_embeds": self._entry(rows)}
         if cache is not None:
             options[self._cache] = cache
         if context.hidden is None and rows.is_floating_point():

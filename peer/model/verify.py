@@ -22,6 +22,7 @@ from ...protocol.checkpoint.layout import CheckpointError
 from .fused import FusedSpan, written_alike
 from .hooks import EAGER, RAGGED, ForwardContext, choose_attention, current, ragged_attention
 from .span import NoKeysValues, Span, attention_options
+from .verify_far import check_far
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,11 @@ def verify(span: Span, prologue: Sequence[nn.Module], dtype: torch.dtype) -> Non
     family = type(span.model).__name__
     # What modules of any author may raise is without number.
     try:
-        sample = _Sample(span, prologue, _TOLERANCE[dtype])
-        sample.check_cuts()
+        # Rows on either side of a border of the rope are as good as two models.
+        ends = (*span.rope_borders, span.context_length)
+        samples = [_Sample(span, prologue, _TOLERANCE[dtype], end) for end in ends]
+        for sample in samples:
+            sample.check_cuts()
     except CheckpointError:
         raise
     except NoKeysValues as error:
@@ -64,8 +68,11 @@ def verify(span: Span, prologue: Sequence[nn.Module], dtype: torch.dtype) -> Non
         raise CheckpointError(
             f"{family} cannot be served: a pass over transformers' cache fails ({type(error).__name__}: {error})."
         ) from error
+    sample = samples[-1]
     try:
-        sample.check_ragged()
+        for sample in samples:
+            sample.check_ragged()
+        check_far(span, sample.specs, sample.tolerance)
     except Exception as error:
         log.debug("%s runs cached: %s: %s", family, type(error).__name__, error)
         choose_attention(span.model, EAGER)
@@ -79,29 +86,30 @@ def verify(span: Span, prologue: Sequence[nn.Module], dtype: torch.dtype) -> Non
 
 
 class _Sample:
-    """A few rows that go through a span in every way that should not matter."""
+    """A few rows, of a sequence of `extent`, that go through a span in every way that should not matter."""
 
-    def __init__(self, span: Span, prologue: Sequence[nn.Module], tolerance: float) -> None:
-        self.span, self.prologue, self.tolerance = span, prologue, tolerance
+    def __init__(self, span: Span, prologue: Sequence[nn.Module], tolerance: float, extent: int) -> None:
+        self.span, self.prologue, self.tolerance, self.extent = span, prologue, tolerance, extent
         self.device = span.backend.device
         self.positions = torch.arange(_ROWS, device=self.device)
         self.rows, self.others = self._rows(0), self._rows(1)
         self.entry = self._through(ForwardContext(range(0)), self.rows)
-        self.whole, cached = span.forward_cached(self.rows[None], [])
+        self.whole, cached = span.forward_cached(self.rows[None], [], extent=extent)
         self.plain = True  # attention has neither a softcap nor sinks
         self.specs = [LayerSpec(k.shape[1], k.shape[3], v.shape[3], None) for k, v in cached]
 
     def check_cuts(self) -> None:
         """Raise CheckpointError unless rows and blocks may be cut anywhere."""
         span, cut = self.span, _ROWS // 2
-        _, past = span.forward_cached(self.rows[None, :cut], [])
-        second, _ = span.forward_cached(self.rows[None, cut:], past)
+        _, past = span.forward_cached(self.rows[None, :cut], [], extent=self.extent)
+        second, _ = span.forward_cached(self.rows[None, cut:], past, extent=self.extent)
         if self._differs(second[0], slice(cut, None)):
             raise _stateful(type(span.model).__name__)
         hidden = self.entry
         with _other_weights(self.prologue):
             for block in range(span.start, span.end):
-                hidden = self._through(ForwardContext(range(block, block + 1), hidden[None]), self.others)
+                context = ForwardContext(range(block, block + 1), hidden[None], extent=self.extent)
+                hidden = self._through(context, self.others)
         if self._differs(hidden):
             raise _stateful(type(span.model).__name__)
 
@@ -116,7 +124,7 @@ class _Sample:
     def try_fused(self) -> None:
         """Have the span run in few calls, or raise whatever tells that it cannot."""
         span = self.span
-        if self.plain and written_alike(span.model):
+        if self.plain and not span.rope_borders and written_alike(span.model):
             windows = [spec.window for spec in span.layers]
             span.fused = FusedSpan(span.model.base_model, span.start, windows, span.backend)
             self._check_rows()
@@ -126,8 +134,8 @@ class _Sample:
         order = torch.tensor([0, 3, 1, 5, 2, 4, 0], device=self.device)
         session = torch.tensor([0] * _ROWS + [1], device=self.device)
         positions = self.positions[order]
-        positions[-1] = self.span.context_length - 1
-        hidden = self.span.forward(self.rows[order], positions, _attention(session, positions))
+        positions[-1] = self.extent - 1
+        hidden = self.span.forward(self.rows[order], positions, _attention(session, positions), extent=self.extent)
         if self._differs(hidden[order[:-1].argsort()]):
             raise _NotRagged("rows of a ragged row differ from transformers' own attention")
 
@@ -149,7 +157,7 @@ class _Sample:
         """What each block caches, and its window by the mask that its model makes; raises _NotRagged for a bias."""
         span, found = self.span, dict[int, LayerSpec]()
         attend = _attention(torch.zeros_like(self.positions), self.positions)
-        context = ForwardContext(range(span.start, span.end))
+        context = ForwardContext(range(span.start, span.end), extent=self.extent)
 
         def record(
             block: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]

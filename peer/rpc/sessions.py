@@ -167,4 +167,5 @@ class Sessions:
             features=sorted(self.info.features),
             revocations=self._trust.revocations,
             max_nodes=session.usage.quota.tree_nodes,
+            rope_borders=self._engine.span.rope_borders,
         )

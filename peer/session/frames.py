@@ -34,12 +34,14 @@ def link_frames(header: StepHeader, hidden: bytes, hops: Iterable[pb.Hop]) -> li
     return frames
 
 
-def replay_frames(step: int, epoch: int, base: int, chunks: Iterable[bytes], row_bytes: int) -> Iterator[pb.LinkFrame]:
+def replay_frames(
+    step: int, epoch: int, base: int, chunks: Iterable[bytes], row_bytes: int, extent: int = 0
+) -> Iterator[pb.LinkFrame]:
     """The chunks' rows from `base` on, behind `step`, for a peer that lacks them: whole rows in every frame."""
     for part in whole_rows(chunks, row_bytes, PART_BYTES):
         rows = len(part) // row_bytes
         message = pb.Activations(step=step, route_epoch=epoch, base=base, rows=rows, prefill=True, replay=True)
-        message.hidden, message.total_bytes = part, len(part)
+        message.hidden, message.total_bytes, message.extent = part, len(part), extent
         yield pb.LinkFrame(activations=message)
         base += rows
 

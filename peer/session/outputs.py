@@ -82,7 +82,7 @@ class ToNextHop(Outputs):
     def replayed(self, header: StepHeader, output: StepOutput, epoch: int) -> None:
         self._log.append(output.hidden)
         if self._passes_replay_on:
-            for frame in self._replay(header.step, epoch, header.base, [output.hidden]):
+            for frame in self._replay(header.step, epoch, header.base, [output.hidden], header.extent):
                 self._next_hop.send(frame)
 
     def expect_replay(self, passed_on: bool) -> None:
@@ -96,7 +96,7 @@ class ToNextHop(Outputs):
         else:
             log.resume(message.length, message.commit)
             if message.replay and not log.lost:
-                self._next_hop.restart(self._replay(message.step, epoch, 0, log.chunks))
+                self._next_hop.restart(self._replay(message.step, epoch, 0, log.chunks, message.extent))
         return message.replay and log.lost
 
     def adopt(self, parent: Outputs) -> None:
@@ -106,5 +106,5 @@ class ToNextHop(Outputs):
     def close(self) -> None:
         self._log.lose()
 
-    def _replay(self, step: int, epoch: int, base: int, chunks: Sequence[bytes]) -> Iterator[pb.LinkFrame]:
-        return replay_frames(step, epoch, base, chunks, self._row_bytes)
+    def _replay(self, step: int, epoch: int, base: int, chunks: Sequence[bytes], extent: int) -> Iterator[pb.LinkFrame]:
+        return replay_frames(step, epoch, base, chunks, self._row_bytes, extent)

@@ -18,6 +18,7 @@ class StepError(ValueError):
 class StepHeader:
     """Counters, commit and tree of one step. `commit` is empty after a prefill, whose rows are all accepted.
 
+    `extent`: length of the sequence that the rows are part of, where it goes beyond them: some ropes depend on it.
     Made once, where a step enters a peer; a tree that came with token ids is a DraftTree.
     """
 
@@ -35,6 +36,7 @@ class StepHeader:
     trace: bool
     deadline_ms: int
     replay: bool
+    extent: int = 0
 
     @cached_property
     def rows(self) -> int:
@@ -54,7 +56,13 @@ class StepHeader:
             self.top_logprobs,
             self.want_logits,
             self.want_hidden,
+            self.extent,
         )
+
+    @property
+    def length(self) -> int:
+        """Of the sequence, as far as it is known here."""
+        return max(self.extent, self.base + self.tree.height + 1)
 
 
 def header_of(message: pb.Step | pb.Activations, rows: int, ids: tuple[int, ...] = ()) -> StepHeader:
@@ -93,6 +101,7 @@ def header_of(message: pb.Step | pb.Activations, rows: int, ids: tuple[int, ...]
         trace=message.trace,
         deadline_ms=message.deadline_ms,
         replay=message.replay,
+        extent=message.extent,
     )
 
 
@@ -110,6 +119,7 @@ def activations_of(header: StepHeader) -> pb.Activations:
         sample=header.sample,
         trace=header.trace,
         deadline_ms=header.deadline_ms,
+        extent=header.extent,
     )
     if header.top_logprobs or header.want_logits or header.want_hidden:
         want = pb.Want(top_logprobs=header.top_logprobs, logits=header.want_logits, hidden=header.want_hidden)

@@ -23,7 +23,7 @@ SERVED_VARIANTS = {
     "falcon with grouped heads": CACHED,
     "gemma4_text with its own caches": RAGGED,
     "gpt2 with scaled layers": RAGGED,
-    "phi3 with two ropes": CACHED,  # one forward has one rope, by its longest row
+    "phi3 with two ropes": RAGGED,
 }
 OTHERS = ("lfm2", "mamba", "roformer")  # refused today
 known_version = pytest.mark.skipif(not TABLE.exists(), reason=f"no table of transformers {transformers.__version__}")
