@@ -23,6 +23,8 @@ SERVED_VARIANTS = {
     "falcon with grouped heads": CACHED,
     "gemma4_text with its own caches": RAGGED,
     "gpt2 with scaled layers": RAGGED,
+    "llama4_text with a span without ropes": CACHED,  # it scales by a row's place in the forward
+    "opt that embeds in half its width": RAGGED,
     "phi3 with two ropes": RAGGED,
 }
 OTHERS = ("lfm2", "mamba", "roformer")  # refused today

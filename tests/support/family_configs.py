@@ -71,6 +71,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon with grouped heads": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "gemma4_text with its own caches": ("gemma4_text", {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}),
     "gpt2 with scaled layers": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "llama4_text with a span without ropes": (
+        "llama4_text",
+        {"no_rope_layers": [1, 0, 0, 1], "floor_scale": 8, "attn_scale": 1.0, "attn_temperature_tuning": True},
+    ),
+    "opt that embeds in half its width": ("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "phi3 with two ropes": (
         "phi3",
         {
