@@ -10,10 +10,10 @@ from torch import Tensor
 from ..backend import Backend, LayerSpec
 from ..formats.base import Format, QuantizedTensor, Shape
 from ..formats.dense import Dense
-from . import elementwise, layout
+from . import layout
 from .attention import CpuKVStorage
 from .build import Library, compiled
-from .elementwise import RMSNorm
+from .elementwise import Elementwise
 from .linear import PackedLinear, panel_nbytes
 from .quantized import QuantizedLinear
 
@@ -22,7 +22,7 @@ class NoCompiler(RuntimeError):
     """The kernels could not be built here."""
 
 
-class CpuBackend(Backend):
+class CpuBackend(Elementwise, Backend):
     """Everything in native code; a row's bits depend on that row and its cache alone, whatever the threads."""
 
     name = "cpu"
@@ -61,22 +61,6 @@ class CpuBackend(Backend):
         if isinstance(format, Dense) and _in_panels(format):
             return panel_nbytes(format.dtype, shape)
         return layout.nbytes(format, shape)
-
-    def rms_norm(self, weight: Tensor, epsilon: float) -> RMSNorm:
-        """See `Backend`; float32."""
-        return RMSNorm(self.library, weight, epsilon)
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """See `Backend`; float32, angles contiguous."""
-        return elementwise.rotate(self.library, x, cos, sin)
-
-    def silu_gate(self, gate: Tensor, up: Tensor) -> Tensor:
-        """See `Backend`; float32."""
-        return elementwise.silu_gate(self.library, gate, up)
-
-    def topk(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """See `Backend`; at most `elementwise.MOST` of them."""
-        return elementwise.topk(self.library, x, count)
 
     def kv_storage(
         self, layers: Sequence[LayerSpec], n_pages: int, page_size: int, dtype: torch.dtype = torch.float32

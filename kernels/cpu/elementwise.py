@@ -35,35 +35,51 @@ class RMSNorm(nn.Module):
         return y
 
 
-def rotate(library: Library, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the heads of x by their rows' positions, in place (RoPE: Su et al., arXiv 2104.09864). Returns x.
+class Elementwise:
+    """What a `Backend` asks for that is neither a product nor attention."""
 
-    x: [rows, heads, width], heads side by side. cos, sin: [rows, width], contiguous, both halves given.
-    """
-    rows, heads, width = x.shape
-    if cos.shape != (rows, width) or sin.shape != (rows, width) or width % 2:
-        raise ValueError(f"angles {tuple(cos.shape)} for heads {tuple(x.shape)}")
-    if x.dtype != torch.float32 or x.stride()[1:] != (width, 1) or not (cos.is_contiguous() and sin.is_contiguous()):
-        raise ValueError("heads are float32 and side by side, angles contiguous")
-    library.rotate(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, heads, width, x.stride(0), library.threads)
-    return x
+    library: Library
 
+    def rms_norm(self, weight: Tensor, epsilon: float) -> RMSNorm:
+        """See `Backend`; float32."""
+        return RMSNorm(self.library, weight, epsilon)
 
-def silu_gate(library: Library, gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (SwiGLU: Shazeer, arXiv 2002.05202), of one shape."""
-    gate, up = gate.contiguous(), up.contiguous()
-    if gate.shape != up.shape or not gate.dtype == up.dtype == torch.float32:
-        raise ValueError(f"a gate of {tuple(gate.shape)} {gate.dtype} for {tuple(up.shape)} {up.dtype}")
-    y = torch.empty_like(up)
-    library.silu_gate(y.data_ptr(), gate.data_ptr(), up.data_ptr(), up.numel(), library.threads)
-    return y
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn the heads of x by their rows' positions, in place (RoPE: Su et al., arXiv 2104.09864). Returns x.
 
+        x: [rows, heads, width], heads side by side. cos, sin: [rows, width], contiguous, both halves given.
+        """
+        rows, heads, width = x.shape
+        if cos.shape != (rows, width) or sin.shape != (rows, width) or width % 2:
+            raise ValueError(f"angles {tuple(cos.shape)} for heads {tuple(x.shape)}")
+        if (
+            x.dtype != torch.float32
+            or x.stride()[1:] != (width, 1)
+            or not (cos.is_contiguous() and sin.is_contiguous())
+        ):
+            raise ValueError("heads are float32 and side by side, angles contiguous")
+        library = self.library
+        library.rotate(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, heads, width, x.stride(0), library.threads)
+        return x
 
-def topk(library: Library, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest `count` values of each row [n, width] and their columns, [n, count] each; see `Backend.topk`."""
-    if x.dim() != 2 or x.dtype != torch.float32 or not 0 < count <= min(MOST, x.shape[1]):
-        raise ValueError(f"the top {count} of {tuple(x.shape)} {x.dtype}; rows of float32 and 1 to {MOST} are possible")
-    x = x.contiguous()
-    values, columns = x.new_empty(len(x), count), x.new_empty(len(x), count, dtype=torch.int64)
-    library.topk(values.data_ptr(), columns.data_ptr(), x.data_ptr(), *x.shape, count, library.threads)
-    return values, columns
+    def silu_gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up (SwiGLU: Shazeer, arXiv 2002.05202), of one shape."""
+        gate, up = gate.contiguous(), up.contiguous()
+        if gate.shape != up.shape or not gate.dtype == up.dtype == torch.float32:
+            raise ValueError(f"a gate of {tuple(gate.shape)} {gate.dtype} for {tuple(up.shape)} {up.dtype}")
+        y = torch.empty_like(up)
+        library = self.library
+        library.silu_gate(y.data_ptr(), gate.data_ptr(), up.data_ptr(), up.numel(), library.threads)
+        return y
+
+    def topk(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The largest `count` values of each row [n, width] and their columns, [n, count] each; see `Backend.topk`."""
+        if x.dim() != 2 or x.dtype != torch.float32 or not 0 < count <= min(MOST, x.shape[1]):
+            raise ValueError(
+                f"the top {count} of {tuple(x.shape)} {x.dtype}; rows of float32 and 1 to {MOST} are possible"
+            )
+        x = x.contiguous()
+        values, columns = x.new_empty(len(x), count), x.new_empty(len(x), count, dtype=torch.int64)
+        library = self.library
+        library.topk(values.data_ptr(), columns.data_ptr(), x.data_ptr(), *x.shape, count, library.threads)
+        return values, columns
