@@ -12,7 +12,7 @@ import typer
 from ..protocol.directory.addresses import check_address, check_peer
 from ..protocol.host import numeric
 from ..protocol.private import ENVIRONMENT
-from .options import DTYPES, QUANTS
+from .options import DEVICES, DTYPES, QUANTS
 
 T = TypeVar("T")
 # Every option is an environment variable, too.
@@ -94,7 +94,7 @@ Relay = Annotated[bool, _option("Pass libp2p traffic of others on, and be reache
 IdentityFile = Annotated[
     Path | None, _option("Identity file, made if missing; by default the first of yours that no peer runs as.")
 ]
-Device = Annotated[str, _option("Where to compute.", callback=_choice("device", ("cpu",)))]
+Device = Annotated[str, _option("Where to compute.", callback=_choice("device", DEVICES))]
 Dtype = Annotated[
     str | None,
     _option(

@@ -11,7 +11,7 @@ from ..protocol import program
 from ..protocol.host import numeric
 from . import arguments as a
 from .limits.quotas import NO_QUOTAS, Quotas
-from .options import ServeOptions
+from .options import DEVICES, ServeOptions
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings={"auto_envvar_prefix": a.PREFIX})
 
@@ -29,7 +29,7 @@ def serve(
     dht_port: a.DhtPort = 0,
     relay: a.Relay = False,
     identity: a.IdentityFile = None,
-    device: a.Device = "cpu",
+    device: a.Device = DEVICES[0],
     dtype: a.Dtype = None,
     quant: a.Quant = None,
     cache_tokens: a.CacheTokens = None,

@@ -9,6 +9,8 @@ from pathlib import Path
 from ..protocol.host import WILDCARDS, outward_host, with_port
 from .limits.quotas import NO_QUOTAS, Quotas
 
+# What a person may choose; which backend that is, `kernels/registry.py` says.
+DEVICES = ("cpu",)
 DTYPES = ("float32", "bf16")
 DEFAULT_CACHE_TOKENS = 16384
 QUANTS = ("none", "int8", "int4", "nf4", "gguf", "aqlm", "spqr")
@@ -34,7 +36,7 @@ class ServeOptions:
     initial_peers: tuple[str, ...] = ()
     join: str | None = None
     identity: Path | None = None
-    device: str = "cpu"
+    device: str = DEVICES[0]
     dtype: str | None = None
     quant: str | None = "none"
     cache_tokens: int | None = None
