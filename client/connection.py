@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from .routing.peers import ConnectError, KnownPeers
 from .routing.route import NoRoute, Route, choose_route, context_of, sessions_that_fit
 from .routing.trusted_ends import TrustedEnds
 from .session.options import SessionOptions
-from .session.peer_error import PeerError
+from .session.peer_error import PeerError, Refusals
 from .session.session import Session
 
 if TYPE_CHECKING:
@@ -75,12 +76,13 @@ class SwarmConnection:
         await self._directory.close()
         await self.channels.close()
 
-    async def route(self, reserve_tokens: int = 0) -> Route:
-        """The route that a new session would take. Raises NoRoute, ConnectError."""
+    async def route(self, reserve_tokens: int = 0, without: Collection[str] = ()) -> Route:
+        """The route that a new session would take, past the peers `without`. Raises NoRoute, ConnectError."""
         await self.known.look()
         known, defaults = self.known, self.defaults
         try:
-            return choose_route(known.usable(), known.rtt_s, reserve_tokens, exact=defaults.exact, mixed=defaults.mixed)
+            usable = [record for record in known.usable() if record.peer_id not in without]
+            return choose_route(usable, known.rtt_s, reserve_tokens, exact=defaults.exact, mixed=defaults.mixed)
         except NoRoute as error:
             limits = filter(None, [str(self.ends) if self.ends.labels else "", known.left_out])
             raise NoRoute("; ".join([str(error), *limits])) from None
@@ -96,28 +98,38 @@ class SwarmConnection:
     async def open_session(self, reserve_tokens: int, wait_s: float | None = None, spare_tokens: int = 0) -> Session:
         """Open along the best route; where peers are busy or missing, try again with jitter, for `wait_s` seconds.
 
+        Who refuses is passed by, until nobody else is there or another one says the same.
+
         Reserves no more than the model's context and room for a tree; up to `spare_tokens` more where the peers have
         them free and as many again. Raises PeerError, NoRoute.
         """
         deadline = time.monotonic() + (self.defaults.wait_s if wait_s is None else wait_s)
+        refusals = Refusals()
         while True:
             try:
-                return await self._open(reserve_tokens, spare_tokens)
+                session = await self._open(reserve_tokens, spare_tokens, refusals.peers)
             except PeerError as error:
                 spare_tokens = 0  # others were quicker than the records
-                if not (error.busy or error.gone) or time.monotonic() > deadline:
+                passing = error.busy or error.gone
+                if time.monotonic() > deadline or not (passing or (error.replaceable and not refusals.add(error))):
                     raise
-                if error.gone and error.peer_id:
+                if error.gone:
                     self.known.ban(error.peer_id)
                 await asyncio.sleep(random.uniform(0.1, 0.5) if error.busy else 0)
             except NoRoute:
+                if refusals.first:
+                    raise refusals.first from None
                 if time.monotonic() > deadline:
                     raise
                 await self.known.try_banned()
                 await asyncio.sleep(random.uniform(0.1, 0.5))
+            else:
+                for liar in refusals.peers:
+                    self.known.ban(liar)
+                return session
 
-    async def _open(self, reserve_tokens: int, spare_tokens: int) -> Session:
-        route = await self.route(reserve_tokens)
+    async def _open(self, reserve_tokens: int, spare_tokens: int, without: Collection[str]) -> Session:
+        route = await self.route(reserve_tokens, without)
         free = min(stop.peer.cache_tokens_free for stop in route) - reserve_tokens
         wanted = reserve_tokens + max(0, min(spare_tokens, free // 2))
         options = replace(

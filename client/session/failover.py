@@ -18,15 +18,15 @@ from ..routing.peers import ConnectError
 from ..routing.route import NoRoute, Route, is_full, repair_route, same_profiles
 from .hop import Hop
 from .options import SessionOptions
-from .peer_error import PeerError
-from .pipeline import Pipeline
+from .peer_error import PeerError, Refusals
+from .pipeline import CHANGE_TIMEOUT_S, REPLAY_ROWS, AnswerLate, Pipeline
 from .resume import ResumePoint
 
 log = logging.getLogger(__name__)
 
 # A step that fails on so many peers, one after the other, is itself at fault.
 MOST_FAILOVERS = 8
-# The peer is well, only the session on it ended.
+# The peer is well, only the session on it ended: it is asked once more.
 _ASK_AGAIN = frozenset({grpc.StatusCode.ABORTED, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 
@@ -81,6 +81,8 @@ class RouteKeeper:
         self._moves: list[tuple[str, tuple[str, ...], bool]] = []
         self._events: list[Failover] = []
         self._failovers = 0
+        self._refusals = Refusals()
+        self._asked_again: set[str] = set()
         self._waiting_since = 0.0
 
     def waiting(self) -> None:
@@ -96,6 +98,8 @@ class RouteKeeper:
             self._moves.clear()
         self._waiting_since = now
         self._failovers = 0
+        self._refusals = Refusals()
+        self._asked_again.clear()
         self._pipeline.all_up_to_date()
 
     def take_events(self) -> list[Failover]:
@@ -107,7 +111,7 @@ class RouteKeeper:
         """Find a route without the peers that failed, and send what has no answer again. Raises NoRoute, PeerError."""
         while True:
             self._failovers += 1
-            if not error.replaceable or self._failovers > MOST_FAILOVERS:
+            if self._failovers > MOST_FAILOVERS or not self._may_do_better(error):
                 raise error
             try:
                 await self._move(str(error), session)
@@ -115,32 +119,59 @@ class RouteKeeper:
             except PeerError as another:
                 error = another
 
-    async def hand_over(self, session: Resumable) -> None:
-        """Move away from peers that are about to leave, where others can take over."""
-        hops = self._pipeline.hops
-        leaving = [hop for hop in hops if hop.draining and not hop.failed]
-        if not leaving:
+    async def look_into(self, error: AnswerLate, session: Resumable) -> None:
+        """An answer is late: see whose compute thread still answers. Who has a spare and hangs is replaced.
+
+        Raises NoRoute, PeerError.
+        """
+        replayed = self._pipeline.replayed_rows / REPLAY_ROWS
+        if time.monotonic() - self._waiting_since > self._options.step_timeout_s * (1 + replayed):
+            raise error
+        if not any(self._has_spare({hop.stop.peer.peer_id}) for hop in self._pipeline.hops):
             return
         try:
-            full = {r.peer_id for r in self._finder.reachable() if is_full(r, self._options.reserve_tokens)}
-            without = full | {hop.stop.peer.peer_id for hop in leaving}
-            plan(hops, self.route, self._finder, self._options, without)
+            await self._move(str(error), session, max(CHANGE_TIMEOUT_S, error.waited_s / 4))
+        except PeerError as failure:
+            await self.fail_over(failure, session)
+
+    async def hand_over(self, session: Resumable) -> None:
+        """Move away from peers that are about to leave, where others can take over."""
+        leaving = [hop for hop in self._pipeline.hops if hop.draining and not hop.failed]
+        full = {r.peer_id for r in self._finder.reachable() if is_full(r, self._options.reserve_tokens)}
+        if not leaving or not self._has_spare(full | {hop.stop.peer.peer_id for hop in leaving}):
+            return  # it may still finish what runs
+        try:
             await self._move(f"peer {leaving[0].stop.name} is leaving", session)
         except NoRoute:
-            return  # it may still finish what runs
+            return
         except PeerError as error:
             await self.fail_over(error, session)
 
-    async def _move(self, fault: str, session: Resumable) -> None:
+    def _may_do_better(self, error: PeerError) -> bool:
+        """Whether there is somebody else to try. One who only refuses is not waited for, nor a third one tried."""
+        if not error.refusal:
+            return error.replaceable
+        return not self._refusals.add(error) and error.replaceable and self._has_spare(self._refusals.peers)
+
+    def _has_spare(self, without: set[str]) -> bool:
+        """Whether a route leads past these peers."""
+        hops = [hop for hop in self._pipeline.hops if hop.stop.peer.peer_id not in without]
+        try:
+            plan(hops, self.route, self._finder, self._options, without)
+        except NoRoute:
+            return False
+        return True
+
+    async def _move(self, fault: str, session: Resumable, timeout: float = CHANGE_TIMEOUT_S) -> None:
         """Change the route, and let the session go on along the new one. Raises NoRoute, PeerError."""
         before = {hop.stop.key for hop in self._pipeline.hops if not hop.failed}
         former = self.route
-        self.route = await self._changed(session.resume_point())
+        self.route = await self._changed(session.resume_point(), timeout)
         others = tuple(stop.name for stop in self.route if stop.key not in before)
         self._moves.append((fault, others, same_profiles(former, self.route)))
         await session.resend()
 
-    async def _changed(self, point: ResumePoint) -> Route:
+    async def _changed(self, point: ResumePoint, timeout: float) -> Route:
         """Change the pipeline to a route without the peers that failed, and return it.
 
         Raises NoRoute where some blocks find no peer for `wait_s` seconds, PeerError where no other peer could do
@@ -154,13 +185,13 @@ class RouteKeeper:
             # Once each: a peer that answers again afterwards gets another chance.
             lost = {hop for hop in pipeline.hops if hop.failed or hop.draining} - given_up
             given_up |= lost
-            full |= _give_up(lost, finder)
+            full |= self._give_up(lost)
             try:
                 route = plan(pipeline.hops, route, finder, self._options, full)
-                await pipeline.change(route, point)
+                await pipeline.change(route, point, timeout)
                 return route
             except PeerError as error:
-                if not (error.replaceable or error.busy):
+                if not error.replaceable or (error.refusal and not error.busy and self._refusals.add(error)):
                     raise
             except NoRoute as error:
                 if deadline is None:
@@ -171,6 +202,19 @@ class RouteKeeper:
                 full.clear()
                 await _look_around(finder, deadline)
 
+    def _give_up(self, hops: Iterable[Hop]) -> set[str]:
+        """Ban who is gone; returns those who only have no room."""
+        full = set()
+        for hop in hops:
+            peer_id, error = hop.stop.peer.peer_id, hop.failed
+            if error and error.busy:
+                full.add(peer_id)
+            elif error and error.code in _ASK_AGAIN and hop.max_rows and peer_id not in self._asked_again:
+                self._asked_again.add(peer_id)
+            else:
+                self._finder.ban(peer_id)
+        return full
+
 
 def plan(hops: Sequence[Hop], route: Route, finder: PeerFinder, options: SessionOptions, without: set[str]) -> Route:
     """The route to change to: hops that neither failed nor drain stay. Raises NoRoute."""
@@ -179,17 +223,6 @@ def plan(hops: Sequence[Hop], route: Route, finder: PeerFinder, options: Session
     return repair_route(
         route, kept, records, finder.rtt_s, options.reserve_tokens, exact=options.exact, mixed=options.mixed
     )
-
-
-def _give_up(hops: Iterable[Hop], finder: PeerFinder) -> set[str]:
-    """Ban who is gone; returns those who only have no room."""
-    full = set()
-    for hop in hops:
-        if hop.failed and hop.failed.busy:
-            full.add(hop.stop.peer.peer_id)
-        elif hop.draining or (hop.failed and hop.failed.code not in _ASK_AGAIN):
-            finder.ban(hop.stop.peer.peer_id)
-    return full
 
 
 async def _look_around(finder: PeerFinder, deadline: float) -> None:

@@ -10,7 +10,7 @@ import grpc
 from ...protocol import petal_pb2 as pb
 from ...protocol.petal_pb2_grpc import PeerStub
 from ..routing.route import Stop
-from .peer_error import PeerError
+from .peer_error import PeerError, place_of
 
 
 class Hop:
@@ -136,7 +136,8 @@ class Hop:
         self._granted.set()
 
     def _error(self, code: grpc.StatusCode, reason: str) -> PeerError:
-        return PeerError(self.stop.name, code, reason, self.stop.peer.peer_id)
+        peer = self.stop.peer
+        return PeerError(self.stop.name, code, reason, peer.peer_id, place_of(peer))
 
     async def _why_ended(self) -> PeerError:
         code = await self._call.code()

@@ -1,10 +1,14 @@
-"""What a peer refused, or how it failed."""
+"""What a peer refused, or how it failed, and when its word is taken for true."""
 
 from __future__ import annotations
 
 import grpc
 
-_OUR_FAULT = frozenset(
+from ...protocol import petal_pb2 as pb
+from ...protocol.host import is_loopback
+
+# What a peer says of the request; all else says that the peer itself is in no state to serve it.
+_REFUSALS = frozenset(
     {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.PERMISSION_DENIED}
 )
 
@@ -12,10 +16,12 @@ _OUR_FAULT = frozenset(
 class PeerError(RuntimeError):
     """A peer refused or failed; the message is one sentence that names it."""
 
-    def __init__(self, peer: str, code: grpc.StatusCode, reason: str, peer_id: str = "") -> None:
+    def __init__(self, peer: str, code: grpc.StatusCode, reason: str, peer_id: str = "", place: str = "") -> None:
+        """`place`: where the peer is, the same for all peers of one machine."""
         super().__init__(f"peer {peer}: {reason}")
         self.code = code
         self.peer_id = peer_id
+        self.place = place
 
     @property
     def busy(self) -> bool:
@@ -28,6 +34,40 @@ class PeerError(RuntimeError):
         return self.code == grpc.StatusCode.UNAVAILABLE
 
     @property
+    def refusal(self) -> bool:
+        """It says that the session or the step is at fault."""
+        return self.code in _REFUSALS
+
+    @property
     def replaceable(self) -> bool:
-        """Whether another peer may do what this one could not: the session itself is not at fault."""
-        return bool(self.peer_id) and self.code not in _OUR_FAULT
+        """Whether one peer failed, so that another may do better."""
+        return bool(self.peer_id)
+
+
+class Refusals:
+    """Who refused one request. What a single peer says may be a lie; what two of different identity and place say
+    alike is true."""
+
+    def __init__(self) -> None:
+        self._errors: list[PeerError] = []
+
+    @property
+    def peers(self) -> set[str]:
+        return {error.peer_id for error in self._errors}
+
+    @property
+    def first(self) -> PeerError | None:
+        return self._errors[0] if self._errors else None
+
+    def add(self, error: PeerError) -> bool:
+        """Whether that settles it: somebody else has said the same."""
+        alike = [other for other in self._errors if other.code == error.code]
+        self._errors.append(error)
+        return any(other.peer_id != error.peer_id and other.place != error.place for other in alike)
+
+
+def place_of(record: pb.PeerRecord) -> str:
+    """Its host; on this machine, where everybody is a neighbour, its port as well."""
+    address = record.addresses[0] if record.addresses else ""
+    host = address.rpartition(":")[0]
+    return address if is_loopback(host) else host

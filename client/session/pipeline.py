@@ -28,6 +28,14 @@ CHANGE_TIMEOUT_S = 2.5
 REPLAY_ROWS = 512
 
 
+class AnswerLate(PeerError):
+    """No peer says that anything is wrong."""
+
+    def __init__(self, waited_s: float) -> None:
+        super().__init__("route", grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer within {waited_s:.3g} s")
+        self.waited_s = waited_s
+
+
 class Pipeline:
     """Hops to the peers of a route. Whatever waits for a peer raises PeerError once any of them has failed."""
 
@@ -41,7 +49,8 @@ class Pipeline:
         self.draining = False
         # None says that a hop failed.
         self._results: asyncio.Queue[pb.Result | None] = asyncio.Queue()
-        self._patience_s = options.step_timeout_s
+        # Of a replay, which come before the next answer.
+        self.replayed_rows = 0
 
     @property
     def max_rows(self) -> int:
@@ -76,9 +85,10 @@ class Pipeline:
             raise
         self.all_up_to_date()
 
-    async def change(self, route: Route, point: ResumePoint) -> None:
+    async def change(self, route: Route, point: ResumePoint, timeout: float = CHANGE_TIMEOUT_S) -> None:
         """Go over to `route`: who stays goes back to where the session stands, newcomers get what they lack.
 
+        Who stays answers from its compute thread, within `timeout` seconds: one that hangs has failed, too.
         Raises PeerError; the hops that have not failed then can be changed again.
         """
         self.epoch += 1
@@ -91,7 +101,7 @@ class Pipeline:
         self.draining = any(hop.draining for hop in self.hops)
         # A peer whose outputs are lost needs a replay itself, which the peers before it then have to hear.
         while untold := [(hop, message) for hop, message in self._resume_messages(point) if hop.told != message]:
-            await _all(self._tell(hop, message) for hop, message in untold)
+            await _all(self._tell(hop, message, timeout) for hop, message in untold)
         # What the peers said before they heard of the new route concerns nobody any more.
         self._results = asyncio.Queue()
         await self._link(CHANGE_TIMEOUT_S)
@@ -102,22 +112,22 @@ class Pipeline:
         """A step went through the whole route: every peer has all rows."""
         for hop in self.hops:
             hop.up_to_date = True
-        self._patience_s = self._options.step_timeout_s
+        self.replayed_rows = 0
 
     def close(self) -> None:
         """End the session on every peer."""
         for hop in self.hops:
             hop.close()
 
-    async def result(self) -> pb.Result:
-        """The next part of an answer. Raises PeerError."""
+    async def result(self, patience_s: float) -> pb.Result:
+        """The next part of an answer. Raises PeerError, AnswerLate after `patience_s` seconds."""
         while True:
             if self._results.empty():  # an answer that is here is good, whoever failed since
                 self._raise_failure()
             try:
-                result = await asyncio.wait_for(self._results.get(), self._patience_s)
+                result = await asyncio.wait_for(self._results.get(), patience_s)
             except asyncio.TimeoutError:
-                raise PeerError("route", grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time") from None
+                raise AnswerLate(patience_s) from None
             if result is not None:
                 return result
 
@@ -158,12 +168,12 @@ class Pipeline:
         messages = resume_messages([hop.up_to_date for hop in self.hops], self.epoch, point)
         return list(zip(self.hops, messages, strict=True))
 
-    async def _tell(self, hop: Hop, message: pb.Resume) -> None:
+    async def _tell(self, hop: Hop, message: pb.Resume, timeout: float) -> None:
         hop.told = message
         if not hop.max_rows:
             await self._open(hop, CHANGE_TIMEOUT_S, resume=message)
             return
-        reply = await hop.ask(pb.ClientFrame(resume=message), hop, CHANGE_TIMEOUT_S)
+        reply = await hop.ask(pb.ClientFrame(resume=message), hop, timeout)
         hop.link_token = reply.resumed.link_token
         if reply.resumed.log_lost:
             hop.up_to_date = False
@@ -181,7 +191,7 @@ class Pipeline:
     async def _replay(self, point: ResumePoint) -> None:
         """Give the first stage the tokens again; the replay flows on as far as peers lack rows."""
         steps = replay_steps(point, self.epoch, min(REPLAY_ROWS, self.max_rows))
-        self._patience_s = self._options.step_timeout_s * (1 + len(steps))
+        self.replayed_rows = len(point.ids)
         for step in steps:
             if self._options.local_ends:
                 await self._options.local_ends.embed(step, self._options.codec)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import grpc
 
 from ...protocol import petal_pb2 as pb
 from .failover import RouteKeeper
 from .options import SessionOptions
+from .pace import StepPace
 from .peer_error import PeerError
-from .pipeline import Pipeline
+from .pipeline import AnswerLate, Pipeline
 from .result import ResultError, ResultReader, StepResult
 from .resume import ResumePoint
 from .sequence import SequenceState
@@ -24,6 +27,7 @@ class StepStream:
         self._pipeline = pipeline
         self._keeper = keeper
         self._options = options
+        self._pace = StepPace(options.step_timeout_s)
         # Without an answer yet, oldest first; a change of route sends them again.
         self._unanswered: dict[int, pb.Step] = {}
 
@@ -45,20 +49,26 @@ class StepStream:
 
     async def result(self, number: int) -> StepResult:
         """The answer to the step of this number. Raises PeerError, NoRoute."""
-        step = self._unanswered[number]
+        step, rows = self._unanswered[number], len(self._unanswered[number].ids)
+        since, late = time.monotonic(), 0
         while True:
             last = self._pipeline.hops[-1]
             reader = ResultReader(step, self._options.codec, last.stop.peer)
+            patience_s = self._pace.patience_s(rows + self._pipeline.replayed_rows) * 2**late
             try:
-                while (result := reader.add(await self._pipeline.result())) is None:
+                while (result := reader.add(await self._pipeline.result(patience_s))) is None:
                     pass
             except ResultError as error:
                 await self._keeper.fail_over(last.fail_with(grpc.StatusCode.DATA_LOSS, str(error)), self)
+            except AnswerLate as error:
+                late += 1
+                await self._keeper.look_into(error, self)
             except PeerError as error:
                 await self._keeper.fail_over(error, self)
             else:
                 del self._unanswered[number]
                 self._keeper.answered()
+                self._pace.answered(rows, time.monotonic() - since)
                 return result
 
     async def _transmit(self, step: pb.Step) -> None:
