@@ -1,3 +1,4 @@
+import ctypes
 import logging
 import os
 import subprocess
@@ -65,3 +66,16 @@ def test_threads_are_left_as_they_were():
     before = torch.get_num_threads()
     native.compiled()
     assert torch.get_num_threads() == before
+
+
+def test_what_memory_lacks_is_said_and_not_an_end_of_the_process():
+    path = native.compiled()
+    if path is None:
+        pytest.skip("no C compiler")
+    scratch = ctypes.CDLL(str(path)).scratch
+    scratch.argtypes, scratch.restype = [ctypes.c_int, ctypes.c_long], ctypes.c_void_p
+    for room in range(4):
+        assert scratch(room, 1 << 60) is None
+        assert scratch(room, 0) is not None
+        first = scratch(room, 5000)
+        assert scratch(room, 4999) == first

@@ -8,9 +8,9 @@ void *scratch(room_t room, long bytes)
 {
     static __thread void *rooms[ROOMS];
     static __thread long sizes[ROOMS];
-    if (bytes > sizes[room]) {
+    if (!rooms[room] || bytes > sizes[room]) {
         free(rooms[room]);
-        rooms[room] = aligned_alloc(PAGE, (size_t)(bytes + PAGE - 1) / PAGE * PAGE);
+        rooms[room] = aligned_alloc(PAGE, (size_t)(bytes / PAGE + 1) * PAGE);
         sizes[room] = rooms[room] ? bytes : 0;
     }
     return rooms[room];
