@@ -27,7 +27,7 @@ async def answers(
     What all prompts begin with is computed once, where the peers have room for it beside; their sessions fork behind.
     Raises ValueError, PeerError, NoRoute.
     """
-    batch = _Batch(generator, max(map(len, prompts)) + config.max_new_tokens + TREE_ROOM)
+    batch = _Batch(generator, max(len(ids) + config.new_tokens(len(ids)) for ids in prompts) + TREE_ROOM)
     configs = [replace(config, sequence=i) for i in range(n)]
     shared = shared_prefix(prompts) if len(prompts) * n > 1 else []
     try:

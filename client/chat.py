@@ -54,7 +54,7 @@ class AsyncChat:
         # What is refused here leaves conversation and session as they are.
         config = self._generator.config(settings)
         prompt = self._tokenizer.apply_chat_template(messages)
-        session = await self._session_for(len(prompt) + config.max_new_tokens)
+        session = await self._session_for(len(prompt) + config.new_tokens(len(prompt)))
         self.messages[:] = messages
         try:
             async for chunk in await self._generator.chunks(session, prompt, config):

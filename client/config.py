@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
 
 from ..protocol.checkpoint.generation_defaults import GenerationDefaults
 from ..protocol.checkpoint.tokenizer import Tokenizer
 from ..protocol.wire.sampling import SamplingParams
+from .arguments import SettingsError, honoured
 from .drafting.registry import DrafterChoice
 from .session.result import OutputOptions
 
@@ -18,10 +23,25 @@ if TYPE_CHECKING:
     from .session.local_ends import LogitsProcessor
 
 
-class GenerationSettings(TypedDict, total=False):
-    """Keyword arguments of whatever generates; GenerationConfig says what they mean."""
+# transformers' convention: ids [1, n] and no scores in, a truth or a tensor of one out.
+StoppingCriterion = Callable[[Any, Any], Any]
 
-    max_new_tokens: int
+
+class GenerationSettings(TypedDict, total=False):
+    """Keyword arguments of whatever generates; GenerationConfig says what they mean.
+
+    Of transformers' other arguments those are taken that ask for nothing else, such as `num_beams=1` or `use_cache`.
+    """
+
+    generation_config: Any
+    max_new_tokens: int | None
+    max_length: int | None
+    max_time: float | None
+    prompt_lookup_num_tokens: int | None
+    stopping_criteria: Sequence[StoppingCriterion] | None
+    pad_token_id: int | None
+    num_beams: int
+    use_cache: bool
     do_sample: bool | None
     temperature: float | None
     top_k: int | None
@@ -44,6 +64,8 @@ class GenerationSettings(TypedDict, total=False):
 class GenerationConfig:
     """What to generate, in transformers' words.
 
+    `max_length` counts the prompt, too, and holds in place of `max_new_tokens`. `max_time` ends an answer after so many
+    seconds; `stopping_criteria` are asked behind each token. `pad_token_id` fills the rows of a result.
     Sampling is off unless `do_sample`, a temperature, or the model's generation_config.json asks for it; without it, as
     in transformers, `top_k`, `top_p` and `min_p` have no effect. The same `seed` gives the same text, and by default it
     is 0; None takes a fresh one. `sequence` tells apart the answers of one seed.
@@ -53,10 +75,14 @@ class GenerationConfig:
     `budget` is the number of tokens that it guesses a round, by default what pays most. Neither changes the text.
     `logits_processor` works with local ends: each gets ids [1, n] and scores [1, vocab] as tensors, and returns scores.
 
-    Raises SamplingError for a value out of range, ValueError for settings that contradict each other.
+    Raises SamplingError for a value out of range, SettingsError for settings that contradict each other.
     """
 
     max_new_tokens: int = 256
+    max_length: int | None = None
+    max_time: float | None = None
+    stopping_criteria: Sequence[StoppingCriterion] | None = None
+    pad_token_id: int | None = None
     do_sample: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -77,11 +103,13 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError("max_new_tokens is at least 1")
+            raise SettingsError("max_new_tokens is at least 1")
         if self.do_sample is False and self.temperature:
-            raise ValueError("do_sample=False contradicts a temperature")
+            raise SettingsError("do_sample=False contradicts a temperature")
+        if self.max_time is not None and not self.max_time > 0:
+            raise SettingsError("max_time is a number of seconds above 0")
         if not all(self.stops):
-            raise ValueError("a stop string has at least one character: an empty one would stop every answer at once")
+            raise SettingsError("a stop string has at least one character: an empty one would stop all answers at once")
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbits(64))
         _ = self.sampling  # checks the values
@@ -113,6 +141,33 @@ class GenerationConfig:
         """The stop strings, also where there is one or none."""
         return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings or ())
 
+    def new_tokens(self, prompt_length: int) -> int:
+        """How many tokens the answer to such a prompt may have. Raises SettingsError where there is room for none."""
+        if self.max_length is None:
+            return self.max_new_tokens
+        if self.max_length <= prompt_length:
+            raise SettingsError(f"a prompt of {prompt_length} tokens leaves no room in max_length={self.max_length}")
+        return self.max_length - prompt_length
+
+    def ending(self, prompt: Sequence[int]) -> Callable[[Sequence[int]], str | None]:
+        """Why an answer, given its ids so far, ends by its time or by a criterion; from now on."""
+        deadline = None if self.max_time is None else time.monotonic() + self.max_time
+
+        def reason(answer: Sequence[int]) -> str | None:
+            if deadline is not None and time.monotonic() >= deadline:
+                return "time"
+            if not self.stopping_criteria:
+                return None
+            ids = tensor([[*prompt, *answer]])
+            return "criterion" if any(bool(stop(ids, None)) for stop in self.stopping_criteria) else None
+
+        return reason
+
+    def said(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        given = {each.name: (getattr(self, each.name), each.default) for each in fields(self)}
+        return {name: value for name, (value, default) in given.items() if value is not default}
+
     def eos_ids(self, tokenizer: Tokenizer | None) -> frozenset[int]:
         """Ids that end the text of a model with this tokenizer."""
         if self.eos_token_id is None:
@@ -123,15 +178,23 @@ class GenerationConfig:
 
 
 def with_defaults(settings: GenerationSettings, defaults: GenerationDefaults) -> GenerationConfig:
-    """`settings`, and the model's own for what they leave open. Raises as GenerationConfig does."""
-    filled: dict[str, Any] = {**settings}
+    """`settings`, and the model's own for what they leave open. Raises SamplingError, SettingsError."""
+    filled = honoured(settings, [each.name for each in fields(GenerationConfig)])
     if filled.get("eos_token_id") is None and defaults.eos_ids:
         filled["eos_token_id"] = defaults.eos_ids
     if filled.get("do_sample") is None:
         temperature = filled.get("temperature")
         filled["do_sample"] = defaults.do_sample if temperature is None else temperature > 0
+    if filled.get("pad_token_id") is None:
+        filled["pad_token_id"] = defaults.pad_id
     for name, value in defaults.sampling.items():
         # As in transformers, a penalty acts on greedy text, too.
         if filled.get(name) is None and (filled["do_sample"] or name == "repetition_penalty"):
             filled[name] = value
     return GenerationConfig(**filled)
+
+
+def tensor(ids: Any) -> Any:
+    """Ids for code that knows transformers: a tensor where this process has torch, else an array that is much alike."""
+    torch = sys.modules.get("torch")
+    return torch.tensor(ids) if torch else np.array(ids)

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from ..protocol.checkpoint.tokenizer import Tokenizer
+from .arguments import SettingsError
 from .config import GenerationConfig, GenerationSettings, with_defaults
 from .connection import TREE_ROOM, SwarmConnection
 from .drafting.registry import DrafterRegistry
@@ -27,11 +28,11 @@ class Generator:
         self._drafters = DrafterRegistry(tokenizer, connection.known.digest or b"")
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text; ids as they are. Raises ValueError without a tokenizer."""
+        """Token ids of a text; ids as they are. Raises SettingsError without a tokenizer."""
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
-            raise ValueError(f"a text prompt needs a tokenizer, give token ids: {self.lack}")
+            raise SettingsError(f"a text prompt needs a tokenizer, give token ids: {self.lack}")
         return self.tokenizer.encode(prompt)
 
     @property
@@ -40,7 +41,7 @@ class Generator:
         return self._text.lack
 
     def config(self, settings: GenerationSettings) -> GenerationConfig:
-        """`settings`, with the model's own where they say nothing. Raises SamplingError, ValueError."""
+        """`settings`, with the model's own where they say nothing. Raises SamplingError, SettingsError."""
         return with_defaults(settings, self._text.defaults)
 
     async def speculation(self, config: GenerationConfig, session: Session) -> Speculation:
@@ -56,7 +57,7 @@ class Generator:
 
     async def stream(self, ids: Sequence[int], config: GenerationConfig) -> AsyncIterator[OutputChunk]:
         """One answer, over a session of its own."""
-        session = await self.connection.open_session(len(ids) + config.max_new_tokens + TREE_ROOM)
+        session = await self.connection.open_session(len(ids) + config.new_tokens(len(ids)) + TREE_ROOM)
         try:
             async for chunk in await self.chunks(session, ids, config):
                 yield chunk
@@ -74,20 +75,20 @@ async def generate(
     """Chunks of the answer to `prompt`, which may continue or branch off what the session holds.
 
     Leaves the session so that `session.ids` are exactly prompt and answer, but for tokens that are not cached yet.
-    Raises ValueError for an empty or too long prompt, PeerError where the route fails.
+    Raises SettingsError for an empty or too long prompt, PeerError where the route fails.
     """
     if not prompt:
-        raise ValueError("the prompt is empty")
+        raise SettingsError("the prompt is empty")
     positions = min(session.context_length, session.options.reserve_tokens)
     room = positions - len(prompt)
     if room < 1:
-        raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in {positions} positions")
+        raise SettingsError(f"a prompt of {len(prompt)} tokens leaves no room in {positions} positions")
     if config.logits_processor and not session.options.local_ends:
-        raise ValueError("a logits_processor needs the scores on this machine: connect with local_ends=True")
+        raise SettingsError("a logits_processor needs the scores on this machine: connect with local_ends=True")
     session.logits_processors = config.logits_processor or ()
     speculation = speculation or Speculation()
-    limit = min(config.max_new_tokens, room + 1)
-    cutter = OutputCutter(tokenizer, limit, config.eos_ids(tokenizer), config.stops)
+    limit = min(config.new_tokens(len(prompt)), room + 1)
+    cutter = OutputCutter(tokenizer, limit, config.eos_ids(tokenizer), config.stops, config.ending(prompt))
     kept = common_prefix(session.ids, prompt[:-1])
     session.rewind(kept)
     started = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from ..protocol import petal_pb2 as pb
@@ -15,7 +15,7 @@ from .session.result import StepResult
 class OutputChunk:
     """What one trip through the route brought: `nodes` were drafted in `draft_s` of its `seconds`.
 
-    `finish_reason` of the last one: "stop" at the end of text, "stop_string", or "length".
+    `finish_reason` of the last one: "stop" at the end of text, "stop_string", "criterion", "time" or "length".
     """
 
     ids: list[int]
@@ -36,8 +36,14 @@ class OutputCutter:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, limit: int, eos_ids: Collection[int] = (), stop_strings: Sequence[str] = ()
+        self,
+        tokenizer: Tokenizer | None,
+        limit: int,
+        eos_ids: Collection[int] = (),
+        stop_strings: Sequence[str] = (),
+        ending: Callable[[Sequence[int]], str | None] = lambda ids: None,
     ) -> None:
+        """`ending` is asked behind each token whether the answer, by its ids so far, ends there, and why."""
         if stop_strings and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         self.left = limit
@@ -46,12 +52,15 @@ class OutputCutter:
         self._stop_ids = frozenset(eos_ids) | (tokenizer.special_ids_of(stop_strings) if tokenizer else frozenset())
         self._detokenizer = tokenizer.detokenizer() if tokenizer else None
         self._held = ""
+        self._ending = ending
+        self._said: list[int] = []
 
     def take(self, ids: list[int], result: StepResult) -> OutputChunk:
         """The part of `ids` that counts, with what the text gained."""
         chunk = OutputChunk([], logprobs=result.logprobs, hops=result.hops)
         for token in ids:
             chunk.ids.append(token)
+            self._said.append(token)
             self.left -= 1
             if token in self._stop_ids:
                 chunk.finish_reason = "stop"
@@ -59,8 +68,8 @@ class OutputCutter:
                 self._held += self._detokenizer.add(token) if self._detokenizer else ""
                 if self._cut_at_stop(chunk):
                     chunk.finish_reason = "stop_string"
-                elif not self.left:
-                    chunk.finish_reason = "length"
+                else:
+                    chunk.finish_reason = "length" if not self.left else self._ending(self._said)
             if chunk.finish_reason:
                 break
         chunk.logprobs = chunk.logprobs[: len(chunk.ids)]

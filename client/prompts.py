@@ -6,8 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .arguments import SettingsError
 from .generation import Prompt
 from .output import OutputChunk
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """`sequences`: what `generate` returns without `return_dict_in_generate`."""
+
+    sequences: Any
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
 
 
 @dataclass(frozen=True)
@@ -20,25 +31,28 @@ class Prompts:
     like: Any = None
 
     @classmethod
-    def of(cls, inputs: Any) -> Prompts:
+    def of(cls, inputs: Any, mask: Any = None, pad: int | None = None) -> Prompts:
         """Text, ids, a list of either, a tensor [batch, length], or a mapping with input_ids and attention_mask.
 
-        Raises ValueError for anything else.
+        Without a mask, `pad` at either end of a tensor's rows is padding. Raises SettingsError for anything else.
         """
         if isinstance(inputs, str):
             return cls([inputs], [inputs], single=True)
-        mask = None
         if isinstance(inputs, Mapping):
             if "input_ids" not in inputs:
-                raise ValueError(f"a mapping of prompts has input_ids, not {', '.join(map(str, inputs)) or 'nothing'}")
-            inputs, mask = inputs["input_ids"], inputs.get("attention_mask")
+                raise SettingsError(
+                    f"a mapping of prompts has input_ids, not {', '.join(map(str, inputs)) or 'nothing'}"
+                )
+            inputs, mask = inputs["input_ids"], inputs.get("attention_mask") if mask is None else mask
         like = inputs if type(inputs).__module__.partition(".")[0] == "torch" else None
         rows, single = _rows(inputs)
-        if mask is None:
+        if mask is None and (like is None or pad is None):
             return cls(rows, rows, single, like)
+        if mask is None:
+            return cls([_without(pad, row) for row in rows], rows, single, like)
         masks = _rows(mask)[0]
         if [*map(len, rows)] != [*map(len, masks)]:
-            raise ValueError("attention_mask has a number for each of input_ids")
+            raise SettingsError("attention_mask has a number for each of input_ids")
         kept = [[id for id, counts in zip(*pair, strict=True) if counts] for pair in zip(rows, masks, strict=True)]
         return cls(kept, rows, single, like)
 
@@ -56,10 +70,16 @@ def _rows(inputs: Any) -> tuple[list[Any], bool]:
     """Prompts, and whether there was just one, not in a list."""
     items = inputs.tolist() if hasattr(inputs, "tolist") else list(inputs)
     if not items:
-        raise ValueError("there is no prompt")
+        raise SettingsError("there is no prompt")
     if not isinstance(items[0], str) and hasattr(items[0], "__index__"):
         return [[int(item) for item in items]], True
     return items, False
+
+
+def _without(pad: Any, row: Sequence[int]) -> Sequence[int]:
+    """Without padding at either end; a row of nothing else stays."""
+    text = [place for place, id in enumerate(row) if id != pad]
+    return row[text[0] : text[-1] + 1] if text else row
 
 
 def _answer(prompt: Prompt, chunks: list[OutputChunk]) -> str | list[int]:

@@ -11,15 +11,16 @@ from ..protocol.checkpoint.layout import CheckpointError
 from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.checkpoint.tokenizer import Tokenizer
 from ..protocol.wire.codec import CODECS
+from .arguments import SettingsError
 from .batch import answers
 from .chat import AsyncChat, Chat
-from .config import GenerationConfig, GenerationSettings
+from .config import GenerationConfig, GenerationSettings, tensor
 from .connection import SwarmConnection
 from .event_loop import EventLoopThread
 from .generation import Generator, Prompt
 from .model_text import ModelText
 from .output import OutputChunk
-from .prompts import Prompts
+from .prompts import GenerateOutput, Prompts
 from .routing.connect import connect
 from .routing.peers import ConnectError, KnownPeers
 from .routing.route import Route
@@ -35,7 +36,7 @@ WAIT_S = 30.0
 
 
 class Streamer(Protocol):
-    """transformers' streamer: `put` gets token ids as they come, `end` closes."""
+    """transformers' streamer: `put` gets token ids as tensors or arrays, the prompt first; `end` closes."""
 
     def put(self, value: Any) -> None: ...
     def end(self) -> None: ...
@@ -82,9 +83,9 @@ class AsyncSwarmModel:
         they are lost while it generates. Raises ConnectError.
         """
         if exact and allow_mixed:
-            raise ValueError("exact and allow_mixed contradict each other: a mixed route is not exact")
+            raise SettingsError("exact and allow_mixed contradict each other: a mixed route is not exact")
         if codec not in CODECS:
-            raise ValueError(f"codec is one of {', '.join(CODECS)}, not {codec!r}")
+            raise SettingsError(f"codec is one of {', '.join(CODECS)}, not {codec!r}")
         name, digest, text = await asyncio.to_thread(_identify, model, tokenizer)
         trust, directory = await connect(initial_peers, join)
         ends = TrustedEnds(trust, frozenset([trusted_ends] if isinstance(trusted_ends, str) else trusted_ends))
@@ -130,39 +131,57 @@ class AsyncSwarmModel:
 
     async def generate(
         self,
-        inputs: Any,
+        inputs: Any = None,
         *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
         num_return_sequences: int = 1,
         streamer: Streamer | None = None,
+        return_dict_in_generate: bool = False,
         **settings: Unpack[GenerationSettings],
     ) -> Any:
         """As transformers' `generate`: ids in, prompt + answer ids out; text in, the answer's text out.
 
-        `inputs` is one prompt or a list: text, token ids, a tensor [batch, length] (then a tensor comes back, padded
-        with the end-of-text id), or what a tokenizer of transformers returns: padding counts by its mask, and stays in
-        the results. With `num_return_sequences` above 1 every prompt gives that many results.
+        `inputs` or `input_ids` is one prompt or a list: text, token ids, a tensor [batch, length] (then a tensor comes
+        back, padded with `pad_token_id` or the end-of-text id), or what a tokenizer of transformers returns: padding
+        counts by its mask, else by the pad id, and stays in the results. With `num_return_sequences` above 1 every
+        prompt gives that many results. A `streamer` gets ids as transformers' own do; `return_dict_in_generate` puts
+        the results into a GenerateOutput.
         """
         if settings.get("top_logprobs") or settings.get("trace"):
-            raise ValueError("generate gives text or ids alone: top_logprobs and trace come with what stream() yields")
+            raise SettingsError("generate gives text or ids: top_logprobs and trace come with what stream() yields")
+        if num_return_sequences < 1:
+            raise SettingsError("num_return_sequences is at least 1")
+        if (inputs is None) == (input_ids is None):
+            raise SettingsError("give prompts once: as the first argument or as input_ids")
         config = self.generator.config(settings)
-        prompts = Prompts.of(inputs)
+        eos_ids = config.eos_ids(self.tokenizer)
+        padding = config.pad_token_id if config.pad_token_id not in eos_ids else None
+        prompts = Prompts.of(input_ids if inputs is None else inputs, attention_mask, padding)
         encoded = [self.generator.encode(prompt) for prompt in prompts.rows]
         if streamer is not None:
             if len(encoded) != 1 or num_return_sequences != 1:
-                raise ValueError("a streamer takes one prompt and one sequence")
+                raise SettingsError("a streamer takes one prompt and one sequence")
             groups = [[await self._stream_to(streamer, encoded[0], config)]]
         else:
             groups = await answers(self.generator, encoded, num_return_sequences, config)
-        return prompts.result(groups, pad=min(self.generator.config({}).eos_ids(self.tokenizer), default=0))
+        pad = config.pad_token_id
+        if pad is None:
+            pad = min(self.generator.config({}).eos_ids(self.tokenizer), default=0)
+        result = prompts.result(groups, pad)
+        return GenerateOutput(result) if return_dict_in_generate else result
 
     async def _stream_to(self, streamer: Streamer, ids: list[int], config: GenerationConfig) -> list[OutputChunk]:
+        """As transformers does: the prompt [1, length] first, then each token [1]."""
         chunks = []
-        streamer.put(ids)
-        async for chunk in self.generator.stream(ids, config):
-            chunks.append(chunk)
-            for token in chunk.ids:
-                streamer.put([token])
-        streamer.end()
+        try:
+            streamer.put(tensor([ids]))
+            async for chunk in self.generator.stream(ids, config):
+                chunks.append(chunk)
+                for token in chunk.ids:
+                    streamer.put(tensor([token]))
+        finally:
+            streamer.end()  # whoever waits for more on another thread waits no longer
         return chunks
 
 
@@ -233,28 +252,50 @@ class SwarmModel:
 
     def generate(
         self,
-        inputs: Any,
+        inputs: Any = None,
         *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
         num_return_sequences: int = 1,
         streamer: Streamer | None = None,
+        return_dict_in_generate: bool = False,
         **settings: Unpack[GenerationSettings],
     ) -> Any:
         """See AsyncSwarmModel.generate."""
         return self._loop.run(
-            self._core.generate(inputs, num_return_sequences=num_return_sequences, streamer=streamer, **settings)
+            self._core.generate(
+                inputs,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                num_return_sequences=num_return_sequences,
+                streamer=streamer,
+                return_dict_in_generate=return_dict_in_generate,
+                **settings,
+            )
         )
 
     async def agenerate(
         self,
-        inputs: Any,
+        inputs: Any = None,
         *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
         num_return_sequences: int = 1,
         streamer: Streamer | None = None,
+        return_dict_in_generate: bool = False,
         **settings: Unpack[GenerationSettings],
     ) -> Any:
         """See AsyncSwarmModel.generate."""
         return await self._loop.delegate(
-            self._core.generate(inputs, num_return_sequences=num_return_sequences, streamer=streamer, **settings)
+            self._core.generate(
+                inputs,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                num_return_sequences=num_return_sequences,
+                streamer=streamer,
+                return_dict_in_generate=return_dict_in_generate,
+                **settings,
+            )
         )
 
     def stream(self, prompt: Prompt, **settings: Unpack[GenerationSettings]) -> Iterator[OutputChunk]:

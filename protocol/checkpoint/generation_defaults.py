@@ -29,6 +29,7 @@ class GenerationDefaults:
     eos_ids: frozenset[int] = frozenset()
     do_sample: bool = False
     sampling: Mapping[str, float] = field(default_factory=dict)
+    pad_id: int | None = None
 
 
 def generation_defaults(config: Mapping[str, Any], generation: Mapping[str, Any], model: str) -> GenerationDefaults:
@@ -36,7 +37,10 @@ def generation_defaults(config: Mapping[str, Any], generation: Mapping[str, Any]
     sampling = {name: generation[name] for name in _SAMPLING if _is_number(generation.get(name))}
     if unused := [name for name in _UNUSED if generation.get(name) not in _NEUTRAL]:
         log.warning("%s asks for %s in its generation_config.json, which is not used", model, ", ".join(unused))
-    return GenerationDefaults(listed_eos_ids(config, generation), generation.get("do_sample") is True, sampling)
+    eos_ids, pad = listed_eos_ids(config, generation), generation.get("pad_token_id", config.get("pad_token_id"))
+    return GenerationDefaults(
+        eos_ids, generation.get("do_sample") is True, sampling, pad if type(pad) is int and pad >= 0 else None
+    )
 
 
 def listed_eos_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> frozenset[int]:

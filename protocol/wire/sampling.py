@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import PetalError
+
 Floats = NDArray[np.float64]
 
 _MASK = (1 << 64) - 1
@@ -22,7 +24,7 @@ _MAX_NOISE = 36.8
 _HEAD = 1024
 
 
-class SamplingError(ValueError):
+class SamplingError(PetalError, ValueError):
     """A sampling parameter out of its range; the message names the range."""
 
 
