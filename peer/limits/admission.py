@@ -1,4 +1,4 @@
-"""Who may open a session: reservations against the pool, so that nothing started can run out of memory."""
+"""Who may open a session: reservations against the KV cache, so that nothing started can run out of memory."""
 
 from __future__ import annotations
 

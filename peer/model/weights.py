@@ -144,7 +144,7 @@ class _Reader:
     ) -> None:
         self.storage = storage
         self._decodes = storage.quant == "gguf" and not keep
-        self._checkpoint, self._skeleton, self._progress = checkpoint, meta, progress
+        self._checkpoint, self._meta, self._progress = checkpoint, meta, progress
 
     def values(self, source: _Source, target: str) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         if source.converter is None:
@@ -153,7 +153,7 @@ class _Reader:
         for name, pattern in source.names:
             assert pattern is not None
             source.converter.add_tensor(target, name, pattern, self._dense(name))
-        made = source.converter.convert(target, model=self._skeleton.model, config=self._skeleton.model.config)
+        made = source.converter.convert(target, model=self._meta.model, config=self._meta.model.config)
         for name, value in made.items():
             yield name, value[0] if isinstance(value, list) else value
 
@@ -161,7 +161,7 @@ class _Reader:
         """A stored tensor that becomes the model's `target`."""
         if name not in self.storage.matrices or self._decodes:
             return self._dense(name)
-        shape = getattr(self._skeleton.model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]).shape
+        shape = getattr(self._meta.model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]).shape
         stored = self.storage.read(self._checkpoint, name, tuple(shape))
         self._progress(self.storage.nbytes(self._checkpoint, name))
         return stored

@@ -60,7 +60,7 @@ class SessionSpec:
     def check_room(self, rows: int) -> None:
         """The one limit of a session's rows, whichever way they come. Raises SessionFailed.
 
-        The pool counts on it: who keeps to its reservation always finds a page.
+        The KV cache counts on it: who keeps to its reservation always finds a page.
         """
         if rows > self.reserve_tokens:
             raise SessionFailed(
