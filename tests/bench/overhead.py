@@ -1,13 +1,16 @@
 """What the swarm costs where there is no network: `python -m tests.bench.overhead --json`.
 
 Plain transformers, one peer and three peers decode the same tokens in turn, with the same number of threads.
-A hop is from the upstream's last compute to the downstream's first, less the time the step waited for other work.
+A hop is arrival at a peer less departure from the one before, where its compute ended; beside it stands the one-way
+time of bare gRPC between two processes. A gap is from the upstream's last compute to the downstream's first, less the
+time the step waited for other work.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from .bare_stream import one_way_ms
 from .swarm import Plain, decode_seconds, interleave, percentile, process_swarm, report
 
 
@@ -18,6 +21,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     hops: list[float] = []
+    gaps: list[float] = []
+    bare: list[float] = []
     first: list[float] = []
 
     def three_peers() -> float:
@@ -25,7 +30,9 @@ def main() -> None:
         first.append(ttft)
         for piece in pieces[1:]:
             for before, after in zip(piece.hops, piece.hops[1:], strict=False):
-                hops.append((after.start_ns - before.end_ns - after.queue_ns) / 1e6)
+                hops.append((after.received_ns - before.end_ns) / 1e6)
+                gaps.append((after.start_ns - before.end_ns - after.queue_ns) / 1e6)
+        bare.extend(one_way_ms(options.tokens))
         return seconds
 
     plain = Plain()
@@ -51,6 +58,9 @@ def main() -> None:
         "three_peers_default_spin_tok_s": 1 / medians["three peers, OpenMP's default spin"],
         "hop_ms_p50": percentile(hops, 0.5),
         "hop_ms_p99": percentile(hops, 0.99),
+        "bare_ms_p50": percentile(bare, 0.5),
+        "hop_to_bare": percentile(hops, 0.5) / percentile(bare, 0.5),
+        "gap_ms_p50": percentile(gaps, 0.5),
         "ttft_ms": percentile(first, 0.5) * 1e3,
     }
     report("Decoding SmolLM2-135M, float32", rows, ("contender", "ms/token", "tokens/s", "ratio to plain"), figures)
