@@ -1,6 +1,8 @@
 """The GGUF container, versions 2 and 3, little endian: metadata, tensor table and a view of the stored bytes.
 
 Every count, length and offset is checked against the file before it is used: a broken file gives CheckpointError.
+Own code, though the `gguf` package reads these files: that one is a developer's tool, for files that one trusts; this
+one is for strangers' files, and is fuzzed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The safetensors container: a bounded header and a view of the stored bytes. A broken file gives CheckpointError."""
+"""The safetensors container: a bounded header and a view of the stored bytes. A broken file gives CheckpointError.
+
+Own code, though there is a library of that name: clients read headers without torch, bf16 and eight-bit floats come as
+the bytes that are digested and repacked, and pages that were read can be let go again.
+"""
 
 from __future__ import annotations
 

@@ -116,7 +116,10 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Decodes a stream of ids piece by piece. The pieces joined are the text of all ids."""
+    """Decodes a stream of ids piece by piece. The pieces joined are the text of all ids.
+
+    Own code: `tokenizers.decoders.DecodeStream` raises where a later byte changes what earlier ones were decoded to.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special

@@ -1,4 +1,7 @@
-"""The tokenizer that a GGUF file's metadata describes: byte-level BPE ("gpt2") or sentencepiece BPE ("llama")."""
+"""The tokenizer that a GGUF file's metadata describes: byte-level BPE ("gpt2") or sentencepiece BPE ("llama").
+
+Own code: transformers has such a conversion, but needs torch, and a client runs without.
+"""
 
 from __future__ import annotations
 

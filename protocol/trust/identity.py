@@ -114,6 +114,7 @@ def _unwrap(message: bytes) -> bytes:
 
 
 def _base58(data: bytes) -> str:
+    """Own code: six lines, for which no light client should need a package."""
     number, digits = int.from_bytes(data, "big"), ""
     while number:
         number, digit = divmod(number, len(_BASE58))

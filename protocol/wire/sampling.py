@@ -21,7 +21,7 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 # The largest u is 1 - 2^-53, so no noise exceeds this.
 _MAX_NOISE = 36.8
-_HEAD = 1024
+_LIKELIEST = 1024
 
 
 class SamplingError(PetalError, ValueError):
@@ -30,7 +30,7 @@ class SamplingError(PetalError, ValueError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tail draws a token. Defaults are greedy and leave the logits alone."""
+    """How the last stage draws a token. Defaults are greedy and leave the logits alone."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -136,11 +136,11 @@ def _nucleus(scaled: Floats, top_p: float) -> NDArray[np.int64]:
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
     likeliest = np.arange(len(scaled))
-    if len(scaled) > _HEAD:
-        # Sorting the vocabulary would cost more than all the rest; the nucleus nearly always lies in its head.
-        head = np.flatnonzero(probabilities >= np.partition(probabilities, -_HEAD)[-_HEAD])
-        if probabilities[head].sum() > top_p + 1e-9:
-            likeliest = head
+    if len(scaled) > _LIKELIEST:
+        # Sorting the vocabulary would cost more than all the rest; the nucleus nearly always lies among its likeliest.
+        first = np.flatnonzero(probabilities >= np.partition(probabilities, -_LIKELIEST)[-_LIKELIEST])
+        if probabilities[first].sum() > top_p + 1e-9:
+            likeliest = first
     order = likeliest[np.lexsort((likeliest, -probabilities[likeliest]))]
     before = np.cumsum(probabilities[order]) - probabilities[order]
     return np.sort(order[before < top_p])

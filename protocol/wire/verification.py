@@ -1,4 +1,4 @@
-"""What the end of a chain, the tail peer or a client that holds the head, does with logits: draw, walk, report."""
+"""What the last stage, or a client that holds the LM head, does with logits: draw, walk, report."""
 
 from __future__ import annotations
 

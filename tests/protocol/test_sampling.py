@@ -308,9 +308,9 @@ def test_only_tokens_that_can_win_are_left_out_of_nothing(seed, vocab, spread, t
 def test_the_fast_path_of_top_p_equals_the_full_sort(seed, vocab, spread, digits, head, top_p):
     scaled = (np.random.default_rng(seed).standard_normal(vocab) * spread).round(digits)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "_HEAD", head)
+        patch.setattr(sampling, "_LIKELIEST", head)
         fast = sampling._nucleus(scaled, top_p)
-        patch.setattr(sampling, "_HEAD", vocab)
+        patch.setattr(sampling, "_LIKELIEST", vocab)
         assert np.array_equal(fast, sampling._nucleus(scaled, top_p))
     assert len(fast) >= 1
 
