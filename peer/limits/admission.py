@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..engine.page_table import PAGE
@@ -11,6 +12,8 @@ from .refused import Refused
 
 # Who was refused is taken to wait for so long.
 PATIENCE_S = 10.0
+# A session in which nothing happened for so long gives way to others; its client resumes by replay.
+GIVE_WAY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Admission:
     """Counts sessions and reserved pages. Forks reserve in full, though they share: their pages may all be copied.
 
     Where a lab was refused for lack of room, none that holds more than its fair share (by weight, among the labs that
-    hold or want something) gets more until that lab has come in, or has stopped asking.
+    hold or want something) gets more until that lab has come in, or has stopped asking. In a public swarm each client
+    is a lab. Sessions give way before anybody is refused: see `giving_way`.
     """
 
     n_pages: int
@@ -65,6 +69,42 @@ class Admission:
     def release(self, session: bytes) -> None:
         self._held.pop(session, None)
 
+    def giving_way(self, tokens: int, share: str, idle_s: Mapping[bytes, float]) -> list[bytes]:
+        """The sessions that end for one that was refused; none where that would not make room enough.
+
+        First those that were idle for longest. Whoever holds nothing yet also gets in at the cost of who holds more
+        than its share: of its sessions those in which least happens. `idle_s`: seconds, by session.
+        """
+        pages, mine = math.ceil(tokens / PAGE), self._pages_of(share)
+        if mine and self._others_wait(share) and not self._is_fair(pages, share):
+            return []
+        lacking = max(0, pages - self.free_tokens // PAGE)
+        seats = max(0, len(self._held) + 1 - self.max_sessions)
+        chosen: list[bytes] = []
+        for session in sorted(idle_s.keys() & self._held.keys(), key=lambda session: -idle_s[session]):
+            if lacking <= 0 and seats <= 0:
+                break
+            if idle_s[session] < GIVE_WAY_S and (mine or not self._is_surplus(session, share, chosen)):
+                continue
+            chosen.append(session)
+            lacking -= self._held[session].pages
+            seats -= 1
+        return chosen if lacking <= 0 and seats <= 0 else []
+
+    def _is_surplus(self, session: bytes, asking: str, ended: list[bytes]) -> bool:
+        """Whether the session's owner would hold its share without it, once the others have `ended`."""
+        held = self._held[session]
+        left = [s for s, other in self._held.items() if other.share == held.share and s not in (session, *ended)]
+        part = self._weights[held.share] / sum(self._weights.values())
+        enough = len(left) >= part * self.max_sessions or sum(self._held[s].pages for s in left) >= part * self.n_pages
+        return held.share != asking and bool(left) and enough
+
+    def _pages_of(self, share: str) -> int:
+        return sum(held.pages for held in self._held.values() if held.share == share)
+
+    def _others_wait(self, share: str) -> bool:
+        return bool(self._refused_at.keys() - {share})
+
     def _check(self, pages: int, tokens: int, share: str) -> None:
         if len(self._held) >= self.max_sessions:
             raise Refused(f"all {self.max_sessions} sessions are taken; retry in {self.retry_s:g} s")
@@ -73,7 +113,7 @@ class Admission:
                 f"{tokens} cache tokens asked, {self.free_tokens} of {self.n_pages * PAGE} free; "
                 f"retry in {self.retry_s:g} s or ask for fewer"
             )
-        if self._refused_at.keys() - {share} and not self._is_fair(pages, share):
+        if self._others_wait(share) and not self._is_fair(pages, share):
             raise Refused(f"you hold your fair share and others wait; retry in {self.retry_s:g} s")
 
     def _is_fair(self, pages: int, share: str) -> bool:

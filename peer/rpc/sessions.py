@@ -25,6 +25,7 @@ DRAIN_IDLE_S = 3.0
 
 _REVOKED = SessionFailed(Status.PERMISSION_DENIED, "your membership of this swarm was revoked or has run out")
 _LEAVING = SessionFailed(Status.UNAVAILABLE, "this peer is shutting down")
+_GAVE_WAY = SessionFailed(Status.ABORTED, "this session gave way to others; resume it where there is room")
 _OPENED_ANEW = SessionFailed(Status.ABORTED, "this session was opened anew on another stream")
 
 
@@ -58,7 +59,7 @@ class Sessions:
         if former:
             self.close(former)
             former.fail(_OPENED_ANEW)
-        session = self._admit(message, spec, usage, send)
+        session = self._admit(message, spec, usage, parent, send)
         try:
             if parent:
                 session.adopt(parent)
@@ -136,23 +137,42 @@ class Sessions:
             raise SessionFailed(Status.UNAUTHENTICATED, str(error)) from None
 
     def _admit(
-        self, message: pb.Open, spec: SessionSpec, usage: QuotaUsage, send: Callable[[pb.PeerFrame], int]
+        self,
+        message: pb.Open,
+        spec: SessionSpec,
+        usage: QuotaUsage,
+        parent: PeerSession | None,
+        send: Callable[[pb.PeerFrame], int],
     ) -> PeerSession:
         try:
-            self._reserve(spec, usage)
+            self._reserve(spec, usage, parent)
         except Refused as error:
             code = Status.FAILED_PRECONDITION if error.final else Status.RESOURCE_EXHAUSTED
             raise SessionFailed(code, str(error)) from error
         return PeerSession(spec, usage, self._engine, self.replay_budget, message.route_epoch, send)
 
-    def _reserve(self, spec: SessionSpec, usage: QuotaUsage) -> None:
+    def _reserve(self, spec: SessionSpec, usage: QuotaUsage, parent: PeerSession | None) -> None:
         usage.open(spec.session_id, spec.reserve_tokens)
+        share, weight = usage.principal.share, usage.weight
         try:
-            share, weight = usage.principal.share, usage.weight
-            self._admission.reserve(spec.session_id, spec.reserve_tokens, share, weight)
+            try:
+                self._admission.reserve(spec.session_id, spec.reserve_tokens, share, weight)
+            except Refused as error:
+                if error.final or not self._make_room(spec, share, parent):
+                    raise
+                self._admission.reserve(spec.session_id, spec.reserve_tokens, share, weight)
         except Refused:
             usage.close(spec.session_id)
             raise
+
+    def _make_room(self, spec: SessionSpec, share: str, parent: PeerSession | None) -> bool:
+        """End sessions that give way to this one; whether there is room now."""
+        idle_s = {key: session.idle_s for key, session in self._running.items() if session is not parent}
+        leaving = self._admission.giving_way(spec.reserve_tokens, share, idle_s)
+        for session in [self._running[key] for key in leaving]:
+            self.close(session)
+            session.fail(_GAVE_WAY)
+        return bool(leaving)
 
     def _release(self, spec: SessionSpec, usage: QuotaUsage) -> None:
         self._admission.release(spec.session_id)

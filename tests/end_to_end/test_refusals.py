@@ -63,8 +63,10 @@ def refusing(peers: Sequence[PeerServer], code: grpc.StatusCode) -> Iterator[lis
         yield asked
 
 
-def prefer(client: AsyncSwarmModel, peers: Sequence[PeerServer]) -> None:
-    """Routes lead through these peers first."""
+async def prefer(client: AsyncSwarmModel, peers: Sequence[PeerServer]) -> None:
+    """All of them are known, and routes lead through the first ones first."""
+    while len(client.connection.known.reachable()) < len(peers):
+        await client.connection.known.look()
     for seconds, peer in enumerate(peers):
         client.connection.known.rtt_s[peer.identity.peer_id] = 10.0 * seconds
 
@@ -87,7 +89,7 @@ def peer_of(swarm: LocalSwarm, client_route: Any) -> PeerServer:
 @pytest.mark.parametrize("code", WORDS, ids=lambda code: code.name)
 async def test_a_peer_that_opens_no_session_is_passed_by(swarm: LocalSwarm, code: grpc.StatusCode) -> None:
     async with swarm.connect() as client:
-        prefer(client, swarm.peers)
+        await prefer(client, swarm.peers)
         with refusing(swarm.peers[:1], code) as asked:
             async with await client.open_session(128) as session:
                 assert asked == [swarm.peers[0].identity.peer_id]
@@ -100,7 +102,7 @@ async def test_a_session_that_lost_its_peer_passes_by_who_refuses(swarm: LocalSw
     """The spare that is nearest refuses; the next one takes over, and the text is the same."""
     async with swarm.connect() as client:
         plain = await answer(client)
-        prefer(client, swarm.peers)
+        await prefer(client, swarm.peers)
         said: list[int] = []
         with refusing(swarm.peers[1:2], code) as asked:
             async for piece in client.stream(PROMPT, max_new_tokens=8, drafter="none"):
@@ -113,7 +115,7 @@ async def test_a_session_that_lost_its_peer_passes_by_who_refuses(swarm: LocalSw
 
 async def test_what_two_say_alike_is_true(swarm: LocalSwarm) -> None:
     async with swarm.connect() as client:
-        prefer(client, swarm.peers)
+        await prefer(client, swarm.peers)
         with refusing(swarm.peers, Code.INVALID_ARGUMENT) as asked, pytest.raises(PeerError, match="not you"):
             await client.open_session(128)
         assert asked == [peer.identity.peer_id for peer in swarm.peers[:2]], "a third one need not be asked"
@@ -121,6 +123,7 @@ async def test_what_two_say_alike_is_true(swarm: LocalSwarm) -> None:
 
 async def test_the_only_peer_that_is_left_has_the_last_word(swarm: LocalSwarm) -> None:
     async with swarm.connect() as client:
+        await prefer(client, swarm.peers)
         for peer in swarm.peers[1:]:
             client.connection.known.ban(peer.identity.peer_id)
         with refusing(swarm.peers[:1], Code.NOT_FOUND), pytest.raises(PeerError, match="not you"):
@@ -140,7 +143,7 @@ async def test_a_peer_that_refuses_every_step_is_left(
 
     async with swarm.connect() as client:
         plain = await answer(client)
-        prefer(client, swarm.peers)
+        await prefer(client, swarm.peers)
         monkeypatch.setattr(PeerSession, "on_step", refuse)
         assert (await answer(client)) == plain
 
@@ -168,7 +171,7 @@ async def test_a_peer_whose_compute_hangs_is_left_for_a_spare(
     gate = threading.Event()
     async with swarm.connect() as client:
         plain = await answer(client)
-        prefer(client, swarm.peers)
+        await prefer(client, swarm.peers)
         said: list[int] = []
         async for piece in client.stream(PROMPT, max_new_tokens=8, drafter="none"):
             if not said:

@@ -85,3 +85,42 @@ def test_who_comes_again_is_known_however_many_came_meanwhile():
             admission.reserve(b"t", PAGE, "a")
         admission.release(b"s")
     assert set(admission._weights) <= {"a", "b"}
+
+
+def held(**sessions):
+    """A pool of eight pages and as many seats, held by a page a session: sessions of "a" are named a0, a1 …"""
+    admission = Admission(n_pages=8, max_sessions=8)
+    for share, count in sessions.items():
+        for i in range(count):
+            admission.reserve(f"{share}{i}".encode(), PAGE, share)
+    return admission
+
+
+def refused(admission, tokens, share, idle_s):
+    with pytest.raises(Refused):
+        admission.reserve(b"new", tokens, share)
+    leaving = admission.giving_way(tokens, share, {name.encode(): seconds for name, seconds in idle_s.items()})
+    return [name.decode() for name in leaving]
+
+
+def test_who_was_idle_for_longest_gives_way_and_nobody_in_vain():
+    idle = {"a0": 11.0, "a1": 99.0, "b0": 50.0, "b1": 9.0}
+    assert refused(held(a=4, b=4), PAGE, "b", idle) == ["a1"]
+    assert refused(held(a=4, b=4), 3 * PAGE, "b", idle) == ["a1", "b0", "a0"]
+    assert refused(held(a=4, b=4), 4 * PAGE, "b", idle) == [], "they would not be enough"
+
+
+def test_who_holds_nothing_comes_in_at_the_cost_of_who_holds_most():
+    busy = {"a0": 0.0, "a1": 3.0, "a2": 1.0, "b0": 5.0}
+    assert refused(held(a=7, b=1), PAGE, "c", busy) == ["a1"]
+    assert refused(held(a=7, b=1), 2 * PAGE, "c", busy) == ["a1", "a2"]
+    assert refused(held(a=7, b=1), PAGE, "b", busy) == [], "it has a session"
+    assert refused(held(a=7, b=1), 6 * PAGE, "c", {f"a{i}": 0.0 for i in range(7)}) == [], "it keeps its share"
+
+
+def test_a_stranger_that_holds_everything_does_not_take_back_what_gave_way():
+    admission = held(a=8)
+    assert refused(admission, PAGE, "b", {"a0": 0.0}) == ["a0"]
+    admission.release(b"a0")
+    admission.reserve(b"b0", PAGE, "b")
+    assert refused(admission, PAGE, "a", {"b0": 0.0, "a1": 0.0}) == []
