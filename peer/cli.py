@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -85,4 +86,5 @@ def _quotas(path: Path | None) -> Quotas:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    program.run(app, "petal-serve", arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    program.run(app, "petal-serve", given, alone=arguments is None)

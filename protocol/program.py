@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -46,8 +49,20 @@ def die_quietly_of_signals() -> None:
         signal.signal(number, end)
 
 
-def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command line to its end, which is the program's."""
+def run(app: typer.Typer, name: str, arguments: Sequence[str], *, alone: bool) -> NoReturn:
+    """Run a command line to its end, which is the program's. `alone`: nothing else runs in this process."""
+    code = _code(app, name, arguments)
+    if alone and any(thread.daemon for thread in threading.enumerate()):
+        # Nobody waits for a model that still loads; but torch does not bear to be torn down meanwhile.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        atexit._run_exitfuncs()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _code(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
+    """Its exit code; why it is not 0 is said."""
     import typer
 
     # click's own, wherever typer keeps click
@@ -56,19 +71,19 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
     try:
         code = app(arguments, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
+        return code if isinstance(code, int) else 0
     except usage_error as error:
-        _leave(USAGE, _usage(name, error))
+        return _said(USAGE, _usage(name, error))
     except (typer.Abort, KeyboardInterrupt):
-        _leave(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # Python flushes once more on its way out, and would say that it cannot.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(FAULT)
+        return FAULT
     except Exception as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
-        _leave(getattr(error, "exit_code", FAULT), f"{name}: {sentence(error)}")
-    sys.exit(code if isinstance(code, int) else 0)
+        return _said(getattr(error, "exit_code", FAULT), f"{name}: {sentence(error)}")
 
 
 def show_version(asked: bool) -> None:
@@ -95,10 +110,9 @@ def sentence(error: BaseException) -> str:
     )
 
 
-def _leave(code: int, line: str = "") -> NoReturn:
-    if line:
-        print(line, file=sys.stderr)
-    sys.exit(code)
+def _said(code: int, line: str) -> int:
+    print(line, file=sys.stderr)
+    return code
 
 
 def _usage(name: str, error: Any) -> str:

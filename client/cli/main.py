@@ -273,4 +273,5 @@ def distill(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    program.run(app, "petal", protect_prompt(sys.argv[1:] if arguments is None else arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    program.run(app, "petal", protect_prompt(given), alone=arguments is None)

@@ -17,6 +17,7 @@ from ..output import OutputChunk
 from ..routing.peers import ConnectError
 from ..routing.route import NoRoute
 from ..session.peer_error import PeerError
+from .word_wrap import WordWrap
 
 console = Console(stderr=True)
 
@@ -32,14 +33,15 @@ def peer_program() -> str | None:
 def show(chunks: Iterator[OutputChunk], verbose: bool = False) -> list[OutputChunk]:
     """Print the text as it comes; with `verbose` also which peers failed, and who took over."""
     shown = []
+    wrap = WordWrap(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
     try:
         for chunk in chunks:
             shown.append(chunk)
             for event in chunk.events if verbose else ():
                 console.print(f"\n[dim]{escape(str(event))}[/dim]", highlight=False, soft_wrap=True)
-            print(chunk.text, end="", flush=True)
+            print(wrap.add(chunk.text) if wrap else chunk.text, end="", flush=True)
     finally:
-        print(flush=True)
+        print(wrap.flush() if wrap else "", flush=True)
     return shown
 
 

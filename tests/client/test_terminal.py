@@ -16,6 +16,7 @@ from petal.client.cli import conversation
 from petal.client.cli.conversation import Conversation
 from petal.client.cli.prompts import protect_prompt, read_prompt
 from petal.client.cli.report import plain_report
+from petal.client.cli.word_wrap import WordWrap
 from petal.client.output import OutputChunk
 from petal.client.routing.route import NoRoute
 
@@ -159,3 +160,19 @@ def test_the_demo_says_what_happened_in_plain_words() -> None:
     assert plain_report(chunks, 3).startswith(
         "4 tokens in 1.0 s, in 2 trips through the 3 peers.\n2 of them were guessed"
     )
+
+
+@pytest.mark.parametrize("width", [20, 60, 80])
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_words_of_answers_are_not_broken(width: int, size: int) -> None:
+    text = "The story of a talented artist:\n\n  * who was, she said, quite determined  to make a difference. " * 3
+    wrap = WordWrap(width)
+    shown = "".join(wrap.add(text[at : at + size]) for at in range(0, len(text), size)) + wrap.flush()
+    assert shown.split() == text.split()
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.count("\n\n  * who") == 3 or width == 20
+
+
+def test_what_is_longer_than_a_line_is_printed_as_it_is() -> None:
+    wrap = WordWrap(10)
+    assert "".join([wrap.add("a " + "x" * 25), wrap.add(" b"), wrap.flush()]).split() == ["a", "x" * 25, "b"]
