@@ -9,6 +9,7 @@ import torch
 
 from .backend import Backend
 from .cpu.backend import CpuBackend, NoCompiler
+from .cpu.build import Building
 from .torch.backend import TorchBackend
 
 log = logging.getLogger(__name__)
@@ -18,24 +19,27 @@ class NoBackend(ValueError):
     """There is no such device; the message is one sentence that says which there are."""
 
 
-def backend_for(device: str = "cpu") -> Backend:
-    """A backend for one span: "cpu", or a device of torch's such as "cuda:1". Raises NoBackend."""
+def backend_for(device: str = "cpu", building: Building | None = None) -> Backend:
+    """A backend for one span: "cpu", or a device of torch's such as "cuda:1". Raises NoBackend.
+
+    `building` hears how many files of kernels are compiled, of how many, where that is yet to be done.
+    """
     kind = device.partition(":")[0]
     if kind not in BACKENDS:
         raise NoBackend(f"there is no backend for the device {device!r}: choose one of {', '.join(BACKENDS)}.")
-    return BACKENDS[kind](device)
+    return BACKENDS[kind](device, building)
 
 
-def _cpu(device: str) -> Backend:
+def _cpu(device: str, building: Building | None) -> Backend:
     if device != "cpu":
         raise NoBackend(f"there is one CPU, so no {device!r}: say cpu.")
     try:
-        return CpuBackend()
+        return CpuBackend(building)
     except NoCompiler:  # said by the build
         return TorchBackend(torch.device("cpu"))
 
 
-def _torch(device: str) -> Backend:
+def _torch(device: str, building: Building | None) -> Backend:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -45,7 +49,7 @@ def _torch(device: str) -> Backend:
     return TorchBackend(torch.device(device))
 
 
-BACKENDS: dict[str, Callable[[str], Backend]] = {
+BACKENDS: dict[str, Callable[[str, Building | None], Backend]] = {
     "cpu": _cpu,
     **dict.fromkeys(("cuda", "mps", "xpu"), _torch),
 }

@@ -88,10 +88,13 @@ class PeerServer:
     def _open(self) -> None:
         self.checkpoint = open_checkpoint(self.options.model)
         try:
-            self.backend = backend_for(self.options.device)
+            self.backend = backend_for(self.options.device, self._building)
         except NoBackend as error:
             raise ServeError(str(error)) from error
         set_up_threads(self.options, self.backend, self.checkpoint)
+
+    def _building(self, done: int, total: int) -> None:
+        self._progress.stage(f"compiling the kernels, once on this machine: {done} of {total} files")
 
     def _bind(self) -> int:
         """The port that was asked for, or the last one again, so that saved lines stay true, or any."""

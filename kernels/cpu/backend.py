@@ -12,7 +12,7 @@ from ..formats.base import Format, QuantizedTensor, Shape
 from ..formats.dense import Dense
 from . import layout
 from .attention import CpuKVStorage
-from .build import Library, compiled
+from .build import Building, Library, compiled
 from .elementwise import Elementwise
 from .linear import PackedLinear, panel_nbytes
 from .quantized import QuantizedLinear
@@ -28,9 +28,9 @@ class CpuBackend(Elementwise, Backend):
     name = "cpu"
     native = True
 
-    def __init__(self) -> None:
-        """Raises NoCompiler."""
-        path = compiled()
+    def __init__(self, building: Building | None = None) -> None:
+        """`building` hears of a build that is under way. Raises NoCompiler."""
+        path = compiled(building)
         if path is None:
             raise NoCompiler("the native kernels need a C compiler; install one")
         self.library = Library(path, torch.get_num_threads())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -9,9 +10,11 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,10 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "src"
 # No -ffast-math: it would reorder sums. Contraction makes every a * b + c one fused multiply-add.
 FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-pthread", "-ffp-contract=fast"]
+
+
+# How many files are compiled, of how many.
+Building = Callable[[int, int], None]
 
 
 class Library:
@@ -51,26 +58,34 @@ class Library:
 
 
 @functools.cache
-def compiled() -> Path | None:
+def compiled(building: Building | None = None) -> Path | None:
     """The file of the kernels, or None where `PETAL_NATIVE=0` is set, there is no C compiler or the build fails.
+
+    `building` hears how many files are compiled, of how many, where they are not at hand.
 
     `PETAL_NATIVE=portable` leaves the matrix unit out: bits as on any processor, for exact mode over mixed machines.
     `PETAL_NATIVE_FLAGS` adds flags of the compiler, such as a sanitizer's. Built files are kept in
-    `$XDG_CACHE_HOME/petal/native` (default `~/.cache`).
+    `$XDG_CACHE_HOME/petal/native` (default `~/.cache`), or for this run alone where nothing can be written there.
     """
     if os.environ.get("PETAL_NATIVE") == "0":
         return None
     try:
-        path = _built()
+        path = _built(building or (lambda done, total: None))
         ctypes.CDLL(str(path))
         return path
+    except FileNotFoundError:
+        log.warning(
+            "no C compiler: torch's own code computes, several times slower; install one, as with apt install gcc, "
+            "dnf install gcc or apk add build-base"
+        )
+        return None
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         log.warning("no native kernels, using slower torch code: %s", detail[0] if detail else error)
         return None
 
 
-def _built() -> Path:
+def _built(building: Building = lambda done, total: None) -> Path:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     flags = [*FLAGS, *shlex.split(os.environ.get("PETAL_NATIVE_FLAGS", ""))]
     if os.environ.get("PETAL_NATIVE") == "portable":
@@ -79,16 +94,36 @@ def _built() -> Path:
     version = _run([*compiler, "--version"])
     identity = [*compiler, *flags, version, _cpu(), *(file.read_text() for file in files)]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petal" / "native"
+    cache = _cache()
     target = cache / f"{digest}.so"
     if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _run([*compiler, *flags, "-c", *(str(file) for file in files if file.suffix == ".c")], folder)
-            objects = sorted(str(file) for file in Path(folder).glob("*.o"))
+            objects = _compile([*compiler, *flags], [file for file in files if file.suffix == ".c"], folder, building)
             _run([*compiler, *flags, "-shared", "-o", "out.so", *objects, "-lm"], folder)
             os.replace(Path(folder) / "out.so", target)  # atomic: several processes may build at once
     return target
+
+
+def _compile(compiler: list[str], sources: list[Path], folder: str, building: Building) -> list[str]:
+    """The object files, as many at a time as there are cores."""
+    building(0, len(sources))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, _ in enumerate(pool.map(lambda file: _run([*compiler, "-c", str(file)], folder), sources), 1):
+            building(done, len(sources))
+    return [f"{file.stem}.o" for file in sources]
+
+
+def _cache() -> Path:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petal" / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # a disk that cannot be written to, or a user without a home
+        pass
+    folder = Path(tempfile.mkdtemp(prefix="petal-native-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _cpu() -> str:

@@ -40,6 +40,28 @@ def test_build_is_reused_and_leaves_nothing_else(tmp_path: Path, monkeypatch: py
     assert built.stat().st_mtime_ns == before
 
 
+def test_a_build_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if native.compiled() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PETAL_NATIVE_FLAGS", "-O0")
+    steps: list[tuple[int, int]] = []
+    assert native.compiled(lambda *step: steps.append(step))
+    total = len(list(native.SOURCES.glob("*.c")))
+    assert steps == [(done, total) for done in range(total + 1)]
+    assert native.compiled(lambda *step: steps.append(step))
+    assert len(steps) == total + 1, "what is there is not built again"
+
+
+def test_without_a_home_the_build_is_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert native._cache().is_dir()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert native._cache().is_dir()
+
+
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_no_compiler_is_one_warning(
     compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -147,7 +147,7 @@ class AbacusBackend(TorchBackend):
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """What the third backend was asked for, registered for one test."""
     counted: Counter[str] = Counter()
-    monkeypatch.setitem(registry.BACKENDS, "abacus", lambda device: AbacusBackend(counted))
+    monkeypatch.setitem(registry.BACKENDS, "abacus", lambda device, building: AbacusBackend(counted))
     return counted
 
 
