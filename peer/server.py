@@ -15,7 +15,7 @@ from ..protocol.checkpoint.checkpoint import Checkpoint
 from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.directory.dht import DhtDirectory
 from ..protocol.directory.directory import DirectoryError
-from ..protocol.host import WILDCARDS, is_loopback, listening_obstacle, with_port
+from ..protocol.host import WILDCARDS, is_loopback
 from ..protocol.memory import available_bytes
 from ..protocol.petal_pb2_grpc import DirectoryStub, add_DirectoryServicer_to_server, add_PeerServicer_to_server
 from ..protocol.private.gossip import GossipDirectory
@@ -31,6 +31,7 @@ from .joining import Joiner, ServeError, cache_tokens
 from .limits.admission import Admission
 from .model.precision import NONE
 from .options import ServeOptions
+from .ports import Ports
 from .progress import StartProgress
 from .rpc.announcement import Announcement
 from .rpc.open_checks import FEATURES, ServiceInfo
@@ -66,7 +67,8 @@ class PeerServer:
         if options.join is not None:
             self.trust = await join(options.join, self.identity, self._claim.memberships)
         self._grpc = grpc.aio.server(interceptors=[TrustInterceptor(self.trust)], options=SERVER_OPTIONS)
-        self.port = self._bind()
+        self._ports = Ports(options, self._claim, self._progress.note)
+        self.port = self._ports.bind(self._grpc, self.trust.server_credentials())
         self.address = options.announced(self.port)
         if is_loopback(self.address.rpartition(":")[0]) and options.host in WILDCARDS:
             self._progress.note(
@@ -96,42 +98,20 @@ class PeerServer:
     def _building(self, done: int, total: int) -> None:
         self._progress.stage(f"compiling the kernels, once on this machine: {done} of {total} files")
 
-    def _bind(self) -> int:
-        """The port that was asked for, or the last one again, so that saved lines stay true, or any."""
-        host = self.options.host
-        port = self.options.port or self._last_port("grpc")
-        try:
-            bound = self._grpc.add_secure_port(with_port(host, port), self.trust.server_credentials())
-        except RuntimeError as error:
-            reason = listening_obstacle(host, port) or "the port is in use or not yours"
-            raise ServeError(f"cannot listen on {with_port(host, port)}: {reason}; choose another --port") from error
-        self._claim.remember_port("grpc", bound)
-        return bound
-
-    def _last_port(self, kind: str) -> int:
-        """Where this identity's peer listened last, if that is free; 0 for any."""
-        port = self._claim.port(kind)
-        if port and (obstacle := listening_obstacle(self.options.host, port)):
-            self._progress.note(f"{kind} port {port}, the last one, cannot be had ({obstacle}): it is another now")
-            return 0
-        return port
-
     async def _join_directory(self) -> DhtDirectory | GossipDirectory:
         options = self.options
         if isinstance(self.trust, Membership):
             gossip = GossipDirectory(self.trust, self.address)
             await gossip.join()
             return gossip
-        family = "ip6" if ":" in options.host else "ip4"
-        port = options.dht_port or self._last_port("dht")
         directory = await DhtDirectory.create(
             self._claim.path,
             initial_peers=await bootstrap_addresses(options.initial_peers, self.trust),
-            listen=(f"/{family}/{options.host}/tcp/{port}",),
+            listen=(self._ports.dht(),),
             relay=options.relay,
         )
         if found := re.search(r"/tcp/(\d+)/", " ".join(await directory.multiaddrs())):
-            self._claim.remember_port("dht", int(found[1]))
+            self._ports.remember_dht(int(found[1]))
         return directory
 
     async def _load(self) -> None:
