@@ -107,15 +107,16 @@ class Linear(nn.Module, ABC):
 
 
 class Embedding(nn.Module):
-    """Token embeddings out of a weight handle's rows, such as those of an LM head that they are tied to."""
+    """Token embeddings: rows of a weight handle, such as an LM head that they are tied to, times `scale`."""
 
-    def __init__(self, matrix: Linear) -> None:
+    def __init__(self, matrix: Linear, scale: float = 1.0) -> None:
         super().__init__()
-        self.matrix = matrix
+        self.matrix, self.scale = matrix, scale
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids of any shape -> [*ids, d] float32."""
-        return self.matrix.rows(ids.reshape(-1)).view(*ids.shape, -1)
+        rows = self.matrix.rows(ids.reshape(-1)).view(*ids.shape, -1)
+        return rows if self.scale == 1 else rows * self.scale
 
 
 class KVStorage(ABC):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..formats import nibbles
 from ..formats.base import Format, QuantizedTensor, Shape, Tensors, padded
-from ..formats.gguf import SMALL, Gguf
+from ..formats.gguf import Gguf
 from ..formats.int4 import Int4
 from ..formats.int8 import Int8
 from ..formats.nf4 import BLOCK, Nf4, pair_high, split_high
@@ -24,6 +24,7 @@ INTERLEAVED = 16  # rows side by side
 DEPTH = 4  # codes of a row that stay neighbours
 RUN = 64  # depth that the kernels take at once, where groups allow it
 MIDDLE = 128  # zero of codes of a byte, which the kernels read without a sign
+SIDE_BY_SIDE = ("q4_0", "q4_1", "q8_0")  # types whose codes are whole nibbles or bytes behind their scales
 SHARE = 32  # depth whose four-bit codes pair up
 
 
@@ -35,7 +36,7 @@ def interleaved(format: Format, shape: Shape) -> bool:
         case Nf4():
             return shape[1] % BLOCK == 0
         case Gguf():
-            return format.block == SMALL
+            return format.name in SIDE_BY_SIDE
     return False
 
 

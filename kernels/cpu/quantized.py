@@ -21,7 +21,10 @@ from .layout import INTERLEAVED, pack, take_rows, unpack
 from .linear import biases
 
 # In the order of kind_t in quantized.h.
-KINDS = ("fp16", "int8", "int4", "nf4", "aqlm", "spqr", "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k")
+KINDS = (
+    "fp16", "int8", "int4", "nf4", "aqlm", "spqr", "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "q5_0", "q5_1",
+    "q2_k", "q3_k", "iq4_nl", "iq4_xs",
+)  # fmt: skip
 
 
 class _Weights(ctypes.Structure):

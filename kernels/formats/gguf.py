@@ -12,6 +12,9 @@ from .base import Format, FormatError, Shape, Tensors, expect, expect_finite, ma
 
 SMALL = 32  # neighbours of a block of the types without "K"
 
+# What the codes of IQ4 mean, denser around zero.
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 Decode = Callable[[Tensor, torch.dtype], Tensor]
 
 
@@ -137,6 +140,42 @@ def _q6_k(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return ((codes.to(dtype) - 32).reshape(-1, 16, 16) * scale[..., None]).flatten(1)
 
 
+def _quarters(packed: Tensor) -> Tensor:
+    """[n, 16, 16]: each run of 32 bytes holds four runs of 32 numbers of 2 bits, the lowest bits first."""
+    places = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)[:, None]
+    return (packed.unflatten(1, (-1, 1, 32)) >> places & 3).reshape(len(packed), -1, 16)
+
+
+def _q2_k(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    scale = _half(blocks, 80, dtype) * (blocks[:, :16] & 15).to(dtype)
+    minimum = _half(blocks, 82, dtype) * (blocks[:, :16] >> 4).to(dtype)
+    return (_quarters(blocks[:, 16:80]).to(dtype) * scale[..., None] - minimum[..., None]).flatten(1)
+
+
+def _q3_k(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    places = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
+    third = (blocks[:, None, :32] >> places & 1).reshape(-1, 16, 16) << 2
+    high = (blocks[:, None, 104:108] >> 2 * places[:4] & 3).flatten(1) << 4
+    scale = _half(blocks, 108, dtype) * ((_halves(blocks[:, 96:104]) | high).to(dtype) - 32)
+    return (((_quarters(blocks[:, 32:96]) | third).to(dtype) - 4) * scale[..., None]).flatten(1)
+
+
+def _iq4_nl(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    return _levels(_halves(blocks[:, 2:]), dtype) * _half(blocks, 0, dtype)
+
+
+def _iq4_xs(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    places = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
+    high = (blocks[:, 2:4, None] >> places & 3).flatten(1) << 4
+    low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), -1).flatten(1)
+    scale = _half(blocks, 0, dtype) * ((low | high).to(dtype) - 32)
+    return (_levels(_halves(blocks[:, 8:].unflatten(1, (8, 16))), dtype) * scale[..., None]).flatten(1)
+
+
+def _levels(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(_IQ4, dtype=dtype, device=codes.device)[codes.long()]
+
+
 def _pair_halves(codes: Tensor) -> Tensor:
     low, high = codes.to(torch.uint8).chunk(2, 1)
     return low | high << 4
@@ -176,15 +215,14 @@ TYPES = {
         Gguf("q4_0", 32, 18, _q4_0, _encode_q4_0),
         Gguf("q4_1", 32, 20, _q4_1, _encode_q4_1, (0, 2)),
         Gguf("q8_0", 32, 34, _q8_0, _encode_q8_0, signed=True),
+        Gguf("q5_0", 32, 22, _q5_0),
+        Gguf("q5_1", 32, 24, _q5_1, halves=(0, 2)),
+        Gguf("iq4_nl", 32, 18, _iq4_nl),
+        Gguf("iq4_xs", 256, 136, _iq4_xs),
+        Gguf("q2_k", 256, 84, _q2_k, halves=(80, 82)),
+        Gguf("q3_k", 256, 110, _q3_k, halves=(108,)),
         Gguf("q4_k", 256, 144, _q4_k, halves=(0, 2)),
         Gguf("q5_k", 256, 176, _q5_k, halves=(0, 2)),
         Gguf("q6_k", 256, 210, _q6_k, halves=(208,)),
     )
-}
-
-# What can be decoded, but is multiplied as dense weights only.
-DECODED = {
-    **TYPES,
-    "q5_0": Gguf("q5_0", 32, 22, _q5_0),
-    "q5_1": Gguf("q5_1", 32, 24, _q5_1, halves=(0, 2)),
 }

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.formats.gguf import DECODED
+from ...kernels.formats.gguf import TYPES
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.gguf_model import GgufCheckpoint
 from ...protocol.checkpoint.layout import CheckpointError
@@ -24,7 +24,7 @@ def read_dense(checkpoint: Checkpoint, name: str) -> Tensor:
     info = checkpoint.info(name)
     if not isinstance(checkpoint, GgufCheckpoint) or info.dtype in _DENSE:
         return torch.from_numpy(checkpoint.read_f32(name))
-    kind = DECODED.get(info.dtype.lower())
+    kind = TYPES.get(info.dtype.lower())
     if kind is None:
         raise CheckpointError(f"Type {info.dtype} cannot be decoded: use a file of Q4_0 to Q8_0, Q4_K to Q6_K or F16.")
     blocks = checkpoint.packed(name).reshape(-1, kind.size)

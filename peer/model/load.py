@@ -71,7 +71,7 @@ def _share_tied(meta: MetaModel) -> None:
     if type(embedding) in (nn.Embedding, Embedding) and isinstance(head, Linear):
         path = next(path for path, module in model.named_modules() if module is embedding)
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Embedding(head))
+        setattr(model.get_submodule(parent), leaf, Embedding(head, getattr(embedding, "scale", 1.0)))
 
 
 def _swap_norms(meta: MetaModel, start: int, end: int, backend: Backend) -> None:

@@ -219,7 +219,9 @@ class _Filler:
         return [name for name, module in self._wanted.items() if name.rpartition(".")[2] in module._parameters]
 
     def _stays_quantized(self, module: nn.Module) -> bool:
-        return self._precision.keep and type(module) in (nn.Linear, nn.Embedding)
+        if not self._precision.keep or type(module) is nn.Linear:
+            return self._precision.keep
+        return isinstance(module, nn.Embedding) and _scale_of(module) is not None
 
     def _set(self, name: str, module: nn.Module, value: Tensor) -> None:
         leaf = name.rpartition(".")[2]
@@ -245,7 +247,7 @@ class _Filler:
         """What takes a module's place: the same product by the backend, or a table that stays quantized."""
         stored, format = self._quantized.pop(path, None), self._precision.format
         if stored is not None and isinstance(module, nn.Embedding):
-            return Embedding(self._backend.linear(stored))
+            return Embedding(self._backend.linear(stored), _scale_of(module) or 1.0)
         bias = module._parameters.get("bias")
         if stored is not None:
             return self._backend.linear(stored, bias)
@@ -255,6 +257,23 @@ class _Filler:
             made = QuantizedTensor(format, format.quantize(weight), (weight.shape[0], weight.shape[1]))
             return self._backend.linear(made, bias)
         return self._backend.linear(weight, bias, self._precision.dtype)
+
+
+def _scale_of(module: nn.Embedding) -> float | None:
+    """What an embedding multiplies its rows by, found by trying; None where it does anything else."""
+    if type(module) is nn.Embedding:
+        return 1.0
+    rows = torch.randn(4, module.embedding_dim, generator=torch.Generator().manual_seed(0)).to(module.weight.device)
+    weight = module._parameters["weight"]
+    module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+    try:
+        found = module(torch.arange(4, device=rows.device))
+    except Exception:  # it takes something else, in whatever way it says so
+        return None
+    finally:
+        module._parameters["weight"] = weight
+    scale = float(found[0, 0] / rows[0, 0]) if found.shape == rows.shape else 0.0
+    return scale if torch.allclose(found, rows * scale, 1e-6, 0) else None
 
 
 def _product_weight(module: nn.Module) -> Tensor | None:

@@ -50,9 +50,12 @@ def _spqr(shape: tuple[int, int], noise: Generator) -> Tensors:
 
 
 def _k_blocks(format: Gguf, shape: tuple[int, int], noise: Generator) -> Tensor:
-    blocks = torch.randint(256, (shape[0] * shape[1] // 256, format.size), generator=noise, dtype=torch.uint8)
-    halves = {"q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208]}[format.name]
-    for at in halves:
-        scale = (0.5 + torch.rand(len(blocks), 1, generator=noise)) / (800 * shape[1] ** 0.5)
+    count = shape[0] * shape[1] // format.block
+    blocks = torch.randint(256, (count, format.size), generator=noise, dtype=torch.uint8)
+    size = {"q5_0": 10, "q5_1": 10, "iq4_nl": 70, "q2_k": 30, "q3_k": 50, "iq4_xs": 1500}.get(format.name, 800)
+    for at in format.halves:
+        scale = (0.5 + torch.rand(len(blocks), 1, generator=noise)) / (size * shape[1] ** 0.5)
+        if (format.name, at) == ("q5_1", 2):
+            scale = -16 * blocks[:, :2].contiguous().view(torch.half).float()  # weights around zero
         blocks[:, at : at + 2] = scale.half().view(torch.uint8)
     return blocks.view(shape[0], -1)

@@ -10,6 +10,7 @@ from petal.kernels.backend import Linear
 from petal.kernels.cpu import layout
 from petal.kernels.formats.aqlm import Aqlm
 from petal.kernels.formats.base import Format, FormatError, QuantizedTensor, Tensors
+from petal.kernels.formats.gguf import TYPES
 from petal.kernels.formats.int4 import ROW, Int4, choose_group
 from petal.kernels.formats.int8 import Int8
 from petal.kernels.formats.nf4 import Nf4, dynamic_map
@@ -21,7 +22,7 @@ from ..support.public_formats import AQLM, AQLM_SHAPE, NF4_SHAPES, recorded
 from .quantized_weights import random_tensors
 
 SHAPES = [(64, 64), (1, 256), (51, 40), (100, 576), (48, 768)]
-GGUF = [name for name in FORMATS if name.startswith("q")]
+GGUF = list(TYPES)
 
 
 def weights(shape: tuple[int, int], seed: int = 0) -> Tensor:

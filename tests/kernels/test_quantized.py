@@ -24,7 +24,7 @@ VARIANTS = {**FORMATS, "int4-32": Int4(32), "int4-row": Int4(ROW), "int4-192": I
 TOLERANCE = 3e-3  # relative, Frobenius
 OUTLIERS = ("_values", "_outliers", "_col_vals")
 
-DECODED = [name for name in VARIANTS if name.startswith(("aqlm", "spqr", "fp16")) or name.endswith("_k")]
+DECODED = [name for name in VARIANTS if name.startswith(("aqlm", "spqr", "fp16", "q5", "iq")) or name.endswith("_k")]
 INTEGER = [name for name in VARIANTS if name.startswith(("int", "nf4")) or name in ("q4_0", "q4_1", "q8_0")]
 
 every_format = pytest.mark.parametrize("name", VARIANTS)

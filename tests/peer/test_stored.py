@@ -24,7 +24,7 @@ from petal.protocol.checkpoint.layout import CheckpointError
 from petal.protocol.checkpoint.open import open_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 from ..kernels.quantized_weights import random_tensors
 from ..protocol.gguf_maker import write_gguf
@@ -132,6 +132,34 @@ def test_a_gguf_file_stays_packed_with_embedding_and_head(tmp_path: Path):
         first, last = (load_span(checkpoint, *b, precision=precision_of(checkpoint, "gguf")) for b in ((0, 1), (1, 4)))
         stored = sum(info.nbytes for info in checkpoint.tensors.values())
     assert whole.nbytes < 1.2 * stored < 0.4 * dense[0].nbytes  # the tied matrix is held once
+    expected = served_logits(dense)
+    for kept in ([whole], [first, last]):
+        assert (served_logits(kept) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert torch.equal(served_logits([whole]), served_logits([first, last]))
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "Q5_1"])
+def test_a_scaled_embedding_stays_packed_too(kind: str, tmp_path: Path):
+    """As small models are stored: of 5 bits, and Gemma's embedding, which its family multiplies, is its head."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=8, max_position_embeddings=512,
+        initializer_range=0.2,
+    )  # fmt: skip
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, AutoModelForCausalLM.from_config(config).eval(), gguf.GGMLQuantizationType[kind])
+    dense = [load_span(open_checkpoint(path), 0, 4)]
+    with open_checkpoint(path) as checkpoint:
+        precision = precision_of(checkpoint, "gguf")
+        whole, first, last = (load_span(checkpoint, *b, precision=precision) for b in ((0, 4), (0, 1), (1, 4)))
+        stored = sum(info.nbytes for info in checkpoint.tensors.values())
+        embedding = checkpoint.info("model.embed_tokens.weight").nbytes
+    assert whole.nbytes < 1.2 * stored < 0.4 * dense[0].nbytes  # the tied matrix is held once
+    assert first.nbytes < stored / 4 + 1.2 * embedding
+    linears = [module.format.name for module in whole.model.modules() if isinstance(module, QuantizedLinear)]
+    assert set(linears) == {kind.lower()}
+    assert len(linears) >= 4 * 7 + 1
     expected = served_logits(dense)
     for kept in ([whole], [first, last]):
         assert (served_logits(kept) - expected).abs().max() <= TOLERANCE * expected.abs().max()

@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from petal.kernels.formats.gguf import DECODED
+from petal.kernels.formats.gguf import TYPES
 from petal.peer.model import read_dense
 from petal.protocol.checkpoint.gguf import GgufFile
 from petal.protocol.checkpoint.gguf_types import GGML_TYPES, GgmlType
@@ -64,7 +64,7 @@ def tiny(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", DECODED.values(), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: kind.name)
 def test_decoders_equal_the_public_package_bit_by_bit(kind):
     raw = np.random.default_rng(0).integers(0, 256, (40, 12, kind.size), np.uint8)
     shape = (40, 12 * kind.block)

@@ -135,9 +135,104 @@ static void decode_q6_k(const weights_t *w, long row, long k, long count, float 
     }
 }
 
+static void decode_q2_k(const weights_t *w, long row, long k, long count, float *to)
+{
+    const uint8_t *block = w->codes + row * w->row_bytes + k / 256 * 84;
+    float whole = fp16_at(block + 80), lowest = fp16_at(block + 82);
+    (void)count;
+    for (int group = 0; group < 16; group++) {
+        const uint8_t *codes = block + 16 + group / 8 * 32 + group % 2 * 16;
+        int shift = group / 2 % 4 * 2;
+        float scale = whole * (float)(block[group] & 15), low = lowest * (float)(block[group] >> 4);
+        for (int j = 0; j < 16; j++)
+            to[group * 16 + j] = (float)(codes[j] >> shift & 3) * scale - low;
+    }
+}
+
+/* The third bits come first, then two bits a code, then 6-bit scales. */
+static void decode_q3_k(const weights_t *w, long row, long k, long count, float *to)
+{
+    const uint8_t *block = w->codes + row * w->row_bytes + k / 256 * 110, *scales = block + 96;
+    float whole = fp16_at(block + 108);
+    (void)count;
+    for (int group = 0; group < 16; group++) {
+        const uint8_t *codes = block + 32 + group / 8 * 32 + group % 2 * 16, *third = block + group % 2 * 16;
+        int shift = group / 2 % 4 * 2, place = group / 2;
+        int six = (scales[group % 8] >> group / 8 * 4 & 15) | (scales[8 + group % 4] >> group / 4 * 2 & 3) << 4;
+        float scale = whole * (float)(six - 32);
+        for (int j = 0; j < 16; j++)
+            to[group * 16 + j] = (float)((codes[j] >> shift & 3) + (third[j] >> place & 1) * 4 - 4) * scale;
+    }
+}
+
+static const float iq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+static void decode_iq4_xs(const weights_t *w, long row, long k, long count, float *to)
+{
+    const uint8_t *block = w->codes + row * w->row_bytes + k / 256 * 136, *codes = block + 8;
+    float whole = fp16_at(block);
+    (void)count;
+    for (int group = 0; group < 8; group++, codes += 16) {
+        int six = (block[4 + group / 2] >> group % 2 * 4 & 15) | (block[2 + group / 4] >> group % 4 * 2 & 3) << 4;
+        float scale = whole * (float)(six - 32);
+        for (int j = 0; j < 16; j++) {
+            to[group * 32 + j] = iq4[codes[j] & 15] * scale;
+            to[group * 32 + 16 + j] = iq4[codes[j] >> 4] * scale;
+        }
+    }
+}
+
+/* Blocks of 32: low halves of the bytes, then the high ones. */
+
+static void decode_iq4_nl(const weights_t *w, long row, long k, long count, float *to)
+{
+    const uint8_t *block = w->codes + row * w->row_bytes + k / 32 * 18;
+    for (long i = 0; i < count; i += 32, block += 18) {
+        float scale = fp16_at(block);
+        for (int j = 0; j < 16; j++) {
+            to[i + j] = iq4[block[2 + j] & 15] * scale;
+            to[i + 16 + j] = iq4[block[2 + j] >> 4] * scale;
+        }
+    }
+}
+
+/* Codes of five bits: bits four of all 32 in four bytes, then the others. */
+static void five_bits(const uint8_t *block, float *to)
+{
+    uint32_t fifth;
+    memcpy(&fifth, block, sizeof fifth);
+    for (int j = 0; j < 16; j++) {
+        to[j] = (float)((block[4 + j] & 15) + (fifth >> j & 1) * 16);
+        to[16 + j] = (float)((block[4 + j] >> 4) + (fifth >> (16 + j) & 1) * 16);
+    }
+}
+
+static void decode_q5_0(const weights_t *w, long row, long k, long count, float *to)
+{
+    const uint8_t *block = w->codes + row * w->row_bytes + k / 32 * 22;
+    for (long i = 0; i < count; i += 32, block += 22) {
+        float scale = fp16_at(block);
+        five_bits(block + 2, to + i);
+        for (int j = 0; j < 32; j++)
+            to[i + j] = (to[i + j] - 16) * scale;
+    }
+}
+
+static void decode_q5_1(const weights_t *w, long row, long k, long count, float *to)
+{
+    const uint8_t *block = w->codes + row * w->row_bytes + k / 32 * 24;
+    for (long i = 0; i < count; i += 32, block += 24) {
+        float scale = fp16_at(block), low = fp16_at(block + 2);
+        five_bits(block + 4, to + i);
+        for (int j = 0; j < 32; j++)
+            to[i + j] = to[i + j] * scale + low;
+    }
+}
+
 static void (*const decoders[])(const weights_t *, long, long, long, float *) = {
     [FP16] = decode_fp16, [NF4] = decode_nf4, [AQLM] = decode_aqlm, [SPQR] = decode_spqr,
-    [Q4_K] = decode_q4_k, [Q5_K] = decode_q5_k, [Q6_K] = decode_q6_k,
+    [Q4_K] = decode_q4_k, [Q5_K] = decode_q5_k, [Q6_K] = decode_q6_k, [Q5_0] = decode_q5_0, [Q5_1] = decode_q5_1,
+    [Q2_K] = decode_q2_k, [Q3_K] = decode_q3_k, [IQ4_NL] = decode_iq4_nl, [IQ4_XS] = decode_iq4_xs,
 };
 
 /* float_to_half of sixteen, of which none is NaN. */

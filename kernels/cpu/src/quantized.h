@@ -5,7 +5,9 @@
 #include "tile.h"
 
 /* In the order of KINDS in quantized.py. */
-typedef enum { FP16, INT8, INT4, NF4, AQLM, SPQR, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K } kind_t;
+typedef enum {
+    FP16, INT8, INT4, NF4, AQLM, SPQR, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, Q5_0, Q5_1, Q2_K, Q3_K, IQ4_NL, IQ4_XS
+} kind_t;
 
 /* Rows of codes follow each other, row_bytes apart; what else a format has is said beside its decoder. */
 typedef struct {
