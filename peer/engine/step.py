@@ -26,6 +26,9 @@ class DeadlinePassed(StepFailed):
     """The step waited for compute until its deadline."""
 
 
+_NO_ROWS = torch.empty(0)
+
+
 @dataclass(eq=False)
 class Step:
     """A checked step, made once where it enters a peer and carried to its answer.
@@ -50,7 +53,7 @@ class Step:
     ended_ns: int = 0
     queued_ns: int = 0
     # The compute thread's: token ids [n] or hidden states [n, d], and what came of the chunks that ran.
-    rows: Tensor = field(default_factory=lambda: torch.empty(0))
+    rows: Tensor = _NO_ROWS
     outputs: list[Tensor] = field(default_factory=list)
 
 

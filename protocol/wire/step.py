@@ -40,7 +40,7 @@ class StepHeader:
 
     @cached_property
     def rows(self) -> int:
-        return len(self.tree)
+        return len(self.tree.parents)
 
     @property
     def content(self) -> tuple[object, ...]:
