@@ -130,9 +130,10 @@ INLINE void add_block(const codes_t codes, const pending_t *p, const int32_t *su
     const group_t g[2] = {p->g[0], p->g[1]};
     for (long m = first; m < first + rows; m++, sums += INTERLEAVED)
         for (int side = 0; side < 2; side++) {
-            const int32_t *high = sums + side * SUMS, *low = high + 2 * SUMS;
+            const int32_t *high = sums + side * SUMS;
+            i32x16 low = codes == FOUR_BITS ? (i32x16){0} : *(const i32x16 *)(high + 2 * SUMS);
             f32x16 *y = p->y + side * TOGETHER + m;
-            *y = combine(codes, *y, *(const i32x16 *)high, *(const i32x16 *)low, g + side, p->numbers[m]);
+            *y = combine(codes, *y, *(const i32x16 *)high, low, g + side, p->numbers[m]);
         }
 }
 

@@ -57,7 +57,7 @@ INLINE sums_t round_run(const codes_t codes, const float *x, long count, float i
     for (long i = 0; i < count; i++) {
         int32_t value = (int32_t)rintf(x[i] * inverse), upper = (value + (1 << (bits - 1))) >> bits;
         high[i] = (int8_t)upper;
-        low[i] = (int8_t)(value - (upper << bits));
+        low[i] = (int8_t)(value - (upper * (1 << bits)));
         sums.all += value;
         sums.high += upper;
     }
