@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; the next has the next")
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--tokens", type=int, default=64, help="of each generation")
+    parser.add_argument("--hosts", type=int, default=3, help="peers of each span")
     parser.add_argument("--clients", type=int, default=2, help="that generate at the same time")
     parser.add_argument("--workers", type=int, default=1, help="swarms side by side")
     parser.add_argument("--json", action="store_true", help="kept for symmetry: the last line always is JSON")
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     cases = asyncio.run(answered_cases(model, options.tokens))
     seeds = range(options.seed, options.seed + options.trials)
     outcomes = []
-    for outcome in run(model, cases, seeds, options.clients, options.workers):
+    for outcome in run(model, cases, seeds, options):
         outcomes.append(outcome)
         tell(outcome, len(outcomes), options.trials)
     print_table(outcomes)
@@ -50,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return figures
 
 
-def run(model: Model, cases: Sequence[Case], seeds: range, clients: int, workers: int) -> Iterator[Outcome]:
+def run(model: Model, cases: Sequence[Case], seeds: range, options: argparse.Namespace) -> Iterator[Outcome]:
     """Outcomes as they come. Every worker is a process."""
     context = multiprocessing.get_context("spawn")
     reports: Any = context.SimpleQueue()
-    shares = [list(seeds[first::workers]) for first in range(min(workers, len(seeds)))]
-    processes = [context.Process(target=work, args=(model, cases, share, clients, reports.put)) for share in shares]
+    shares = [list(seeds[first :: options.workers]) for first in range(min(options.workers, len(seeds)))]
+    counts = options.hosts, options.clients
+    processes = [context.Process(target=work, args=(model, cases, share, *counts, reports.put)) for share in shares]
     for process in processes:
         process.start()
     try:

@@ -1,4 +1,4 @@
-"""Three spans with three peers each, every peer behind an emulated link; faults, and what heals them."""
+"""Three spans with some peers each, every peer behind an emulated link; faults, and what heals them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from .cases import Model
 from .peer_process import PeerProcess
 
 SPANS = 3
-HOSTS = 3
 DELAY_S = 0.001
 SLOWER = 20
 # Until peers that are well again are used again, and nothing is left of sessions that are gone.
@@ -152,10 +151,10 @@ async def _until(true: Callable[[], Awaitable[bool]], complaint: str, seconds: f
 
 
 @asynccontextmanager
-async def chaos_swarm(model: Model, clients: int, folder: Path) -> AsyncIterator[ChaosSwarm]:
-    """Peers, links and clients; afterwards no process is left."""
+async def chaos_swarm(model: Model, hosts: int, clients: int, folder: Path) -> AsyncIterator[ChaosSwarm]:
+    """Peers, `hosts` of each span, links and clients; afterwards no process is left."""
     blocks = spans(model.n_blocks, SPANS)
-    peers = [PeerProcess(model.name, blocks[n % SPANS], folder, n) for n in range(SPANS * HOSTS)]
+    peers = [PeerProcess(model.name, blocks[n % SPANS], folder, n) for n in range(SPANS * hosts)]
     async with AsyncExitStack() as stack:
         links = []
         for peer in peers:

@@ -15,19 +15,29 @@ from .trial import Outcome, run_trial
 
 
 def work(
-    model: Model, cases: Sequence[Case], seeds: Sequence[int], clients: int, report: Callable[[Outcome], None]
+    model: Model,
+    cases: Sequence[Case],
+    seeds: Sequence[int],
+    hosts: int,
+    clients: int,
+    report: Callable[[Outcome], None],
 ) -> None:
     """Run the trials of these seeds; `report` hears of each."""
-    asyncio.run(_work(model, cases, list(seeds), clients, report))
+    asyncio.run(_work(model, cases, list(seeds), hosts, clients, report))
 
 
 async def _work(
-    model: Model, cases: Sequence[Case], seeds: list[int], clients: int, report: Callable[[Outcome], None]
+    model: Model,
+    cases: Sequence[Case],
+    seeds: list[int],
+    hosts: int,
+    clients: int,
+    report: Callable[[Outcome], None],
 ) -> None:
     tokens = len(cases[0].answer)
     while seeds:
         with tempfile.TemporaryDirectory(prefix="petal-chaos-") as folder:
-            async with chaos_swarm(model, clients, Path(folder)) as swarm:
+            async with chaos_swarm(model, hosts, clients, Path(folder)) as swarm:
                 while seeds:
                     seed = seeds.pop(0)
                     try:

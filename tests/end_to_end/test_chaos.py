@@ -18,8 +18,10 @@ def test_plans_are_functions_of_their_seed_and_cover_every_fault() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_every_fault_once(capsys: pytest.CaptureFixture[str]) -> None:
-    figures = main(["--trials", str(len(FAULTS)), "--seed", "1000", "--tokens", "32"])
+@pytest.mark.parametrize("hosts", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_every_fault_once(hosts: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two peers of each span: the other one must take over. Of three, one has to be chosen."""
+    figures = main(["--trials", str(len(FAULTS)), "--seed", "1000", "--tokens", "32", "--hosts", str(hosts)])
     print(capsys.readouterr().err)
     assert figures["trials"] == figures["identical"] == figures["mid_stream"] == len(FAULTS)
     assert figures["hangs"] == figures["leaks"] == figures["wrong"] == 0

@@ -66,17 +66,22 @@ async def compare_greedy(client: AsyncSwarmModel, expected: dict, new_tokens: in
             counts.take(result.next_token, token, margin)
 
 
+# One of each kind of prompt, and the one of 1,500 tokens.
+SOME = ("chat-1", "code-3", "lang-2", "story-1", "long")
+
+
 @pytest.mark.parametrize(
-    ("peers", "new_tokens"), [(3, 32), *(pytest.param(n, NEW_TOKENS, marks=pytest.mark.full) for n in (1, 2, 3))]
+    ("peers", "names", "new_tokens"),
+    [(3, SOME, 24), *(pytest.param(n, tuple(EXPECTED), NEW_TOKENS, marks=pytest.mark.full) for n in (1, 2, 3))],
 )
-async def test_greedy_equals_transformers_generate(peers: int, new_tokens: int) -> None:
+async def test_greedy_equals_transformers_generate(peers: int, names: Sequence[str], new_tokens: int) -> None:
     assert len(EXPECTED) == 21
     assert all(len(e["ids"]) == NEW_TOKENS for e in EXPECTED.values())
     counts = Comparison()
     async with local_swarm("demo", spans(30, peers)) as swarm, swarm.connect() as client:
-        await asyncio.gather(*(compare_greedy(client, expected, new_tokens, counts) for expected in EXPECTED.values()))
+        await asyncio.gather(*(compare_greedy(client, EXPECTED[name], new_tokens, counts) for name in names))
     print(f"\n{peers} peers: {counts}")
-    assert counts.tokens == new_tokens * len(EXPECTED)
+    assert counts.tokens == new_tokens * len(names)
     assert counts.passes, counts
 
 
@@ -95,11 +100,14 @@ def explained(expected: np.ndarray, measured: np.ndarray) -> bool:
     return counts.passes and float(np.abs(expected - measured).max()) <= LOGIT_TOLERANCE
 
 
-async def test_logits_equal_transformers_and_noise_is_caught() -> None:
+@pytest.mark.parametrize(
+    "names", [("code-3",), pytest.param(("chat-1", "code-3", "lang-2"), marks=pytest.mark.full)], ids=len
+)
+async def test_logits_equal_transformers_and_noise_is_caught(names: Sequence[str]) -> None:
     model = demo_reference()
     rng = np.random.default_rng(0)
     async with local_swarm("demo", spans(30, 3)) as swarm, swarm.connect() as client:
-        for name in ("chat-1", "code-3", "lang-2"):
+        for name in names:
             ids = EXPECTED[name]["prompt"] + EXPECTED[name]["ids"]
             expected = reference_logits(model, ids, len(ids)).numpy()
             measured = await swarm_logits(client, ids)

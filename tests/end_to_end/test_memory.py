@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import pytest
 from petal.client.cli.demo import ChildPeer
+from petal.peer.model import load_span
+from petal.protocol.checkpoint.open import open_checkpoint
 
 from ..bench.swarm import wait_ready
 
@@ -21,6 +25,22 @@ def peak_mb(blocks: range, folder: Path) -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
+def test_only_a_spans_own_tensors_are_read_and_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick twin of the test below, by names and bytes."""
+    names: set[str] = set()
+    with open_checkpoint("demo") as checkpoint:
+        for way in ("read", "raw", "packed"):
+            found = getattr(type(checkpoint), way)
+            monkeypatch.setattr(
+                type(checkpoint), way, lambda self, name, found=found: (names.add(name), found(self, name))[1]
+            )
+        span = load_span(checkpoint, 10, 12)
+        own = {name: checkpoint.tensors[name] for block in (10, 11) for name in checkpoint.block_tensors(block)}
+    assert names == own.keys()
+    assert span.nbytes == pytest.approx(4 * sum(math.prod(info.shape) for info in own.values()), rel=0.02)
+
+
+@pytest.mark.full
 def test_a_third_of_the_blocks_needs_much_less_memory_than_all(tmp_path: Path) -> None:
     whole = peak_mb(range(0, 30), tmp_path)
     third = peak_mb(range(10, 20), tmp_path)

@@ -28,8 +28,8 @@ def test_k_quants_are_the_bytes_that_the_public_package_reads(name):
 
 def test_formats_in_the_order_of_their_bits(monkeypatch, capsys, tmp_path):
     formats = ["int8", "q6_k", "q5_k", "q4_k", "nf4", "int4 g64 nearest", "int4"]
-    small = ["--width", "256", "--blocks", "1", "--steps", "20", "--tokens", "2048", "--length", "256"]
-    (tmp_path / "short.txt").write_bytes(quality.EVALUATION.read_bytes()[:6000])
+    small = ["--width", "256", "--blocks", "1", "--steps", "8", "--tokens", "1024", "--length", "256"]
+    (tmp_path / "short.txt").write_bytes(quality.EVALUATION.read_bytes()[:3000])
     monkeypatch.setattr(quality, "EVALUATION", tmp_path / "short.txt")
     work = ["--work", str(tmp_path), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["quality", "--json", "--unquantized", *small, *work, "--formats", *formats])

@@ -196,12 +196,18 @@ def options(model: Path, format: str, out: Path, **others) -> Options:
     return Options(str(model), format, text, out, "cpu", tokens=1024, length=64, seed=0)
 
 
+def quantized(model: Path, format: str) -> Path:
+    """The folder of the model in a format, made once."""
+    folder = model.parent / format
+    if not folder.exists():
+        quantize(options(model, format, folder), Console(quiet=True))
+    return folder
+
+
 @pytest.fixture(scope="module", params=METHODS)
 def checkpoint_of(request, model) -> tuple[str, Path]:
     """A format, and the folder of the model in it."""
-    folder = model.parent / request.param
-    quantize(options(model, request.param, folder), Console(quiet=True))
-    return request.param, folder
+    return request.param, quantized(model, request.param)
 
 
 def test_a_quantized_checkpoint_holds_every_tensor_of_the_model(model, checkpoint_of):
@@ -257,8 +263,7 @@ def run_command(model: Path, out: Path) -> list[str]:
 
 
 def test_a_killed_run_goes_on(model, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    quantize(options(model, "int4", whole), Console(quiet=True))
+    whole, killed = quantized(model, "int4"), tmp_path / "killed"
     process = subprocess.Popen(run_command(model, killed), stderr=subprocess.DEVNULL)
     first, second = (killed / f"model-0000{number}-of-00004.safetensors" for number in (1, 2))
     while process.poll() is None and not second.exists():
@@ -286,11 +291,11 @@ def test_refusals(model, tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match="cannot be read as text"):
         quantize(options(model, "int4", tmp_path / "a", text=tmp_path / "binary.txt"), quiet)
-    quantize(options(model, "int4", tmp_path / "b"), quiet)
+    made = quantized(model, "int4")
     with pytest.raises(CheckpointError, match="finished model"):
-        quantize(options(model, "int4", tmp_path / "b"), quiet)
+        quantize(options(model, "int4", made), quiet)
     with pytest.raises(CheckpointError, match="quantized already"):
-        quantize(options(tmp_path / "b", "int4", tmp_path / "c", text=model.parent / "text.txt"), quiet)
+        quantize(options(made, "int4", tmp_path / "c", text=model.parent / "text.txt"), quiet)
 
 
 def test_the_command_refuses_in_one_line(model, tmp_path):
