@@ -222,6 +222,7 @@ def peers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lis
         for peer in running:
             if peer.process.poll() is None:
                 peer.interrupt()
+            peer.process.stdout.close()
 
 
 def test_ready_line_says_all_that_a_program_needs(peers: list[Peer], model: Path) -> None:
