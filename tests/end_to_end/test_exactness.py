@@ -10,12 +10,13 @@ import asyncio
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 from petal.client.drafting.drafter import Drafter, ScoredTree
 from petal.client.session.result import OutputOptions
@@ -70,19 +71,33 @@ async def compare_greedy(client: AsyncSwarmModel, expected: dict, new_tokens: in
 SOME = ("chat-1", "code-3", "lang-2", "story-1", "long")
 
 
-@pytest.mark.parametrize(
-    ("peers", "names", "new_tokens"),
-    [(3, SOME, 24), *(pytest.param(n, tuple(EXPECTED), NEW_TOKENS, marks=pytest.mark.full) for n in (1, 2, 3))],
-)
-async def test_greedy_equals_transformers_generate(peers: int, names: Sequence[str], new_tokens: int) -> None:
-    assert len(EXPECTED) == 21
-    assert all(len(e["ids"]) == NEW_TOKENS for e in EXPECTED.values())
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def demo() -> AsyncIterator[AsyncSwarmModel]:
+    """A client of the demo model at three peers."""
+    async with local_swarm("demo", spans(30, 3)) as swarm, swarm.connect() as client:
+        yield client
+
+
+async def check_greedy(client: AsyncSwarmModel, names: Sequence[str], new_tokens: int) -> None:
     counts = Comparison()
-    async with local_swarm("demo", spans(30, peers)) as swarm, swarm.connect() as client:
-        await asyncio.gather(*(compare_greedy(client, EXPECTED[name], new_tokens, counts) for name in names))
-    print(f"\n{peers} peers: {counts}")
+    await asyncio.gather(*(compare_greedy(client, EXPECTED[name], new_tokens, counts) for name in names))
+    print(f"\n{counts}")
     assert counts.tokens == new_tokens * len(names)
     assert counts.passes, counts
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_greedy_equals_transformers_generate(demo: AsyncSwarmModel) -> None:
+    await check_greedy(demo, SOME, 24)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("peers", [1, 2, 3])
+async def test_every_prompt_greedily_over_any_split(peers: int) -> None:
+    assert len(EXPECTED) == 21
+    assert all(len(e["ids"]) == NEW_TOKENS for e in EXPECTED.values())
+    async with local_swarm("demo", spans(30, peers)) as swarm, swarm.connect() as client:
+        await check_greedy(client, tuple(EXPECTED), NEW_TOKENS)
 
 
 async def swarm_logits(client: AsyncSwarmModel, ids: list[int]) -> np.ndarray:
@@ -103,19 +118,19 @@ def explained(expected: np.ndarray, measured: np.ndarray) -> bool:
 @pytest.mark.parametrize(
     "names", [("code-3",), pytest.param(("chat-1", "code-3", "lang-2"), marks=pytest.mark.full)], ids=len
 )
-async def test_logits_equal_transformers_and_noise_is_caught(names: Sequence[str]) -> None:
+@pytest.mark.asyncio(loop_scope="module")
+async def test_logits_equal_transformers_and_noise_is_caught(demo: AsyncSwarmModel, names: Sequence[str]) -> None:
     model = demo_reference()
     rng = np.random.default_rng(0)
-    async with local_swarm("demo", spans(30, 3)) as swarm, swarm.connect() as client:
-        for name in names:
-            ids = EXPECTED[name]["prompt"] + EXPECTED[name]["ids"]
-            expected = reference_logits(model, ids, len(ids)).numpy()
-            measured = await swarm_logits(client, ids)
-            print(f"\n{name}: largest difference {np.abs(expected - measured).max():.2e} over {len(ids)} rows")
-            assert explained(expected, measured)
-            # The negative control: a rule that cannot fail would prove nothing.
-            noisy = measured + rng.normal(0, 1e-2, measured.shape)
-            assert not explained(expected, noisy)
+    for name in names:
+        ids = EXPECTED[name]["prompt"] + EXPECTED[name]["ids"]
+        expected = reference_logits(model, ids, len(ids)).numpy()
+        measured = await swarm_logits(demo, ids)
+        print(f"\n{name}: largest difference {np.abs(expected - measured).max():.2e} over {len(ids)} rows")
+        assert explained(expected, measured)
+        # The negative control: a rule that cannot fail would prove nothing.
+        noisy = measured + rng.normal(0, 1e-2, measured.shape)
+        assert not explained(expected, noisy)
 
 
 @dataclass
@@ -177,12 +192,13 @@ async def test_trees_and_splits_never_change_the_tokens(splits: tuple[int, ...],
     assert len(sampled) == seeds * (len(SAMPLING) - 1), "other seeds must give other tokens"
 
 
-async def test_demo_model_sampled_with_trees_over_any_split() -> None:
+@pytest.mark.asyncio(loop_scope="module")
+async def test_demo_model_sampled_with_trees_over_any_split(demo: AsyncSwarmModel) -> None:
     prompt = EXPECTED["story-1"]["prompt"]
     settings = {"max_new_tokens": 24, "temperature": 0.8, "top_p": 0.95, "seed": 11, "eos_token_id": -1}
     answers = []
-    for peers in (1, 3):
-        async with local_swarm("demo", spans(30, peers)) as swarm, swarm.connect() as client:
+    async with local_swarm("demo", spans(30, 1)) as swarm, swarm.connect() as whole:
+        for client in (whole, demo):
             ids = await client.generate(prompt, **settings)
             drafter = RandomDrafter.knowing(ids, demo_checkpoint().tokenizer().vocab_size, 3)
             answers += [ids, await client.generate(prompt, drafter=drafter, budget=8, **settings)]
