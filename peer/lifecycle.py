@@ -37,6 +37,18 @@ def run_peer(options: ServeOptions, json_lines: bool) -> int:
         raise
 
 
+class Expelled(RuntimeError):
+    """A revoked peer ends, with an exit code of its own: starting it again would not help."""
+
+    exit_code = 3
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this peer's membership of its swarm was revoked or has run out; ask an admin for a new invitation, and "
+            "start with another --identity"
+        )
+
+
 class _Lifecycle:
     """Starts, serves until a signal comes, drains; a second signal cuts that short."""
 
@@ -61,7 +73,11 @@ class _Lifecycle:
             os._exit(128 + self._signal)
         starting.result()
         self._ui.ready(server)
-        await leaving
+        expelled = asyncio.create_task(server.announcement.expelled.wait())
+        await asyncio.wait([leaving, expelled], return_when=asyncio.FIRST_COMPLETED)
+        if expelled.done():
+            await server.stop()
+            raise Expelled
         self._ui.leaving(len(server.service.sessions))
         draining = asyncio.create_task(server.drain(self._options.grace_s))
         hurrying = asyncio.create_task(self._hurrying.wait())

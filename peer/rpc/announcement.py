@@ -33,6 +33,8 @@ class Announcement:
         admission: Admission,
     ) -> None:
         self.state: pb.PeerState = pb.JOINING
+        # Once this peer is no member of its swarm any more.
+        self.expelled = asyncio.Event()
         self.bootstrap: list[str] = []
         self._directory = directory
         self._identity = identity
@@ -111,4 +113,6 @@ class Announcement:
             except DirectoryError as error:
                 log.warning("the directory is out of reach: %s", error)
             heard()
+            if not self._trust.trusted(self._trust.certificates):
+                self.expelled.set()
             await asyncio.sleep(REFRESH_S)

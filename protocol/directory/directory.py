@@ -118,6 +118,7 @@ class GrpcDirectory(Directory):
     async def list(self, model: str | None = None) -> Peers:
         """See Directory; DirectoryError if no peer gives an answer to be believed."""
         failures: list[str] = []
+        refused = False
         answered = False
         asking: dict[asyncio.Task[None], str] = {}
         candidates = iter(self._candidates().items())
@@ -135,6 +136,7 @@ class GrpcDirectory(Directory):
                     try:
                         task.result()
                     except (grpc.RpcError, OSError, RecordError) as error:
+                        refused = refused or _refuses(error)
                         failures.append(f"{asked}: {_reason(error)}")
                         continue
                     answered = True
@@ -144,6 +146,11 @@ class GrpcDirectory(Directory):
         finally:
             for task in asking:
                 task.cancel()
+        if refused and not answered:
+            raise DirectoryError(
+                f"This machine's membership was revoked or has run out ({'; '.join(failures)}): ask an admin of the "
+                "swarm for a new invitation."
+            )
         if not answered:
             raise DirectoryError(f"No peer answered ({'; '.join(failures)}): check the addresses and your network.")
         return []
@@ -254,6 +261,10 @@ async def ping_all(records: Iterable[pb.PeerRecord], trust: Trust, *, timeout: f
 async def _list(connect: Connect, request: pb.ListRequest) -> pb.ListReply:
     async with connect() as channel:
         return await rpc.DirectoryStub(channel).List(request)
+
+
+def _refuses(error: Exception) -> bool:
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def _reason(error: Exception) -> str:

@@ -78,12 +78,17 @@ class Publisher:
                 logger.warning("Left without notice: %s", error)
 
     async def _run(self, known: asyncio.Event) -> None:
+        heard, said = time.monotonic(), False
         while True:
             pause_s = self._period_s
             try:
                 await self.publish()
                 known.set()
+                heard, said = time.monotonic(), False
             except Exception as error:  # the peer serves on, whatever ails its publication
                 pause_s = min(RETRY_S, pause_s)
-                logger.warning("Publishing failed, next try in %.0f s: %s", pause_s, error)
+                # One try that failed costs nothing: the record before it lives on for a while.
+                if not said and time.monotonic() - heard > self._lifetime_s / 2:
+                    logger.warning("The swarm has not heard of this peer for %.0f s: %s", self._lifetime_s / 2, error)
+                    said = True
             await asyncio.sleep(pause_s)

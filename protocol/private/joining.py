@@ -47,8 +47,8 @@ async def redeem(token: str, invite: Invite, identity: Identity | None, place: P
     """Become a member. Raises InviteError."""
     if invite.expires_at < time.time():
         raise InviteError("this invitation has expired; ask for a new one")
-    if (invite.role == "client" and identity) or (invite.role == "peer" and not identity):
-        raise InviteError(f"this invitation is for a {invite.role}")
+    if invite.role != (role := "peer" if identity else "client"):
+        raise _other_role(invite, role)
     key = TlsKey.ephemeral()
     issued = await ask(invite, pb.RedeemRequest(token=token, request=request_for(key, identity)))
     try:
@@ -66,6 +66,8 @@ async def redeem(token: str, invite: Invite, identity: Identity | None, place: P
 async def join_as_admin(text: str, address: str, folder: Path | None = None) -> Authority:
     """Become an admin of the swarm that an invitation is for, reached at `address`. Raises InviteError, ValueError."""
     token, invite = read_token(text)
+    if invite.role != "admin":
+        raise _other_role(invite, "admin")
     folder = folder or folder_of(invite.swarm)
     if (folder / "root.pem").exists():
         raise InviteError(f"this machine administers a swarm {invite.swarm} already, in {folder}")
@@ -81,6 +83,13 @@ async def join_as_admin(text: str, address: str, folder: Path | None = None) -> 
     authority = Authority.store(folder, address, key, root, admin)
     authority.membership.remember(issued.addresses)
     return authority
+
+
+def _other_role(invite: Invite, role: str) -> InviteError:
+    return InviteError(
+        f"this invitation is for {'an' if invite.role == 'admin' else 'a'} {invite.role}; "
+        f"ask for one of `petal swarm invite --role {role}`"
+    )
 
 
 async def ask(invite: Invite, request: pb.RedeemRequest) -> pb.Issued:

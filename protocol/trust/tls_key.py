@@ -130,6 +130,12 @@ def parse_certificate(der: bytes) -> x509.Certificate:
     return certificate
 
 
+def is_self_signed(der: bytes) -> bool:
+    """Whether a certificate vouches for itself, as peers of public swarms show them. Raises ValueError."""
+    certificate = parse_certificate(der)
+    return certificate.issuer == certificate.subject
+
+
 def dns_names(certificate: x509.Certificate) -> Sequence[str]:
     """Raises ValueError where its extensions do not parse."""
     names = alternative_names(certificate)

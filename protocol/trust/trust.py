@@ -22,7 +22,17 @@ from cryptography import x509
 from .. import petal_pb2 as pb
 from ..wire.limits import CHANNEL_OPTIONS
 from .identity import Identity
-from .tls_key import TlsKey, dns_names, key_hash, name_of, parse_certificate, pem_of, self_signed, verify_leaf
+from .tls_key import (
+    TlsKey,
+    dns_names,
+    is_self_signed,
+    key_hash,
+    name_of,
+    parse_certificate,
+    pem_of,
+    self_signed,
+    verify_leaf,
+)
 
 NONCE_BYTES = 16
 CLIENT_ID_BYTES = 16
@@ -150,7 +160,10 @@ class PublicTrust(Trust):
         """Nothing is known of who is there: what it says must be signed. Its certificate is asked for, then pinned."""
         try:
             if address not in self._presented:
-                self._presented[address] = await asyncio.wait_for(presented(address), DIAL_S)
+                certificate = await asyncio.wait_for(presented(address), DIAL_S)
+                if not is_self_signed(certificate):
+                    raise ConnectionError("it is of a private swarm, which lets nobody in but by --join INVITATION")
+                self._presented[address] = certificate
             async with pinned(address, self._presented[address], options) as channel:
                 yield channel
         except asyncio.TimeoutError:

@@ -17,6 +17,7 @@ from petal.client.swarm import AsyncSwarmModel
 from petal.peer.joining import ServeError
 from petal.peer.limits.quotas import Quota, Quotas, Rule
 from petal.protocol import petal_pb2 as pb
+from petal.protocol.directory.directory import DirectoryError, GrpcDirectory
 from petal.protocol.petal_pb2_grpc import DirectoryStub
 from petal.protocol.private.admin import AdminServer
 from petal.protocol.private.invites import InviteError
@@ -134,6 +135,41 @@ async def test_a_revoked_peer_is_left_and_the_text_goes_on(swarm: PrivateSwarm) 
         assert await client.generate(PROMPT, **SETTINGS) == expected
         session.close()
     assert spare.identity.peer_id
+    # It hears of it, too, and ends.
+    await asyncio.wait_for(revoked.announcement.expelled.wait(), CUT_S)
+    assert not spare.announcement.expelled.is_set()
+
+
+async def test_a_revoked_client_hears_why_it_is_refused(swarm: PrivateSwarm) -> None:
+    member = await join(swarm.invite("client"), folder=swarm.folder / "refused")
+    swarm.authority.revoke(member.name)
+    directory = GrpcDirectory([peer.address for peer in swarm.peers[-1:]], trust=member)
+    heard: list[str] = []
+    end = time.monotonic() + CUT_S
+    while not heard and time.monotonic() < end:
+        try:
+            await directory.list()
+            await asyncio.sleep(0.3)
+        except DirectoryError as error:
+            heard.append(str(error))
+    assert "membership was revoked" in heard[0]
+    assert "ask an admin of the swarm for a new invitation" in heard[0]
+
+
+async def test_a_stranger_at_a_private_peer_is_told_how_to_join(swarm: PrivateSwarm) -> None:
+    with pytest.raises(DirectoryError, match="of a private swarm, which lets nobody in but by --join INVITATION"):
+        await GrpcDirectory([swarm.peers[-1].address]).list()
+
+
+@pytest.mark.parametrize("role", ["peer", "client", "admin"])
+async def test_an_invitation_for_another_role_says_which_to_ask_for(swarm: PrivateSwarm, role: str) -> None:
+    token = swarm.invite(role)
+    if role != "client":
+        with pytest.raises(InviteError, match=f"for an? {role}; ask .*--role client"):
+            await join(token, folder=swarm.folder / "wrong")
+    if role != "admin":
+        with pytest.raises(InviteError, match=f"for an? {role}; ask .*--role admin"):
+            await join_as_admin(token, "127.0.0.1:31400", swarm.folder / "wrong-admin")
 
 
 async def test_a_second_admin_lets_members_in_and_goes_with_whom_it_let_in(swarm: PrivateSwarm) -> None:
