@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .test_imports import ROOT
+from .support.imports import ROOT
 
 FOLDERS = ("client", "kernels", "peer", "protocol")
 CLASS, FUNCTION, FILE = 200, 60, 350

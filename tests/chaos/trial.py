@@ -14,7 +14,7 @@ from petal.client.session.failover import Failover
 from petal.client.session.session import Session
 from petal.client.swarm import AsyncSwarmModel
 
-from tests.end_to_end.test_exactness import RandomDrafter
+from tests.support.random_drafter import RandomDrafter
 
 from .cases import Case
 from .plan import SILENT, Plan

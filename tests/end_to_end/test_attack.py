@@ -13,7 +13,7 @@ import pytest
 from ..attack.forgeries import forge
 from ..attack.fuzz import Fuzz
 from ..attack.tally import Tally
-from ..test_imports import ROOT
+from ..support.imports import ROOT
 
 
 def few() -> Tally:

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from petal.client.drafting.drafter import Drafter, ScoredTree
 from petal.client.session.result import OutputOptions
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingParams
 
+from ..support.random_drafter import RandomDrafter
 from ..support.reference import GREEDY, NEW_TOKENS, demo_checkpoint, demo_reference, load_reference, reference_logits
 from ..support.swarms import local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
@@ -131,32 +131,6 @@ async def test_logits_equal_transformers_and_noise_is_caught(demo: AsyncSwarmMod
         # The negative control: a rule that cannot fail would prove nothing.
         noisy = measured + rng.normal(0, 1e-2, measured.shape)
         assert not explained(expected, noisy)
-
-
-@dataclass
-class RandomDrafter(Drafter):
-    """Trees of random shape; some nodes follow the known answer, so that paths are really accepted."""
-
-    answer: dict[tuple[int, ...], int]
-    vocab: int
-    rng: random.Random
-
-    @classmethod
-    def knowing(cls, ids: list[int], vocab: int, seed: int) -> RandomDrafter:
-        return cls({tuple(ids[:i]): ids[i] for i in range(1, len(ids))}, vocab, random.Random(seed))
-
-    def propose(self, ids: Sequence[int], budget: int, worth: float = 0.0) -> ScoredTree:
-        tokens, parents, paths = [ids[-1]], [-1], [tuple(ids)]
-        for _ in range(self.rng.randint(0, budget)):
-            parent = self.rng.randrange(len(tokens))
-            right = self.answer.get(paths[parent])
-            token = right if right is not None and self.rng.random() < 0.6 else self.rng.randrange(self.vocab)
-            if any(p == parent and t == token for p, t in zip(parents, tokens, strict=True)):
-                continue
-            tokens.append(token)
-            parents.append(parent)
-            paths.append((*paths[parent], token))
-        return ScoredTree(tuple(tokens), tuple(parents), tuple(-float(row) for row in range(len(tokens))))
 
 
 SAMPLING = [

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..support.families import reference, save_tiny
 from ..support.family_configs import VOCAB
+from ..support.random_drafter import RandomDrafter
 from ..support.reference import greedy
 from ..support.swarms import local_swarm, spans
-from .test_exactness import RandomDrafter
 
 PROMPT = [5, 17, 90, 33, 2, 8]
 

@@ -13,10 +13,10 @@ from petal.client.session.result import OutputOptions
 from petal.client.swarm import AsyncSwarmModel
 from petal.protocol.checkpoint.open import open_checkpoint
 
+from ..support.random_drafter import RandomDrafter
 from ..support.reference import load_reference
 from ..support.swarms import local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
-from .test_exactness import RandomDrafter
 
 PROMPT = [5, 17, 90, 33, 2, 8]
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}

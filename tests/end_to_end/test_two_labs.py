@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ..test_imports import ROOT
+from ..support.imports import ROOT
 
 ALONE = ["unshare", "--map-root-user", "--net", "--mount"]
 

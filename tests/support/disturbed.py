@@ -20,7 +20,7 @@ from petal.protocol.trust.interceptor import TrustInterceptor
 from petal.protocol.wire.limits import SERVER_OPTIONS
 from petal.protocol.wire.sampling import SamplingParams
 
-from ..end_to_end.test_exactness import RandomDrafter
+from .random_drafter import RandomDrafter
 from .swarms import LocalSwarm
 from .tiny import VOCAB
 from .trees import token_chain
