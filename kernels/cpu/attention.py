@@ -123,9 +123,8 @@ class _Attention:
             raise ValueError(f"queries are float32 or bfloat16, not {dtype}")
         if page_size != stored_size:
             raise ValueError(f"pages of {stored_size} rows do not fit metadata for {page_size}")
-        query = _rows(query, (rows, heads, key_width), dtype)
-        key = _rows(key, (rows, kv_heads, key_width), dtype)
-        value = _rows(value, (rows, kv_heads, value_width), dtype)
+        shapes = ((rows, heads, key_width), (rows, kv_heads, key_width), (rows, kv_heads, value_width))
+        query, key, value = _rows((query, key, value), shapes, dtype)
         if heads % kv_heads or (sinks is not None and (sinks.shape != (heads,) or sinks.dtype != torch.float32)):
             raise ValueError(f"{heads} query heads do not fit {kv_heads} kv heads or the sinks")
         sinks = None if sinks is None else sinks.contiguous()
@@ -163,7 +162,11 @@ class _Attention:
         return out
 
 
-def _rows(x: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    if x.shape != shape or x.dtype != dtype or not x.is_cpu:
-        raise ValueError(f"{tuple(x.shape)} {x.dtype} given, expected {shape} {dtype} on the CPU")
-    return x if x.stride(2) == 1 else x.contiguous()
+def _rows(given: tuple[Tensor, ...], shapes: tuple[tuple[int, int, int], ...], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors as the kernel reads them, with values side by side."""
+    result = []
+    for x, shape in zip(given, shapes, strict=True):
+        if x.shape != shape or x.dtype != dtype or not x.is_cpu:
+            raise ValueError(f"{tuple(x.shape)} {x.dtype} given, expected {shape} {dtype} on the CPU")
+        result.append(x if x.stride(2) == 1 else x.contiguous())
+    return result

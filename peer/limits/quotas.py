@@ -85,6 +85,8 @@ class QuotaUsage:
         self.principal = principal
         self.quota = quota
         self.weight = weight
+        # Whether `spend` has anything to say.
+        self.is_limited = quota.tokens_per_minute is not None
         self._held: dict[bytes, int] = {}
         self._tokens = float(quota.tokens_per_minute or 0)
         self._filled_at = time.monotonic()

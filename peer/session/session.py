@@ -161,7 +161,8 @@ class PeerSession:
             return
         if record := self.state.accept(step):
             try:
-                self.usage.spend(step.header.rows)
+                if self.usage.is_limited:
+                    self.usage.spend(step.header.rows)
             except Refused as error:
                 raise SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
             self._compute.run(step, lambda output: self._finished(record, step, output))

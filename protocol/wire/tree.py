@@ -73,7 +73,7 @@ class RowTree(StepTree):
     parents: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _ = self.depths
+        _ = self.height
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class DraftTree(StepTree):
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.parents):
             raise TreeError(f"{len(self.ids)} ids but {len(self.parents)} parents")
-        _ = self.depths
+        _ = self.height
 
 
 @lru_cache(maxsize=256)
