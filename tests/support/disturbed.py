@@ -52,7 +52,7 @@ async def crash(peer: PeerServer) -> None:
     """Every connection breaks and every session is gone; then the peer is back at the same address."""
     await peer._grpc.stop(None)
     peer._grpc = grpc.aio.server(interceptors=[TrustInterceptor(peer.trust)], options=SERVER_OPTIONS)
-    assert peer._bind() == peer.port  # where it listened last
+    assert peer._ports.bind(peer._grpc, peer.trust.server_credentials()) == peer.port  # where it listened last
     add_PeerServicer_to_server(peer.service, peer._grpc)
     add_DirectoryServicer_to_server(peer.announcement.service(), peer._grpc)
     await peer._grpc.start()
