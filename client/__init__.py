@@ -1,8 +1,11 @@
 """Generate with a swarm: `from petal.client import SwarmModel`."""
 
+from ..protocol.errors import PetalError
+from .arguments import SettingsError
 from .chat import AsyncChat, Chat
 from .config import GenerationConfig
 from .drafting.drafter import Drafter
+from .event_loop import ModelClosed
 from .output import OutputChunk
 from .routing.peers import ConnectError
 from .routing.route import NoRoute
@@ -16,8 +19,11 @@ __all__ = [
     "ConnectError",
     "Drafter",
     "GenerationConfig",
+    "ModelClosed",
     "NoRoute",
     "OutputChunk",
     "PeerError",
+    "PetalError",
+    "SettingsError",
     "SwarmModel",
 ]

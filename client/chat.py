@@ -39,6 +39,9 @@ class AsyncChat:
         """Answer the last question again; give another seed for another answer."""
         return self._answer(None, settings)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self.messages)} messages>"
+
     async def close(self) -> None:
         """Give the session's memory back to the peers; the messages stay, and so may the conversation."""
         if self._session:
@@ -114,5 +117,9 @@ class Chat:
         return self._loop.delegate_iteration(self._core.regenerate(**settings))
 
     def close(self) -> None:
-        """Give the session's memory back to the peers."""
-        self._loop.run(self._core.close())
+        """Give the session's memory back to the peers; nothing where the model is closed, which has done it."""
+        if self._loop.runs:
+            self._loop.run(self._core.close())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self.messages)} messages>"

@@ -60,7 +60,7 @@ class GenerationSettings(TypedDict, total=False):
     logits_processor: Sequence[LogitsProcessor] | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GenerationConfig:
     """What to generate, in transformers' words.
 
@@ -113,6 +113,9 @@ class GenerationConfig:
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbits(64))
         _ = self.sampling  # checks the values
+
+    def __repr__(self) -> str:
+        return f"GenerationConfig({', '.join(f'{name}={value!r}' for name, value in self.said().items())})"
 
     @cached_property
     def sampling(self) -> SamplingParams:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..protocol import petal_pb2 as pb
 from ..protocol.directory.directory import Directory
 from ..protocol.trust.channels import Channels
+from .event_loop import ModelClosed
 from .load_once import LoadOnce
 from .routing.peers import ConnectError, KnownPeers
 from .routing.route import NoRoute, Route, choose_route, context_of, sessions_that_fit
@@ -52,6 +53,7 @@ class SwarmConnection:
         self._local_source = local_source
         self._local_ends: LoadOnce[LocalEnds] = LoadOnce()
         self._membership: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def start(self, wait_s: float) -> None:
         """Wait up to `wait_s` seconds for a route, and keep what is known fresh from then on. Raises ConnectError."""
@@ -68,8 +70,17 @@ class SwarmConnection:
         self.known.keep_fresh()
         self._membership = asyncio.create_task(self._keep_trust())
 
+    def __str__(self) -> str:
+        if self._closed:
+            return "closed"
+        peers = self.known.reachable()
+        return f"{max((peer.n_blocks for peer in peers), default=0)} blocks, {len(peers)} peers"
+
     async def close(self) -> None:
-        """Leave the swarm; sessions end."""
+        """Leave the swarm; sessions end. Nothing where it was left already."""
+        if self._closed:
+            return
+        self._closed = True
         if self._membership:
             self._membership.cancel()
         self.known.close()
@@ -77,7 +88,12 @@ class SwarmConnection:
         await self.channels.close()
 
     async def route(self, reserve_tokens: int = 0, without: Collection[str] = ()) -> Route:
-        """The route that a new session would take, past the peers `without`. Raises NoRoute, ConnectError."""
+        """The route that a new session would take, past the peers `without`.
+
+        Raises NoRoute, ConnectError, ModelClosed.
+        """
+        if self._closed:
+            raise ModelClosed("the model is closed: connect again")
         await self.known.look()
         known, defaults = self.known, self.defaults
         try:

@@ -11,7 +11,13 @@ from concurrent.futures import Future
 from types import AsyncGeneratorType
 from typing import Any, TypeVar
 
+from ..protocol.errors import PetalError
+
 T = TypeVar("T")
+
+
+class ModelClosed(PetalError, RuntimeError):
+    """The model was closed, or belongs to the process that this one was forked from."""
 
 
 class EventLoopThread:
@@ -27,7 +33,7 @@ class EventLoopThread:
         atexit.register(self.stop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for the result; an interrupt cancels the work. Raises RuntimeError once stopped, and after a fork."""
+        """Wait for the result; an interrupt cancels the work. Raises ModelClosed once stopped, and after a fork."""
         future = self._submit(work)
         try:
             return future.result()
@@ -44,11 +50,11 @@ class EventLoopThread:
                 except StopAsyncIteration:
                     return
         finally:
-            if self._runs:
+            if self.runs:
                 self.run(_close(source))
 
     async def delegate(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await work of this loop from another one. Raises RuntimeError once stopped, and after a fork."""
+        """Await work of this loop from another one. Raises ModelClosed once stopped, and after a fork."""
         return await asyncio.wrap_future(self._submit(work))
 
     async def delegate_iteration(self, source: AsyncIterator[T]) -> AsyncIterator[T]:
@@ -60,13 +66,13 @@ class EventLoopThread:
                     return
                 yield item
         finally:
-            if self._runs:
+            if self.runs:
                 await self.delegate(_close(source))
 
     def stop(self) -> None:
         """Cancel what still runs, and end the thread; nothing where it has ended."""
         atexit.unregister(self.stop)
-        if not self._runs:
+        if not self.runs:
             return
         self.run(_cancel_others())
         self._stopped = True
@@ -75,16 +81,17 @@ class EventLoopThread:
         self._loop.close()
 
     @property
-    def _runs(self) -> bool:
+    def runs(self) -> bool:
+        """Whether it takes work: not once stopped, nor in a process that was forked."""
         return not self._stopped and os.getpid() == self._process
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        if self._runs:
+        if self.runs:
             return asyncio.run_coroutine_threadsafe(work, self._loop)
         work.close()
         if self._stopped:
-            raise RuntimeError("the model is closed: connect again")
-        raise RuntimeError(
+            raise ModelClosed("the model is closed: connect again")
+        raise ModelClosed(
             "a process made by fork cannot use its parent's model: connect in each process, or start them by 'spawn'"
         )
 

@@ -109,8 +109,11 @@ class AsyncSwarmModel:
         """Whom the first and the last block are left to."""
         return self.connection.ends
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self.connection}>"
+
     async def close(self) -> None:
-        """Leave the swarm; sessions end."""
+        """Leave the swarm; sessions end. Nothing where it was left already."""
         await self.connection.close()
 
     async def route(self, reserve_tokens: int = 0) -> Route:
@@ -314,10 +317,14 @@ class SwarmModel:
         """The route that a new session would take. Raises NoRoute."""
         return self._loop.run(self._core.route())
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self._core.connection}>"
+
     def close(self) -> None:
-        """Leave the swarm; sessions end."""
-        self._loop.run(self._core.close())
-        self._loop.stop()
+        """Leave the swarm; sessions end. Nothing where it was left already."""
+        if self._loop.runs:
+            self._loop.run(self._core.close())
+            self._loop.stop()
 
     def __enter__(self) -> SwarmModel:
         return self

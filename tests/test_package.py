@@ -29,10 +29,21 @@ DATA = sorted(
 )
 
 
+def package_folder(package: str) -> str:
+    """Where a package lies here."""
+    top = SETUPTOOLS["package-dir"].get(package)
+    return top or package.removeprefix("petal.").replace(".", "/")
+
+
+def installed(path: Path) -> str:
+    """What a file is called where it is installed."""
+    return f"petal/{path.as_posix()}".replace("petal/client/top-level/", "petal/")
+
+
 def unlisted(data: list[Path]) -> list[Path]:
     """Files that no pattern of package-data names."""
     patterns = [
-        f"{package.removeprefix('petal.')}/{pattern}"
+        f"{package_folder(package)}/{pattern}"
         for package, patterns in SETUPTOOLS["package-data"].items()
         for pattern in patterns
     ]
@@ -41,7 +52,7 @@ def unlisted(data: list[Path]) -> list[Path]:
 
 def test_every_package_folder_is_listed():
     folders = {path.parent.as_posix() for path in SOURCES}
-    assert sorted(SETUPTOOLS["packages"]) == sorted(f"petal.{folder.replace('/', '.')}" for folder in folders)
+    assert sorted(map(package_folder, SETUPTOOLS["packages"])) == sorted(folders)
     assert [path for path in folders if not (ROOT / path / "__init__.py").exists()] == []
 
 
@@ -75,4 +86,4 @@ def test_what_is_built_holds_every_file(tmp_path: Path):
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         assert expected <= {name.partition("/")[2] for name in archive.getnames()}
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        assert {f"petal/{name}" for name in expected} <= set(wheel.namelist())
+        assert set(map(installed, [*DATA, *SOURCES])) <= set(wheel.namelist())

@@ -6,6 +6,8 @@ import math
 import re
 from dataclasses import dataclass, replace
 
+from ...protocol.errors import PetalError
+
 # Q8_0 stores the values of a row by so many, so every width is a multiple of this.
 GROUP = 32
 _HEAD_DIM = 64
@@ -13,7 +15,7 @@ _HEAD_DIM = 64
 _EMBEDDING_SHARE = 0.72
 
 
-class DistillError(ValueError):
+class DistillError(PetalError, ValueError):
     """Why no drafter can be made, in one sentence that says what would help."""
 
 

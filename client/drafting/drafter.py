@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...protocol.errors import PetalError
 from ...protocol.wire.sampling import SamplingParams
 from ...protocol.wire.tree import DraftTree
 
 
-class DrafterError(ValueError):
+class DrafterError(PetalError, ValueError):
     """Why a drafter cannot serve this model, in one sentence."""
 
 
@@ -25,6 +26,7 @@ class ScoredTree(DraftTree):
 
     @classmethod
     def root(cls, token: int) -> ScoredTree:
+        """Without a guess: nothing but the last token."""
         return cls((token,), (-1,), (0.0,))
 
 

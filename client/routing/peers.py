@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ...protocol import petal_pb2 as pb
 from ...protocol.directory.directory import Directory, DirectoryError, ping_all
+from ...protocol.errors import PetalError
 from ...protocol.trust.trust import Trust
 from .digests import agreeing, weights_of
 from .pins import Pins
@@ -17,7 +18,7 @@ REFRESH_S = 3.0
 PING_S = 2.0
 
 
-class ConnectError(RuntimeError):
+class ConnectError(PetalError, RuntimeError):
     """Why there is no such model to talk to, in one sentence that says what to do."""
 
 

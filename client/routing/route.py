@@ -10,10 +10,11 @@ from functools import partial
 from itertools import groupby
 
 from ...protocol import petal_pb2 as pb
+from ...protocol.errors import PetalError
 from .profile import ComputeProfile, by_profile, may_replace, promises_exact
 
 
-class NoRoute(RuntimeError):
+class NoRoute(PetalError, RuntimeError):
     """Some blocks have no peer; the message names them."""
 
 
@@ -23,6 +24,9 @@ class Stop:
 
     peer: pb.PeerRecord
     blocks: range
+
+    def __repr__(self) -> str:
+        return f"<Stop {self.name}>"
 
     @property
     def name(self) -> str:

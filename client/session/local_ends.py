@@ -21,6 +21,7 @@ from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.digest import part_digest
 from ...protocol.checkpoint.layout import CheckpointError
 from ...protocol.checkpoint.open import open_checkpoint
+from ...protocol.errors import PetalError
 from ...protocol.wire.codec import encode
 from ...protocol.wire.limits import PART_BYTES
 from ...protocol.wire.sampling import Floats, SamplingParams
@@ -33,7 +34,7 @@ LogitsProcessor = Callable[[Any, Any], Any]
 _DTYPES = ("float32", "bf16")
 
 
-class LocalEndsError(ValueError):
+class LocalEndsError(PetalError, ValueError):
     """Why this machine cannot hold the model's ends, in one sentence."""
 
 

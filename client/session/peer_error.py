@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from ...protocol import petal_pb2 as pb
+from ...protocol.errors import PetalError
 from ...protocol.host import is_loopback
 
 # What a peer says of the request; all else says that the peer itself is in no state to serve it.
@@ -13,7 +14,7 @@ _REFUSALS = frozenset(
 )
 
 
-class PeerError(RuntimeError):
+class PeerError(PetalError, RuntimeError):
     """A peer refused or failed; the message is one sentence that names it."""
 
     def __init__(self, peer: str, code: grpc.StatusCode, reason: str, peer_id: str = "", place: str = "") -> None:

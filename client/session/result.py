@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...protocol import petal_pb2 as pb
+from ...protocol.errors import PetalError
 from ...protocol.wire.codec import CodecError, decode
 from ...protocol.wire.tree import DraftTree
 
 Array = NDArray[np.float32]
 
 
-class ResultError(ValueError):
+class ResultError(PetalError, ValueError):
     """What is wrong with an answer."""
 
 

@@ -10,6 +10,7 @@ from ...protocol.wire.codec import row_bytes
 from ...protocol.wire.sampling import SamplingParams
 from ...protocol.wire.tree import DraftTree
 from ...protocol.wire.verification import TokenHistory
+from ..arguments import SettingsError
 from ..routing.route import Route, context_of
 from .failover import Failover, PeerFinder, RouteKeeper
 from .options import SessionOptions
@@ -47,6 +48,9 @@ class Session:
         self._pipeline = Pipeline(channels, options)
         self._keeper = RouteKeeper(self._pipeline, route, finder, options)
         self._steps = StepStream(self._sequence, self._pipeline, self._keeper, options)
+
+    def __repr__(self) -> str:
+        return f"<Session of {len(self.ids)} tokens: {' > '.join(stop.name for stop in self.route)}>"
 
     @property
     def ids(self) -> list[int]:
@@ -120,11 +124,10 @@ class Session:
         are of all rows. `chunk` rows are sent at a time, by default what suits the route. Raises PeerError, NoRoute.
         """
         if not ids:
-            raise ValueError("there is nothing to prefill")
-        output = output or OutputOptions()
+            raise SettingsError("there is nothing to prefill")
         length = len(self.ids) + len(ids)
         await self._fit(length)
-        results = await self._append(ids, length, sampling, output, chunk)
+        results = await self._append(ids, length, sampling, output := output or OutputOptions(), chunk)
         if sampling is not None and self.options.local_ends:
             await self._draw(results[-1], None, output)
         return joined(results, output)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import PetalError
+
 _BLOCK = re.compile(r"^(?P<stack>(?:.*?\.)?)(?P<block>\d{1,5})\.")
 # Stacks that are no language model's, where several have as many blocks.
 _SENSES = re.compile(r"vision|visual|image|audio|speech|encoder\.layers")
@@ -19,7 +21,7 @@ _TOKEN_MATRICES = {
 }  # fmt: skip
 
 
-class CheckpointError(ValueError):
+class CheckpointError(PetalError, ValueError):
     """A model cannot be used; the message is one sentence that says what is wrong and what would be right."""
 
 

@@ -14,8 +14,10 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ..errors import PetalError
 
-class ChatTemplateError(ValueError):
+
+class ChatTemplateError(PetalError, ValueError):
     """A chat cannot be rendered: the model has no template, or its template refuses these messages."""
 
 

@@ -14,6 +14,7 @@ import grpc
 
 from .. import petal_pb2 as pb
 from .. import petal_pb2_grpc as rpc
+from ..errors import PetalError
 from ..trust.trust import PublicTrust, Trust, TrustError
 from ..wire.limits import DIRECTORY_OPTIONS
 from .records import CLOCK_SKEW_S, RecordError, fresher, verify_record
@@ -26,7 +27,7 @@ SignedRecords = list[pb.SignedRecord]
 Connect = Callable[[], AbstractAsyncContextManager[grpc.aio.Channel]]
 
 
-class DirectoryError(Exception):
+class DirectoryError(PetalError):
     """Why the directory could not be read or written, in one sentence."""
 
 

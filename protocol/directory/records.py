@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from google.protobuf.message import DecodeError
 
 from .. import petal_pb2 as pb
+from ..errors import PetalError
 from ..trust.identity import Identity, peer_id_of, verify
 from ..trust.tls_key import name_of, parse_certificate
 from ..trust.trust import NONCE_BYTES, server_name
@@ -30,7 +31,7 @@ _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 
 
-class RecordError(ValueError):
+class RecordError(PetalError, ValueError):
     """Why a record is not to be believed, in one sentence."""
 
 

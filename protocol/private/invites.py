@@ -14,6 +14,7 @@ from typing import Any
 import jwt
 
 from ..directory.records import is_address
+from ..errors import PetalError
 from ..trust.tls_key import TlsKey, name_of
 from .certificates import ROLES
 
@@ -23,7 +24,7 @@ _ALGORITHM = "ES256"
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
-class InviteError(ValueError):
+class InviteError(PetalError, ValueError):
     """Why an invitation is of no use, in one sentence."""
 
 

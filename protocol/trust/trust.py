@@ -20,6 +20,7 @@ import grpc
 from cryptography import x509
 
 from .. import petal_pb2 as pb
+from ..errors import PetalError
 from ..wire.limits import CHANNEL_OPTIONS
 from .identity import Identity
 from .tls_key import (
@@ -44,7 +45,7 @@ Options = Sequence[tuple[str, Any]]
 AuthContext = Mapping[str, Iterable[bytes]]
 
 
-class TrustError(Exception):
+class TrustError(PetalError):
     """Why somebody is not believed, in one sentence."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import PetalError
 from ..petal_pb2 import BF16, FLOAT32, INT8, Codec
 
 CODECS: dict[str, Codec] = {"float32": FLOAT32, "bf16": BF16, "int8": INT8}
@@ -13,7 +14,7 @@ CODEC_NAMES: dict[Codec, str] = {codec: name for name, codec in CODECS.items()}
 GROUP = 64
 
 
-class CodecError(ValueError):
+class CodecError(PetalError, ValueError):
     """Bytes that are no activations of the stated shape."""
 
 

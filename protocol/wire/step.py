@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .. import petal_pb2 as pb
+from ..errors import PetalError
 from .limits import MAX_ROWS, TOP_LOGPROBS
 from .tree import DraftTree, RowTree, StepTree, TreeError, chain
 
 
-class StepError(ValueError):
+class StepError(PetalError, ValueError):
     """A step that breaks the session protocol; the message says what is wrong and what is allowed."""
 
 

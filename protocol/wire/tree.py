@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
+from ..errors import PetalError
 
-class TreeError(ValueError):
+
+class TreeError(PetalError, ValueError):
     """A tree that no peer may accept; the message says which row is wrong and what is allowed."""
 
 
