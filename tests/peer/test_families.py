@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from petal.peer.model import Span
+from petal.peer.model import Span, load_ends, load_span
+from petal.protocol.checkpoint.open import open_checkpoint
 
 from ..support import families
-from ..support.families import CACHED, RAGGED, TABLE, try_family
+from ..support.families import CACHED, RAGGED, TABLE, save_tiny, try_family
 from ..support.family_configs import FAMILIES
 
 # Whatever the version of transformers: served, or refused in a sentence. Which way is in the version's own table.
@@ -66,6 +68,20 @@ def test_a_family_that_may_be_refused(family: str):
 def test_the_table_holds(family: str):
     verdict = try_family(family)
     assert (verdict.served, verdict.note) == rows()[family]
+
+
+def test_one_peer_holds_a_model_that_embeds_in_another_width(tmp_path: Path):
+    """As OPT-350M: what enters the blocks is no embedding, also where both ends are on one machine."""
+    save_tiny("opt that embeds in half its width", tmp_path / "opt")
+    with open_checkpoint(tmp_path / "opt", tmp_path / "digests") as checkpoint:
+        whole, ends = load_span(checkpoint, 0, 4), load_ends(checkpoint)
+    with torch.inference_mode():
+        expected = families.expected_logits(families.reference(tmp_path / "opt"))
+    found = families.served_logits([whole])
+    assert (found - expected).abs().max() <= families.TOLERANCE * expected.abs().max()
+    hidden = ends.embed(torch.tensor([3, 4]), torch.tensor([0, 1]))
+    assert hidden.shape == (2, whole.hidden_size)
+    assert ends.logits(hidden).shape == (2, whole.vocab_size)
 
 
 def test_a_wrong_tree_shows(monkeypatch: pytest.MonkeyPatch):

@@ -73,7 +73,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2 with scaled layers": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "llama4_text with a span without ropes": (
         "llama4_text",
-        {"no_rope_layers": [1, 0, 0, 1], "floor_scale": 8, "attn_scale": 1.0, "attn_temperature_tuning": True},
+        {
+            "no_rope_layers": [1, 0, 0, 1], "floor_scale": 8, "attn_scale": 1.0, "attn_temperature_tuning": True,
+            "layer_types": ["chunked_attention", "full_attention", "full_attention", "chunked_attention"],
+        },
     ),
     "opt that embeds in half its width": ("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "phi3 with two ropes": (
