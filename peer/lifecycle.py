@@ -12,6 +12,8 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 import asyncio
 import signal
 import sys
+import threading
+from typing import Any, NoReturn
 
 import uvloop
 
@@ -22,6 +24,11 @@ from .terminal import JsonLines, Terminal
 
 # A closed terminal ends a peer as its owner's Ctrl-C does.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# Once somebody has said so twice, or compute has failed: for a farewell to the swarm.
+HURRY_S = 10.0
+# The exit code of a peer whose compute died or hung: whoever watches it may start it again.
+FALLEN = 70
 
 
 def run_peer(options: ServeOptions, json_lines: bool) -> int:
@@ -74,7 +81,10 @@ class _Lifecycle:
         starting.result()
         self._ui.ready(server)
         expelled = asyncio.create_task(server.announcement.expelled.wait())
-        await asyncio.wait([leaving, expelled], return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [leaving, expelled, server.fallen]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if server.fallen.done():
+            await self._fall(server)
         if expelled.done():
             await server.stop()
             raise Expelled
@@ -88,4 +98,20 @@ class _Lifecycle:
 
     def _end(self, number: int) -> None:
         self._signal = number
+        if self._leaving.is_set():
+            self._exit_after(HURRY_S, 128 + number)
         (self._hurrying if self._leaving.is_set() else self._leaving).set()
+
+    async def _fall(self, server: PeerServer) -> NoReturn:
+        """Compute failed: the swarm hears of it, and the process ends."""
+        self._ui.failed(f"this peer ends: {server.fallen.result()}")
+        self._exit_after(HURRY_S, FALLEN)
+        await server.stop()
+        # A thread that hangs would be waited for.
+        os._exit(FALLEN)
+
+    def _exit_after(self, seconds: float, code: int) -> None:
+        """Whatever hangs, the process ends."""
+        timer = threading.Timer(seconds, os._exit, [code])
+        timer.daemon = True
+        timer.start()

@@ -26,6 +26,8 @@ from ..protocol.trust.trust import PublicTrust, Trust
 from ..protocol.wire.limits import DIRECTORY_OPTIONS, MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
 from .engine.engine import Engine
 from .engine.kv_cache import KVCache
+from .engine.scheduler import Budget
+from .engine.watchdog import STALL_S, Watchdog
 from .identity import Claim
 from .joining import Joiner, ServeError, cache_tokens
 from .limits.admission import Admission
@@ -61,6 +63,8 @@ class PeerServer:
 
     async def _start(self) -> None:
         options, self.identity = self.options, self._claim.identity
+        # Why this peer serves no more, though nobody has told it to end.
+        self.fallen: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         # Off the loop, which hears signals meanwhile: a hub may be slow to answer, and kernels are compiled.
         await asyncio.to_thread(self._open)
         self.trust: Trust = PublicTrust(self.identity)
@@ -162,7 +166,19 @@ class PeerServer:
         await self.announcement.prepare()
         self.engine.start()
         await self._grpc.start()
+        watchdog = Watchdog(self.engine.thread, self.engine.call, self._stall_s(), self._fall)
+        self._watching = asyncio.create_task(watchdog.run())
         await self.announcement.start(self.options.publish_s, self.service.sweep)
+
+    def _stall_s(self) -> float:
+        """The longest iteration is a full one, row by row."""
+        return STALL_S + Budget().rows / self._throughput if self._throughput > 0 else STALL_S
+
+    def _fall(self, reason: str) -> None:
+        """Compute does not get on: the clients go elsewhere at once."""
+        self.service.sessions.draining = True
+        self.service.sessions.end()
+        self.fallen.set_result(reason)
 
     async def drain(self, grace_s: float) -> None:
         """Say in the record that this peer leaves, take no new sessions, and give the running ones time to move."""
@@ -175,11 +191,13 @@ class PeerServer:
 
     async def stop(self) -> None:
         """Take no new sessions, withdraw the record, end what runs, leave the DHT."""
+        self._watching.cancel()
         self.service.sessions.draining = True
         await self.announcement.stop()
         await self.service.close()
         await self._grpc.stop(grace=1.0)
-        await asyncio.to_thread(self.engine.stop)
+        if not self.fallen.done():
+            await asyncio.to_thread(self.engine.stop)
         await self.directory.close()
         self._claim.release()
 

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..slow_work import slow_work
 from . import nvrtc
 from .nvrtc import NvrtcError
 
@@ -128,9 +129,10 @@ class Compiler:
         }
         command = [sys.executable, "-I", nvrtc.__file__]
         try:
-            done = subprocess.run(
-                command, input=json.dumps(request).encode(), capture_output=True, timeout=self._limit, check=False
-            )
+            with slow_work(self._limit):
+                done = subprocess.run(
+                    command, input=json.dumps(request).encode(), capture_output=True, timeout=self._limit, check=False
+                )
         except subprocess.TimeoutExpired:
             raise NvrtcError(f"compiling {program.source} took more than {self._limit:.0f} s.") from None
         if done.returncode or not done.stdout:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # Quiet for so long, the compute thread checks its own bookkeeping.
 IDLE_S = 1.0
+# For the iteration at hand, where the peer ends.
+STOP_S = 20.0
 # Commands between two iterations, at most: a flood of them must not keep ready steps waiting.
 MOST_COMMANDS = 256
 
@@ -45,17 +47,17 @@ class Engine:
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._batching = BatchingWindow()
         self._iteration_end_ns = 0
-        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
     # Called from the event loop.
 
     def start(self) -> None:
-        self._thread.start()
+        self.thread.start()
 
     def stop(self) -> None:
-        """Finish the iteration at hand and end the thread."""
+        """Finish the iteration at hand and end the thread; one that hangs is left behind."""
         self._commands.put(None)
-        self._thread.join()
+        self.thread.join(STOP_S)
 
     def open(
         self,

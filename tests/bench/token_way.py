@@ -124,7 +124,7 @@ async def token_way(model: str | Path, n_blocks: int, tokens: int, prompt: list[
             _whose.set(number)
             swarm = await stack.enter_async_context(local_swarm(model, [blocks], join))
             join = join or swarm.address
-            way.owners[swarm.peers[0].engine._thread.ident or 0] = number
+            way.owners[swarm.peers[0].engine.thread.ident or 0] = number
         _whose.set(CLIENT)
         client = await stack.enter_async_context(swarm.connect())
         emitted = 0
