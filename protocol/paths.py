@@ -7,6 +7,7 @@ import functools
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -16,23 +17,31 @@ log = logging.getLogger(__name__)
 
 def data_dir() -> Path:
     """Identities, memberships, swarms that one administers, pinned digests. Raises OSError where there is no home."""
-    folder = Path(platformdirs.user_data_dir("petal", appauthor=False))
-    if not folder.is_absolute():  # "~" stands for nothing
+    folder = _of_user(platformdirs.user_data_dir)
+    if folder is None:
         raise OSError("this user has no home folder; set HOME or XDG_DATA_HOME to a folder that can be written to")
     return folder
 
 
 def cache_dir() -> Path:
     """What can be made again; where the user's own folder cannot be written to, one that goes with this process."""
-    folder = Path(platformdirs.user_cache_dir("petal", appauthor=False))
+    folder = _of_user(platformdirs.user_cache_dir)
     try:
-        if not folder.is_absolute():
-            raise OSError(f"{folder} is no place")
+        if folder is None:
+            raise OSError("this user has no home folder")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return _passing(str(error))
     return folder
+
+
+def _of_user(place: Callable[..., str]) -> Path | None:
+    try:
+        folder = Path(place("petal", appauthor=False))
+    except RuntimeError:  # newer versions look the user up
+        return None
+    return folder if folder.is_absolute() else None  # older ones leave "~" for nobody's home
 
 
 @functools.cache

@@ -200,7 +200,14 @@ async def _start_node(
 
 async def _stop_node(p2p: P2P, node: DHTNode) -> None:
     node.is_alive = False  # its own shutdown waits forever for a daemon that died
-    await p2p.shutdown()
+    # A daemon that is told to end may still complain of it; who ends it has no use for that.
+    daemon = logging.getLogger("hivemind.p2p.p2p_daemon")
+    level = daemon.level
+    daemon.setLevel(logging.CRITICAL)
+    try:
+        await p2p.shutdown()
+    finally:
+        daemon.setLevel(level)
 
 
 async def _start_daemon(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from petal.protocol import host
+from petal.protocol import host, paths
 from petal.protocol.directory.addresses import check_address, check_peer
 
 DHT = "/ip4/127.0.0.1/tcp/31337/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
@@ -83,3 +83,20 @@ def test_hosts_and_ports_are_joined_as_they_are_read() -> None:
     assert host.numeric("localhost") in ("127.0.0.1", "::1")
     with pytest.raises(ValueError, match="no host that this machine knows"):
         host.numeric("no.such.host.invalid")
+
+
+@pytest.mark.parametrize("kind", ["data", "cache"])
+@pytest.mark.parametrize("place", ["~/.local/petal", RuntimeError("could not determine the home directory")])
+def test_nobodys_home_is_no_place(kind: str, place: str | RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_user(*_: object, **__: object) -> str:
+        if isinstance(place, RuntimeError):
+            raise place
+        return place
+
+    monkeypatch.setattr(f"platformdirs.user_{kind}_dir", of_user)
+    if kind == "data":
+        with pytest.raises(OSError, match="set HOME or XDG_DATA_HOME"):
+            paths.data_dir()
+    else:
+        assert paths.cache_dir().is_dir()
+        assert paths.cache_dir().is_absolute()
