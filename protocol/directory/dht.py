@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import ValidationError
@@ -170,6 +171,16 @@ class DhtDirectory(Directory):
         return any(answers)
 
 
+class _OwnSession(P2P):
+    """A daemon in a session of its own: Ctrl-C at a terminal reaches this program alone, which leaves in order."""
+
+    @staticmethod
+    def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
+        command: list[str] = P2P._make_process_args(*args, **kwargs)
+        setsid = shutil.which("setsid")
+        return [setsid, *command] if setsid else command
+
+
 async def _start_node(
     identity_path: str | os.PathLike[str] | None,
     initial_peers: Sequence[str],
@@ -220,7 +231,7 @@ async def _start_daemon(
 ) -> P2P:
     role = {"dht_mode": "client", "no_listen": True} if client_mode else {"host_maddrs": list(listen)}
     try:
-        return await P2P.create(
+        return await _OwnSession.create(
             initial_peers=list(initial_peers),
             identity_path=None if identity_path is None else os.fspath(identity_path),
             announce_maddrs=list(announce),

@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import os
 import time
 from pathlib import Path
 
@@ -326,3 +327,10 @@ def test_the_validator_leaves_the_time_to_readers():
     value = packed.dumps(signed_record(ALICE, expires_at=expiry).SerializeToString())
     key = DHTID.generate(MODEL_KEY).to_bytes()
     assert OwnedRecords().validate(DHTRecord(key, packed.dumps(ALICE.peer_id), value, expiry))
+
+
+async def test_an_interrupt_at_the_terminal_does_not_reach_the_daemon(join):
+    """It would die before its peer could say that it leaves."""
+    directory = await join()
+    daemon = directory._p2p._child.pid
+    assert os.getsid(daemon) == daemon != os.getsid(0)
