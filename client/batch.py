@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from ..protocol.errors import PetalError
 from .config import GenerationConfig
 from .connection import TREE_ROOM
 from .generation import Generator, common_prefix
@@ -19,36 +20,49 @@ SHARED_PREFIX = 32
 T = TypeVar("T")
 
 
-async def answers(
-    generator: Generator, prompts: Sequence[Sequence[int]], n: int, config: GenerationConfig
-) -> list[list[list[OutputChunk]]]:
-    """`n` answers to each prompt; as many run at a time as fit. Where one fails, the others are given up.
+Answer = list[OutputChunk] | PetalError
+
+
+class Batch:
+    """`n` answers to each prompt of one call; as many run at a time as fit.
 
     What all prompts begin with is computed once, where the peers have room for it beside; their sessions fork behind.
-    Raises ValueError, PeerError, NoRoute.
+    `progress` hears how many answers are done, and of how many. Where one fails the others are given up; with
+    `keep_errors` they go on, and its error is its answer.
     """
-    batch = _Batch(generator, max(len(ids) + config.new_tokens(len(ids)) for ids in prompts) + TREE_ROOM)
-    configs = [replace(config, sequence=i) for i in range(n)]
-    shared = shared_prefix(prompts) if len(prompts) * n > 1 else []
-    try:
-        await batch.start(shared if len(shared) >= (1 if n > 1 else SHARED_PREFIX) else [])
-        found = await all_or_none(batch.answer(ids, each) for ids in prompts for each in configs)
-    finally:
-        batch.close()
-    return [found[i : i + n] for i in range(0, len(found), n)]
 
-
-class _Batch:
-    """Sessions of one call, each of `reserve` tokens."""
-
-    def __init__(self, generator: Generator, reserve: int) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        config: GenerationConfig,
+        n: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+        keep_errors: bool = False,
+    ) -> None:
         self._generator = generator
-        self._reserve = reserve
+        self._configs = [replace(config, sequence=i) for i in range(n)]
+        self._progress = progress
+        self._keep_errors = keep_errors
+        self._reserve = 0
         self._trunk: Session | None = None
         self._slots = asyncio.Semaphore(1)
-        self._running = 0
+        self._running = self._done = 0
 
-    async def start(self, shared: Sequence[int]) -> None:
+    async def answers(self, prompts: Sequence[Sequence[int]]) -> list[list[Answer]]:
+        """Of each prompt. Raises SettingsError, PeerError, NoRoute."""
+        n, config = len(self._configs), self._configs[0]
+        self._reserve = max(len(ids) + config.new_tokens(len(ids)) for ids in prompts) + TREE_ROOM
+        shared = shared_prefix(prompts) if len(prompts) * n > 1 else []
+        total = len(prompts) * n
+        try:
+            await self._start(shared if len(shared) >= (1 if n > 1 else SHARED_PREFIX) else [])
+            found = await all_or_none(self._reported(ids, each, total) for ids in prompts for each in self._configs)
+        finally:
+            if self._trunk:
+                self._trunk.close()
+        return [found[i : i + n] for i in range(0, total, n)]
+
+    async def _start(self, shared: Sequence[int]) -> None:
         """See what fits; compute what the prompts share."""
         fit = await self._generator.connection.sessions_that_fit(self._reserve)
         if shared and fit > 1:
@@ -57,7 +71,21 @@ class _Batch:
             fit -= 1
         self._slots = asyncio.Semaphore(max(1, fit))
 
-    async def answer(self, ids: Sequence[int], config: GenerationConfig) -> list[OutputChunk]:
+    async def _reported(self, ids: Sequence[int], config: GenerationConfig, total: int) -> Answer:
+        """One answer, or why there is none where that is wanted."""
+        answer: Answer
+        try:
+            answer = await self._answer(ids, config)
+        except PetalError as error:
+            if not self._keep_errors:
+                raise
+            answer = error
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, total)
+        return answer
+
+    async def _answer(self, ids: Sequence[int], config: GenerationConfig) -> list[OutputChunk]:
         """One answer, as soon as there is room."""
         async with self._slots:
             session = await self._session()
@@ -67,11 +95,6 @@ class _Batch:
             finally:
                 self._running -= 1
                 session.close()
-
-    def close(self) -> None:
-        """Release what the answers shared."""
-        if self._trunk:
-            self._trunk.close()
 
     async def _session(self) -> Session:
         """A fork of the trunk; a session of its own where the trunk's peers are full or gone."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from operator import index
+from typing import Any, cast
 
 from ..protocol.checkpoint.tokenizer import Tokenizer
 from .arguments import SettingsError
@@ -15,7 +17,11 @@ from .model_text import ModelText
 from .output import OutputChunk, OutputCutter
 from .session.session import Session
 
-Prompt = str | Sequence[int]
+# Text, messages as in OpenAI's API, or token ids.
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+BYTES = (bytes, bytearray, memoryview)
+NO_BYTES = "a prompt is text, messages or token ids, not bytes: decode it first"
 
 
 class Generator:
@@ -28,12 +34,20 @@ class Generator:
         self._drafters = DrafterRegistry(tokenizer, connection.known.digest or b"")
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text; ids as they are. Raises SettingsError without a tokenizer."""
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+        """Token ids of a text or of messages; ids as they are. Raises SettingsError, ChatTemplateError."""
+        if isinstance(prompt, BYTES):
+            raise SettingsError(NO_BYTES)
+        try:
+            messages = None if isinstance(prompt, str) else messages_in(prompt)
+            if messages is None and not isinstance(prompt, str):
+                return [index(token) for token in cast("Sequence[int]", prompt)]
+        except TypeError:
+            raise SettingsError(f"a prompt is text, messages or token ids, not {prompt!r:.60}") from None
         if self.tokenizer is None:
             raise SettingsError(f"a text prompt needs a tokenizer, give token ids: {self.lack}")
-        return self.tokenizer.encode(prompt)
+        if messages is not None:
+            return self.tokenizer.apply_chat_template(messages)
+        return self.tokenizer.encode(cast("str", prompt))
 
     @property
     def lack(self) -> str:
@@ -110,6 +124,15 @@ async def generate(
         started = time.perf_counter()
         room = min(positions - len(ids), session.room(len(ids))) if cutter.left > 1 else 0
         done = await speculation.round(session, ids, room, config.output)
+
+
+def messages_in(prompt: Sequence[Any]) -> list[Mapping[str, Any]] | None:
+    """A prompt's messages; None where it has none. Raises SettingsError for one without role and content, TypeError."""
+    if not len(prompt) or not isinstance(prompt[0], Mapping):
+        return None
+    if not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in prompt):
+        raise SettingsError("each message has a role and a content")
+    return list(prompt)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""What `generate` takes and gives: one prompt or many, as text, ids, a tensor, or what a tokenizer returns."""
+"""What `generate` takes and gives: one prompt or many: text, messages, ids, a tensor, or what a tokenizer returns."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..protocol.errors import PetalError
 from .arguments import SettingsError
-from .generation import Prompt
+from .generation import BYTES, NO_BYTES, Prompt
 from .output import OutputChunk
 
 
@@ -32,12 +33,14 @@ class Prompts:
 
     @classmethod
     def of(cls, inputs: Any, mask: Any = None, pad: int | None = None) -> Prompts:
-        """Text, ids, a list of either, a tensor [batch, length], or a mapping with input_ids and attention_mask.
+        """Text, messages, ids, a list of these, a tensor [batch, length], a mapping of input_ids and attention_mask.
 
         Without a mask, `pad` at either end of a tensor's rows is padding. Raises SettingsError for anything else.
         """
         if isinstance(inputs, str):
             return cls([inputs], [inputs], single=True)
+        if isinstance(inputs, BYTES):
+            raise SettingsError(NO_BYTES)
         if isinstance(inputs, Mapping):
             if "input_ids" not in inputs:
                 raise SettingsError(
@@ -56,10 +59,10 @@ class Prompts:
         kept = [[id for id, counts in zip(*pair, strict=True) if counts] for pair in zip(rows, masks, strict=True)]
         return cls(kept, rows, single, like)
 
-    def result(self, groups: Sequence[Sequence[list[OutputChunk]]], pad: int) -> Any:
+    def result(self, groups: Sequence[Sequence[list[OutputChunk] | PetalError]], pad: int) -> Any:
         """The answers of each prompt in the form in which prompts came; rows of a tensor are padded with `pad`."""
         pairs = zip(self.given, groups, strict=True)
-        results = [_answer(prompt, chunks) for prompt, group in pairs for chunks in group]
+        results: list[Any] = [_answer(prompt, chunks) for prompt, group in pairs for chunks in group]
         if self.like is not None:
             width = max(map(len, results))
             return self.like.new_tensor([[*row, *[pad] * (width - len(row))] for row in results])
@@ -73,6 +76,8 @@ def _rows(inputs: Any) -> tuple[list[Any], bool]:
         raise SettingsError("there is no prompt")
     if not isinstance(items[0], str) and hasattr(items[0], "__index__"):
         return [[int(item) for item in items]], True
+    if isinstance(items[0], Mapping):
+        return [items], True
     return items, False
 
 
@@ -82,7 +87,9 @@ def _without(pad: Any, row: Sequence[int]) -> Sequence[int]:
     return row[text[0] : text[-1] + 1] if text else row
 
 
-def _answer(prompt: Prompt, chunks: list[OutputChunk]) -> str | list[int]:
-    if isinstance(prompt, str):
+def _answer(prompt: Any, chunks: list[OutputChunk] | PetalError) -> str | list[int] | PetalError:
+    if isinstance(chunks, PetalError):
+        return chunks
+    if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
         return "".join(chunk.text for chunk in chunks)
     return [*prompt, *(token for chunk in chunks for token in chunk.ids)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..protocol.checkpoint.generation_defaults import GenerationDefaults
@@ -12,7 +12,7 @@ from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.checkpoint.tokenizer import Tokenizer
 from ..protocol.wire.codec import CODECS
 from .arguments import SettingsError
-from .batch import answers
+from .batch import Answer, Batch
 from .chat import AsyncChat, Chat
 from .config import GenerationConfig, GenerationSettings, tensor
 from .connection import SwarmConnection
@@ -40,6 +40,18 @@ class Streamer(Protocol):
 
     def put(self, value: Any) -> None: ...
     def end(self) -> None: ...
+
+
+class GenerateArguments(GenerationSettings, total=False):
+    """Keyword arguments of `generate`; AsyncSwarmModel.generate says what they mean."""
+
+    input_ids: Any
+    attention_mask: Any
+    num_return_sequences: int
+    streamer: Streamer | None
+    return_dict_in_generate: bool
+    progress: Callable[[int, int], None] | None
+    return_exceptions: bool
 
 
 class AsyncSwarmModel:
@@ -141,15 +153,20 @@ class AsyncSwarmModel:
         num_return_sequences: int = 1,
         streamer: Streamer | None = None,
         return_dict_in_generate: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        return_exceptions: bool = False,
         **settings: Unpack[GenerationSettings],
     ) -> Any:
         """As transformers' `generate`: ids in, prompt + answer ids out; text in, the answer's text out.
 
-        `inputs` or `input_ids` is one prompt or a list: text, token ids, a tensor [batch, length] (then a tensor comes
-        back, padded with `pad_token_id` or the end-of-text id), or what a tokenizer of transformers returns: padding
-        counts by its mask, else by the pad id, and stays in the results. With `num_return_sequences` above 1 every
-        prompt gives that many results. A `streamer` gets ids as transformers' own do; `return_dict_in_generate` puts
-        the results into a GenerateOutput.
+        `inputs` or `input_ids` is one prompt or a list: text, messages, token ids, a tensor [batch, length] (then a
+        tensor comes back, padded with `pad_token_id` or the end-of-text id), or what a tokenizer of transformers
+        returns: padding counts by its mask, else by the pad id, and stays in the results. With `num_return_sequences`
+        above 1 every prompt gives that many results. A `streamer` gets ids as transformers' own do;
+        `return_dict_in_generate` puts the results into a GenerateOutput. `progress` is told after each answer how many
+        there are, and of how many. Where one prompt fails the others are given up and its error is raised; with
+        `return_exceptions` they go on, and a PetalError stands in the list in its place.
+        Raises SettingsError, PeerError, NoRoute, ConnectError.
         """
         if settings.get("top_logprobs") or settings.get("trace"):
             raise SettingsError("generate gives text or ids: top_logprobs and trace come with what stream() yields")
@@ -161,13 +178,16 @@ class AsyncSwarmModel:
         eos_ids = config.eos_ids(self.tokenizer)
         padding = config.pad_token_id if config.pad_token_id not in eos_ids else None
         prompts = Prompts.of(input_ids if inputs is None else inputs, attention_mask, padding)
+        if return_exceptions and prompts.like is not None:
+            raise SettingsError("return_exceptions needs prompts in lists: rows of a tensor hold no errors")
         encoded = [self.generator.encode(prompt) for prompt in prompts.rows]
         if streamer is not None:
             if len(encoded) != 1 or num_return_sequences != 1:
                 raise SettingsError("a streamer takes one prompt and one sequence")
-            groups = [[await self._stream_to(streamer, encoded[0], config)]]
+            groups: list[list[Answer]] = [[await self._stream_to(streamer, encoded[0], config)]]
         else:
-            groups = await answers(self.generator, encoded, num_return_sequences, config)
+            batch = Batch(self.generator, config, num_return_sequences, progress, return_exceptions)
+            groups = await batch.answers(encoded)
         pad = config.pad_token_id
         if pad is None:
             pad = min(self.generator.config({}).eos_ids(self.tokenizer), default=0)
@@ -253,53 +273,13 @@ class SwarmModel:
         """Whom the first and the last block are left to."""
         return self._core.trusted_ends
 
-    def generate(
-        self,
-        inputs: Any = None,
-        *,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        num_return_sequences: int = 1,
-        streamer: Streamer | None = None,
-        return_dict_in_generate: bool = False,
-        **settings: Unpack[GenerationSettings],
-    ) -> Any:
+    def generate(self, inputs: Any = None, **arguments: Unpack[GenerateArguments]) -> Any:
         """See AsyncSwarmModel.generate."""
-        return self._loop.run(
-            self._core.generate(
-                inputs,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                num_return_sequences=num_return_sequences,
-                streamer=streamer,
-                return_dict_in_generate=return_dict_in_generate,
-                **settings,
-            )
-        )
+        return self._loop.run(self._core.generate(inputs, **arguments))
 
-    async def agenerate(
-        self,
-        inputs: Any = None,
-        *,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        num_return_sequences: int = 1,
-        streamer: Streamer | None = None,
-        return_dict_in_generate: bool = False,
-        **settings: Unpack[GenerationSettings],
-    ) -> Any:
+    async def agenerate(self, inputs: Any = None, **arguments: Unpack[GenerateArguments]) -> Any:
         """See AsyncSwarmModel.generate."""
-        return await self._loop.delegate(
-            self._core.generate(
-                inputs,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                num_return_sequences=num_return_sequences,
-                streamer=streamer,
-                return_dict_in_generate=return_dict_in_generate,
-                **settings,
-            )
-        )
+        return await self._loop.delegate(self._core.generate(inputs, **arguments))
 
     def stream(self, prompt: Prompt, **settings: Unpack[GenerationSettings]) -> Iterator[OutputChunk]:
         """Chunks of the answer as they come: `for chunk in model.stream("Hi"): print(chunk.text, end="")`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from petal.client.batch import answers, shared_prefix
+from petal.client.batch import Batch, shared_prefix
 from petal.client.config import GenerationConfig
 from petal.client.output import OutputChunk
 from petal.client.routing.route import sessions_that_fit
@@ -44,6 +44,7 @@ class Swarm:
         self.most = self.refused = self.forks = 0
         self.said: list[int] = []
         self.fails: int | None = None
+        self.error: Exception = RuntimeError("this one fails")
 
     async def sessions_that_fit(self, _: int) -> int:
         return self.fit
@@ -63,15 +64,15 @@ class Swarm:
             for _ in range(3):
                 await asyncio.sleep(0.001)
                 if ids[-1] == self.fails:
-                    raise RuntimeError("this one fails")
+                    raise self.error
             self.said.append(ids[-1])
             yield OutputChunk([ids[-1], config.sequence])
 
         return said()
 
 
-async def said(swarm: Swarm, prompts: list[list[int]], n: int = 1) -> list[list[list[int]]]:
-    found: Any = await answers(swarm, prompts, n, GenerationConfig())  # type: ignore[arg-type]
+async def said(swarm: Swarm, prompts: list[list[int]], n: int = 1, **options: Any) -> list[list[list[int]]]:
+    found: Any = await Batch(swarm, GenerationConfig(), n, **options).answers(prompts)  # type: ignore[arg-type]
     return [[[token for chunk in chunks for token in chunk.ids] for chunks in group] for group in found]
 
 
@@ -104,6 +105,26 @@ async def test_where_one_fails_no_session_stays() -> None:
     await asyncio.sleep(0.05)
     assert swarm.said == before
     assert len(before) < 10
+
+
+async def test_where_one_fails_its_siblings_go_on_if_that_is_wanted() -> None:
+    swarm = Swarm(room=4)
+    swarm.fails, swarm.error = 2, PeerError("A", grpc.StatusCode.INTERNAL, "this one fails")
+    prompts = [[i, i] for i in range(9)]
+    found: Any = await Batch(swarm, GenerationConfig(), keep_errors=True).answers(prompts)  # type: ignore[arg-type]
+    assert [group[0] is swarm.error for group in found] == [i == 2 for i in range(9)]
+    assert sorted(swarm.said) == [0, 1, *range(3, 9)]
+    assert not swarm.open
+    # What nobody foresaw is no answer.
+    swarm.error = RuntimeError("a fault of the program")
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        await Batch(swarm, GenerationConfig(), keep_errors=True).answers(prompts)  # type: ignore[arg-type]
+
+
+async def test_progress_is_told() -> None:
+    heard: list[tuple[int, int]] = []
+    await said(Swarm(room=2), [[i, i] for i in range(3)], n=2, progress=lambda *done: heard.append(done))
+    assert heard == [(i, 6) for i in range(1, 7)]
 
 
 @pytest.mark.parametrize(("room", "forks"), [(1, 0), (2, 3), (8, 3)])
