@@ -79,7 +79,8 @@ class Session:
 
     def room(self, length: int) -> int:
         """Tokens that a sequence of `length` may grow by before its rows must be computed anew."""
-        return min((b - length for b in self._pipeline.rope_borders if b >= length), default=self.context_length)
+        ahead = [border - length for border in self._pipeline.rope_borders if border >= length]
+        return min(ahead) if ahead else self.context_length
 
     async def open(self) -> None:
         """Reserve on every peer and join the links, or release all and raise PeerError."""
@@ -172,6 +173,8 @@ class Session:
         """
         output = output or OutputOptions()
         await self._fit(len(self.ids) + 1)
+        if tree.height and tree.height > (room := self.room(len(self.ids) + 1)):
+            raise ValueError(f"a tree of {tree.height} levels goes over a border of the model's rope: {room} fit here")
         parents = () if tree.is_chain else tree.parents
         await self._send(tree.ids, parents, output, prefill=False, sample=True, sampling=sampling)
         result = await self._steps.result(self._sequence.step)

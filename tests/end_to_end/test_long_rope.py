@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 import pytest
 import pytest_asyncio
 import torch
+from petal.protocol.wire.sampling import SamplingParams
+from petal.protocol.wire.tree import DraftTree
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 
 from ..support.disturbed import crash
@@ -84,6 +86,14 @@ async def test_one_session_goes_over_the_border_and_back(folder: Path, expected)
         for length in (70, 300, 100, 128):
             answered = await client.generator.chunks(session, prompt(length), config)
             assert [id async for chunk in answered for id in chunk.ids] == expected[length][:8]
+
+
+async def test_a_tree_over_the_border_is_refused(swarm):
+    async with swarm.connect() as client, await client.open_session(200) as session:
+        await session.prefill(prompt(98), SamplingParams())
+        with pytest.raises(ValueError, match="a tree of 2 levels goes over a border of the model's rope: 1 fit here"):
+            await session.step(DraftTree((1, 2, 3), (-1, 0, 1)))
+        assert (await session.step(DraftTree((1, 2), (-1, 0)))).next_token is not None
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
