@@ -246,7 +246,7 @@ async def test_repeat_travels_through_the_route(client: AsyncSwarmModel) -> None
         for hop in (session._pipeline.hops[0], session._pipeline.hops[-1]):
             await hop.send(pb.ClientFrame(step=message))
         reader = ResultReader(message, session.options.codec, hop.stop.peer)
-        while (again := reader.add(await session._pipeline.result())) is None:
+        while (again := reader.add(await session._pipeline.result(10))) is None:
             pass
         assert (again.accepted, again.next_token) == (first.accepted, first.next_token)
         expected = await fresh(client, PROMPT, GREEDY)
