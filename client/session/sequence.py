@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...protocol import petal_pb2 as pb
@@ -38,6 +38,11 @@ class SequenceState:
             self.rewind = length if self.rewind is None else min(length, self.rewind)
             self.prompt_length = min(self.prompt_length, length)
             del self.ids[length:]
+
+    def extend(self, length: int, borders: Iterable[int]) -> bool:
+        """Be part of a sequence of `length`; whether the rows that are cached are good for it."""
+        before, self.extent = self.extent, length
+        return not self.ids or all((length > border) == (before > border) for border in borders)
 
     def resumed(self) -> None:
         """The peers hold `ids`, and nothing is left to tell."""

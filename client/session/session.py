@@ -126,8 +126,7 @@ class Session:
         """
         if not ids:
             raise SettingsError("there is nothing to prefill")
-        length = len(self.ids) + len(ids)
-        await self._fit(length)
+        await self._fit(length := len(self.ids) + len(ids))
         results = await self._append(ids, length, sampling, output := output or OutputOptions(), chunk)
         if sampling is not None and self.options.local_ends:
             await self._draw(results[-1], None, output)
@@ -135,10 +134,8 @@ class Session:
 
     async def _fit(self, length: int) -> None:
         """Have the cached rows computed for a sequence of this length; ropes of some models depend on it."""
-        sequence, borders = self._sequence, self._pipeline.rope_borders
-        anew = bool(sequence.ids) and any((length > b) != (sequence.extent > b) for b in borders)
-        sequence.extent = length
-        if anew:
+        sequence = self._sequence
+        if not sequence.extend(length, self._pipeline.rope_borders):
             ids, prompt_length = list(sequence.ids), sequence.prompt_length
             sequence.rewind_to(0)
             await self._append(ids, length, None, OutputOptions(), 0)
