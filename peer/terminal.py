@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from ..protocol.trust.trust import member_name
 from .progress import StartProgress
 
 if TYPE_CHECKING:
@@ -62,10 +63,12 @@ class Terminal:
             f"{record.dtype if record.quantization == 'none' else record.quantization}, "
             f"{record.throughput:.0f} tokens/s, cache of {record.cache_tokens} tokens"
         )
+        member = member_name(record)
+        whose = f"member {member}" if member else f"peer {record.peer_id}"
         with contextlib.suppress(OSError):
             self._console.print(
                 Panel(
-                    f"{facts}\npeer {record.peer_id}",
+                    f"{facts}\n{whose}",
                     title=f"Petal peer ready at {escape(server.address)}",
                     expand=False,
                 )
@@ -116,6 +119,7 @@ class JsonLines:
         self._emit(
             "ready",
             peer_id=record.peer_id,
+            member=member_name(record) or None,
             model=record.model,
             blocks=[record.start, record.end],
             address=server.address,

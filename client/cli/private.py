@@ -7,7 +7,7 @@ import json
 import re
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ...protocol.directory.addresses import check_address
 from ...protocol.host import is_loopback, outward_host, with_port
+from .status import SHORT
 
 # What only admins need is imported late: `petal --help` answers at once.
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ commands = typer.Typer()
 console = Console(stderr=True)
 
 PORT = 31400
-# What people compare and type; longer ones are understood, too.
-SHORT = 12
+SEEN_S = 2.0
 _UNITS = {"m": 60, "h": 3600, "d": 86400}
 
 Swarm = Annotated[str | None, typer.Argument(help="The swarm; needed where this machine administers several.")]
@@ -106,11 +106,17 @@ def members(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Whom this admin has let in."""
-    newest = {issue.name: issue for issue in _authority(name).ledger.issues()}
+    authority = _authority(name)
+    newest = {issue.name: issue for issue in authority.ledger.issues()}
+    seen = asyncio.run(_seen(authority))
     if as_json:
-        print(json.dumps([vars(issue) | {"serial": f"{issue.serial:x}"} for issue in newest.values()]))
+        said = []
+        for issue in newest.values():
+            host, last_seen = seen.get(issue.name, ("", None))
+            said.append(vars(issue) | {"serial": f"{issue.serial:x}", "host": host, "last_seen": last_seen})
+        print(json.dumps(said))
     else:
-        Console().print(_table(newest.values()))
+        Console().print(_table(newest.values(), seen))
 
 
 @commands.command()
@@ -181,10 +187,30 @@ def _seconds(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
-def _table(issues: Iterable[Issue]) -> Table:
-    table = Table("id", "role", "labels", "until", "")
+async def _seen(authority: Authority) -> dict[str, tuple[str, float]]:
+    """Host and time of the newest record of every peer, by its id as a member; nothing where no member answers."""
+    from ...protocol.directory.directory import DirectoryError, GrpcDirectory
+    from ...protocol.trust.trust import member_name
+
+    membership = authority.membership
+    addresses = [authority.members_at, *membership.addresses]
+    try:
+        records = await GrpcDirectory(addresses, trust=membership, timeout_s=SEEN_S).list()
+    except DirectoryError:
+        return {}
+    return {
+        member_name(record): (record.addresses[0].rpartition(":")[0] if record.addresses else "", record.version / 1e3)
+        for record in records
+    }
+
+
+def _table(issues: Iterable[Issue], seen: Mapping[str, tuple[str, float]]) -> Table:
+    table = Table("id", "role", "labels", "host", "last seen", "until", "")
     for issue in issues:
         labels = " ".join(f"{label}={value}" for label, value in issue.labels.items())
         until = time.strftime("%Y-%m-%d %H:%M", time.localtime(issue.not_after))
-        table.add_row(issue.name[:SHORT], issue.role, labels, until, "[red]revoked[/red]" if issue.revoked else "")
+        host, when = seen.get(issue.name, ("", 0.0))
+        last = f"{max(0.0, time.time() - when):.0f} s ago" if when else ""
+        revoked = "[red]revoked[/red]" if issue.revoked else ""
+        table.add_row(issue.name[:SHORT], issue.role, labels, host, last, until, revoked)
     return table

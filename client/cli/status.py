@@ -12,13 +12,15 @@ from rich.table import Table
 
 from ...protocol import petal_pb2 as pb
 from ...protocol.directory.directory import Directory, Pong, ping_all
-from ...protocol.trust.trust import Trust
+from ...protocol.trust.trust import Trust, member_name
 from ..routing.profile import ComputeProfile, by_profile
 from ..routing.route import by_model, describe_blocks, missing_blocks
 
 PING_S = 2.0
 # Columns that the table needs with lines and bars.
 WIDE = 150
+# What people compare and type of a member's id; longer ones are understood, too.
+SHORT = 12
 
 
 async def swarm_status(directory: Directory, trust: Trust) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def _peer(record: pb.PeerRecord, pong: Pong | None) -> dict[str, Any]:
     reachable = pong is not None and pong.peer_id == record.peer_id
     return {
         "peer_id": record.peer_id,
+        "member": member_name(record) or None,
         "start": record.start,
         "end": record.end,
         "address": record.addresses[0] if record.addresses else None,
@@ -127,7 +130,7 @@ def _table(model: dict[str, Any], width: int) -> Table:
 def _cells(peer: dict[str, Any], wide: bool) -> dict[str, str]:
     colour = "green" if peer["state"] == "online" else "yellow" if peer["reachable"] else "red"
     return {
-        "peer": peer["peer_id"][-8:],
+        "peer": peer["member"][:SHORT] if peer["member"] else peer["peer_id"][-8:],
         "blocks": f"{peer['start']}:{peer['end']}",
         "state": f"[{colour}]{peer['state']}[/{colour}]",
         "dtype": peer["dtype"],

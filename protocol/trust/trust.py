@@ -203,6 +203,11 @@ def server_name(certificate: x509.Certificate) -> str:
     return names[0]
 
 
+def member_name(record: pb.PeerRecord) -> str:
+    """What the admins of a private swarm call a verified record's peer; empty in a public one."""
+    return server_name(parse_certificate(record.certificates[0])) if len(record.certificates) > 1 else ""
+
+
 def _hello_text(certificate: bytes, nonce: bytes, session_id: bytes) -> bytes:
     return _HELLO + hashlib.sha256(certificate).digest() + nonce + session_id
 

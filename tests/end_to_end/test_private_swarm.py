@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 import pytest_asyncio
+from petal.client.cli import private
+from petal.client.cli.status import swarm_status
 from petal.client.routing.peers import ConnectError
 from petal.client.session.peer_error import PeerError
 from petal.client.session.session import Session
@@ -251,3 +253,18 @@ async def test_quotas_by_label_hold_on_the_wire() -> None:
             async with await other.open_session(64) as free:
                 await free.prefill([1] * 40)
                 await free.step(token_chain([1, 2, 3, 4, 5]))
+
+
+async def test_a_member_has_one_id_everywhere(swarm: PrivateSwarm) -> None:
+    peer = swarm.peers[-1]
+    trust = await join(swarm.invite("client"), folder=swarm.folder / "looking")
+    report = await swarm_status(GrpcDirectory([peer.address], trust=trust), trust)
+    [said] = [one for model in report["models"] for one in model["peers"] if one["peer_id"] == peer.identity.peer_id]
+    assert said["member"] == peer.trust.name
+    assert said["member"] in {issue.name for issue in swarm.authority.ledger.issues()}
+    end = time.monotonic() + CUT_S
+    while said["member"] not in (found := await private._seen(swarm.authority)) and time.monotonic() < end:
+        await asyncio.sleep(0.5)  # the admin hears of it with a beat
+    host, seen = found[said["member"]]
+    assert host == "127.0.0.1"
+    assert time.time() - seen < 60
