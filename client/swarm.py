@@ -22,6 +22,7 @@ from .model_text import ModelText
 from .output import OutputChunk
 from .prompts import GenerateOutput, Prompts
 from .routing.connect import connect
+from .routing.own_weights import OwnWeights
 from .routing.peers import ConnectError, KnownPeers
 from .routing.route import Route
 from .routing.trusted_ends import TrustedEnds
@@ -102,7 +103,7 @@ class AsyncSwarmModel:
         trust, directory = await connect(initial_peers, join)
         ends = TrustedEnds(trust, frozenset([trusted_ends] if isinstance(trusted_ends, str) else trusted_ends))
         defaults = SessionOptions(0, CODECS[codec], exact, allow_mixed, wait_s=WAIT_S if wait_s is None else wait_s)
-        known = KnownPeers(directory, trust, name, digest, ends.limit)
+        known = KnownPeers(directory, trust, name, digest, ends.limit, OwnWeights(model) if digest else None)
         connection = SwarmConnection(known, directory, ends, defaults, model if local_ends else None)
         try:
             await connection.start(wait_s or 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 from collections.abc import Callable, Sequence
 
 from ...protocol import petal_pb2 as pb
@@ -11,8 +12,9 @@ from ...protocol.directory.directory import Directory, DirectoryError, ping_all
 from ...protocol.errors import PetalError
 from ...protocol.trust.trust import Trust
 from .digests import agreeing, weights_of
+from .own_weights import OwnWeights
 from .pins import Pins
-from .route import NoRoute, Route, by_model
+from .route import NoRoute, Route, by_model, missing_blocks
 
 REFRESH_S = 3.0
 PING_S = 2.0
@@ -36,13 +38,17 @@ class KnownPeers:
         name: str,
         digest: bytes | None,
         limit: Callable[[list[pb.PeerRecord]], list[pb.PeerRecord]] = lambda records: records,
+        own: OwnWeights | None = None,
     ) -> None:
+        """`digest`: of the checkpoint that is known here, `own`; without one the name alone tells the model."""
         self.digest = digest
         self.rtt_s: dict[str, float] = {}
         self._directory = directory
         self._trust = trust
         self._limit = limit
         self._name = name
+        self._own = own
+        self._namesakes: list[pb.PeerRecord] = []
         self._pins = Pins(name)
         self._records: list[pb.PeerRecord] = []
         self._strange = 0
@@ -59,25 +65,51 @@ class KnownPeers:
 
     async def look(self) -> list[pb.PeerRecord]:
         """Ask the directory, and ping whom this client does not know yet or has banned. Raises ConnectError."""
-        try:
-            groups = by_model(await self._directory.list(self._name))
-        except DirectoryError as error:
-            raise ConnectError(str(error)) from error
-        if self.digest is None and groups:
-            # Without a checkpoint of our own: the digest that was used first, or the one that most peers serve.
-            self.digest = self._pins.model_digest or max(groups, key=lambda digest: len(groups[digest]))
-        if groups and self.digest not in groups:
-            raise ConnectError(
-                f"the swarm serves other weights under the name {self._name} than this machine has or has used; "
-                f"where that is right, fetch them, or accept them with `petal forget {self._name}`"
-            )
-        found = groups.get(self.digest or b"", [])
+        found = await self._found()
         agreed = agreeing(found, self._pins.digests)
         self._strange = len(found) - len(agreed)
         self._records = self._limit(agreed)
         back = [r for r in self._records if r.version > self._banned.get(r.peer_id, r.version)]
         await self._ping([r for r in self._records if r.peer_id not in self.rtt_s or r in back])
         return self._records
+
+    async def _found(self) -> list[pb.PeerRecord]:
+        """Records of the model by its name; where those lack blocks, by its weights under whatever name."""
+        try:
+            groups = by_model(await self._directory.list(self._name))
+            if self.digest is None and groups:
+                # Without a checkpoint of our own: the digest that was used first, or the one that most peers serve.
+                self.digest = self._pins.model_digest or max(groups, key=lambda digest: len(groups[digest]))
+            found = groups.get(self.digest or b"", [])
+            there = [record for record in found if record.peer_id not in self._banned]
+            if self._own and (not there or missing_blocks(there, there[0].n_blocks)):
+                others = [r for r in await self._directory.list() if r.model_digest == self.digest]
+                self._namesakes = [r for r in others if r.model != self._name]
+                found = [*found, *await self._own.same(self._namesakes, self._pins.digests)]
+        except DirectoryError as error:
+            raise ConnectError(str(error)) from error
+        if groups and not found:
+            raise ConnectError(self._other_weights())
+        return found
+
+    def _other_weights(self) -> str:
+        if self._own:
+            return (
+                f"the swarm serves other weights under the name {self._name} than {self._own.source} here: get theirs, "
+                f"or serve these with `{self._serve}`"
+            )
+        return (
+            f"the swarm serves other weights under the name {self._name} than this machine has used; where that is "
+            f"right, accept them with `{self._forget}`"
+        )
+
+    @property
+    def _serve(self) -> str:
+        return f"petal-serve {shlex.quote(self._own.source if self._own else self._name)}"
+
+    @property
+    def _forget(self) -> str:
+        return f"petal forget {shlex.quote(self._name)}"
 
     def pin(self, route: Route) -> None:
         """From now on, and in later runs, these are the model's weights."""
@@ -91,7 +123,18 @@ class KnownPeers:
             return ""
         return (
             f"{self._strange} of its peers hold other weights than were used here before, or than most others hold, "
-            f"and are left out; where they are right, `petal forget {self._name}` accepts them"
+            f"and are left out; where they are right, `{self._forget}` accepts them"
+        )
+
+    def _advice(self) -> str:
+        """What to do where nobody serves the model."""
+        names = sorted({record.model for record in self._namesakes})
+        start = f"start one with `{self._serve}`"
+        if not names:
+            return start
+        return (
+            f"what is served as {' and '.join(names)} is built alike, but its weights differ or are not on this "
+            f"machine to compare: give the path of that very file, or {start}"
         )
 
     def reachable(self) -> list[pb.PeerRecord]:
@@ -103,7 +146,7 @@ class KnownPeers:
         if not self._records and self._strange:
             raise NoRoute(f"no peer serves the known weights of {self._name}")
         if not self._records:
-            raise NoRoute(f"no peer serves {self._name}; start one with `petal-serve {self._name}`")
+            raise NoRoute(f"no peer serves {self._name}; {self._advice()}")
         reachable = self.reachable()
         if not reachable:
             raise NoRoute(f"none of the {len(self._records)} peers that serve {self._name} can be reached")

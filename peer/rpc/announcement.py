@@ -101,8 +101,8 @@ class Announcement:
         """Another peer's own signed record; where `fresh`, the directory is asked for it anew."""
         if fresh:
             with contextlib.suppress(DirectoryError):  # then the book is all there is
-                await self._directory.list(self._served.model)
-        records = self._directory.book.list(self._served.model)
+                await self._directory.list()
+        records = self._directory.book.list()  # whatever it calls the weights that both hold
         return next((record for record in records if record.peer_id == peer_id), None)
 
     async def _refresh(self, heard: Callable[[], None]) -> None:

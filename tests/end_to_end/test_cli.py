@@ -257,9 +257,11 @@ def test_generate_refuses_a_prompt_longer_than_the_context(peers: list[Peer], mo
 
 
 def test_generate_of_a_model_that_nobody_serves(peers: list[Peer], model: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(model, tmp_path / "other")
+    other = shutil.copytree(model, tmp_path / "other one")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
     line = petal("generate", other, "Hi", "--initial-peers", peers[0].ready["address"]).line("petal")
-    assert "no peer serves" in line
+    assert f"no peer serves other one; start one with `petal-serve '{other}'`" in line
     assert "other" in line
 
 

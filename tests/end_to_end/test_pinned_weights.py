@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from petal.client.routing.peers import ConnectError
+from petal.client.swarm import AsyncSwarmModel
 
 from ..support.commands import petal
 from ..support.swarms import local_swarm
@@ -46,3 +47,38 @@ async def test_a_route_goes_round_the_peer_that_contradicts_two_others(tmp_path:
         await others.peers[0].directory.list()
         assert len(await client.connection.known.look()) == 3
         assert others.peers[0].identity.peer_id not in {stop.peer.peer_id for stop in await client.route()}
+
+
+def renamed(model: Path, folder: Path) -> Path:
+    return shutil.copytree(model, folder / "by another name")
+
+
+async def test_a_name_is_a_label(tmp_path: Path) -> None:
+    """The same weights in another folder are the same model, and both kinds of peers make one route."""
+    model = tiny_llama()
+    other = renamed(model, tmp_path)
+    async with local_swarm(model, [range(0, 4)]) as swarm:
+        async with swarm.connect() as client:
+            expected = await client.generate(PROMPT, max_new_tokens=4)
+        client = await AsyncSwarmModel.connect(str(other), [swarm.address], wait_s=20)
+        assert await client.generate(PROMPT, max_new_tokens=4) == expected
+        await client.close()
+    async with (
+        local_swarm(model, [range(0, 2)]) as swarm,
+        local_swarm(other, [range(2, 4)], join=swarm.address),
+        swarm.connect() as client,
+    ):
+        assert await client.generate(PROMPT, max_new_tokens=4) == expected
+
+
+async def test_other_weights_of_the_same_shape_are_another_model(tmp_path: Path) -> None:
+    """Config and tensor names alone make no model: whoever trains one on has both."""
+    model = tiny_llama()
+    other = renamed(altered(model, tmp_path), tmp_path)
+    async with local_swarm(model, [range(0, 4)]) as swarm:
+        with pytest.raises(ConnectError) as caught:
+            await AsyncSwarmModel.connect(str(other), [swarm.address])
+    assert str(caught.value) == (
+        f"no peer serves by another name; what is served as {model.name} is built alike, but its weights differ or are "
+        f"not on this machine to compare: give the path of that very file, or start one with `petal-serve '{other}'`"
+    )
