@@ -68,7 +68,7 @@ def _model(model: str) -> None:
 Model = Annotated[
     str,
     typer.Argument(
-        help="Hub id, local safetensors folder, GGUF file, or [b]demo[/b].",
+        help="Hub id, local safetensors folder, GGUF file, or demo.",
         callback=_checked(_model),
         show_envvar=False,
     ),

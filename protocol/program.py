@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -37,6 +38,8 @@ _REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 _LONGEST = 600
+# Columns that help in boxes needs.
+_WIDE = 100
 
 
 def die_quietly_of_signals() -> None:
@@ -68,6 +71,8 @@ def _code(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     # click's own, wherever typer keeps click
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     _tolerate_any_text()
+    if shutil.get_terminal_size().columns < _WIDE:
+        app.rich_markup_mode = None  # columns would cut the names of options
     try:
         code = app(arguments, prog_name=name, standalone_mode=False)
         sys.stdout.flush()

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ...protocol.private import ENVIRONMENT
 from ..routing.peers import ConnectError
 from ..swarm import SwarmModel
 from .conversation import Conversation, reader
@@ -27,6 +28,8 @@ from .report import plain_report
 from .terminal import peer_program, show
 
 MODEL = "demo"
+# Of the variables that `petal-serve` reads.
+PREFIX = "PETAL_SERVE_"
 N_BLOCKS = 30
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
@@ -67,7 +70,7 @@ class ChildPeer:
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
-            env={**os.environ, **environment},
+            env={**_own_environment(), **environment},
         )
         child = cls(blocks, process)
         threading.Thread(target=child._listen, daemon=True).start()
@@ -111,6 +114,12 @@ class ChildPeer:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def _own_environment() -> dict[str, str]:
+    """This program's, without what would lead its peers into another swarm."""
+    ours = (ENVIRONMENT, "PETAL_INITIAL_PEERS")
+    return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith(PREFIX)}
 
 
 def split(n_blocks: int, peers: int) -> list[range]:

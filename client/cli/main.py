@@ -250,7 +250,7 @@ def demo(
 
 @app.command()
 def distill(
-    target: Annotated[str, typer.Argument(help="The model to draft for: hub id, path, or [b]demo[/b].")],
+    target: Annotated[str, typer.Argument(help="The model to draft for: hub id, path, or demo.")],
     out: Annotated[Path, typer.Option(help="Folder for the drafter; after an interruption, the same goes on.")],
     size: Annotated[str, typer.Option(help="Parameters at most, embedding included.")] = "16M",
     minutes: Annotated[float, typer.Option(min=0.01, help="How long it may take.")] = 20.0,

@@ -10,7 +10,7 @@ from ...protocol.directory.addresses import check_peer
 from ...protocol.private import ENVIRONMENT
 from .prompts import check_drafter
 
-Model = Annotated[str, typer.Argument(help="The model as its peers name it: hub id, path, or [b]demo[/b].")]
+Model = Annotated[str, typer.Argument(help="The model as its peers name it: hub id, path, or demo.")]
 
 
 def _check_peers(peers: list[str] | None) -> list[str] | None:
@@ -47,8 +47,8 @@ Drafter = Annotated[
     str,
     typer.Option(
         callback=check_drafter,
-        help="Who guesses ahead; never changes the text. [b]auto[/b], [b]ngram[/b] (the text's own repeats), "
-        "[b]model[/b] (the one made for this model), a checkpoint, several with commas, or [b]none[/b].",
+        help="Who guesses ahead; never changes the text. auto, ngram (the text's own repeats), "
+        "model (the one made for this model), a checkpoint, several with commas, or none.",
     ),
 ]
 Budget = Annotated[int | None, typer.Option(min=0, help="Tokens to draft a round; by default what pays most.")]

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import typer
-from petal.client.cli import conversation
+from petal.client.cli import conversation, demo
 from petal.client.cli.conversation import Conversation
 from petal.client.cli.prompts import protect_prompt, read_prompt
 from petal.client.cli.report import plain_report
 from petal.client.cli.word_wrap import WordWrap
 from petal.client.output import OutputChunk
 from petal.client.routing.route import NoRoute
+
+from ..support.commands import petal
 
 
 @pytest.mark.parametrize(
@@ -176,3 +178,22 @@ def test_words_of_answers_are_not_broken(width: int, size: int) -> None:
 def test_what_is_longer_than_a_line_is_printed_as_it_is() -> None:
     wrap = WordWrap(10)
     assert "".join([wrap.add("a " + "x" * 25), wrap.add(" b"), wrap.flush()]).split() == ["a", "x" * 25, "b"]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("command", [("generate",), ("chat",), ("distill",), ("swarm", "invite")])
+def test_help_cuts_no_names(command: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = petal(*command, "--help")
+    assert shown.code == 0
+    assert "…" not in shown.out
+    assert "[b]" not in shown.out
+
+
+def test_peers_of_a_demo_join_no_other_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PETAL_INITIAL_PEERS", "192.0.2.1:1")
+    monkeypatch.setenv("PETAL_JOIN", "x")
+    monkeypatch.setenv("PETAL_SERVE_PORT", "1")
+    monkeypatch.setenv("PETAL_NATIVE", "portable")
+    kept = demo._own_environment()
+    assert {name for name in kept if name.startswith("PETAL_")} == {"PETAL_NATIVE"}
