@@ -15,6 +15,7 @@ from ..protocol.checkpoint.checkpoint import Checkpoint
 from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.directory.dht import DhtDirectory
 from ..protocol.directory.directory import DirectoryError
+from ..protocol.directory.public import PublicDirectory
 from ..protocol.host import WILDCARDS, is_loopback
 from ..protocol.memory import available_bytes
 from ..protocol.petal_pb2_grpc import DirectoryStub, add_DirectoryServicer_to_server, add_PeerServicer_to_server
@@ -102,21 +103,21 @@ class PeerServer:
     def _building(self, done: int, total: int) -> None:
         self._progress.stage(f"compiling the kernels, once on this machine: {done} of {total} files")
 
-    async def _join_directory(self) -> DhtDirectory | GossipDirectory:
+    async def _join_directory(self) -> PublicDirectory | GossipDirectory:
         options = self.options
         if isinstance(self.trust, Membership):
             gossip = GossipDirectory(self.trust, self.address)
             await gossip.join()
             return gossip
-        directory = await DhtDirectory.create(
+        dht = await DhtDirectory.create(
             self._claim.path,
             initial_peers=await bootstrap_addresses(options.initial_peers, self.trust),
             listen=(self._ports.dht(),),
             relay=options.relay,
         )
-        if found := re.search(r"/tcp/(\d+)/", " ".join(await directory.multiaddrs())):
+        if found := re.search(r"/tcp/(\d+)/", " ".join(await dht.multiaddrs())):
             self._ports.remember_dht(int(found[1]))
-        return directory
+        return PublicDirectory(dht, self.trust, self.identity.peer_id)
 
     async def _load(self) -> None:
         """Choose a span, load it off the loop, and measure it."""

@@ -8,8 +8,8 @@ import logging
 from collections.abc import Callable
 
 from ...protocol import petal_pb2 as pb
-from ...protocol.directory.dht import DhtDirectory
 from ...protocol.directory.directory import DirectoryError, DirectoryService
+from ...protocol.directory.public import PublicDirectory
 from ...protocol.directory.publisher import Publisher
 from ...protocol.private.gossip import GossipDirectory
 from ...protocol.trust.identity import Identity
@@ -26,7 +26,7 @@ class Announcement:
 
     def __init__(
         self,
-        directory: DhtDirectory | GossipDirectory,
+        directory: PublicDirectory | GossipDirectory,
         identity: Identity,
         trust: Trust,
         served: pb.PeerRecord,

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -38,9 +38,11 @@ logger = logging.getLogger(__name__)
 DAEMON_START_S = 60.0  # slow machines need most of it
 ANSWER_S = 15.0
 GREET_S = 30.0
+# To us, on this machine; and for a connection.
+DAEMON_ANSWER_S = 5.0
 _INDEX = "petal 1 models"
 _T = TypeVar("_T")
-_Start = Callable[[], Awaitable[tuple[P2P, DHTNode]]]
+_Start = Callable[[Sequence[str], Sequence[str]], Awaitable[tuple[P2P, DHTNode]]]
 
 
 class OwnedRecords(RecordValidatorBase):
@@ -77,6 +79,8 @@ class DhtDirectory(Directory):
         self._greeted_at = time.monotonic()
         self._greeting: asyncio.Task[bool] | None = None
         self._restarting = asyncio.Lock()
+        self._listen: Sequence[str] = ()
+        self._suspect = False
 
     @classmethod
     async def create(
@@ -96,8 +100,11 @@ class DhtDirectory(Directory):
         """
         own = None if identity_path is None else Identity.load_or_create(identity_path).peer_id
         others = [address for address in initial_peers if _peer_of(address) != own]
-        start = partial(_start_node, identity_path, others, listen, announce, client_mode, relay)
-        return cls(start, *await start(), others)
+        start = partial(_start_node, identity_path, announce, client_mode, relay)
+        directory = cls(start, *await start(others, listen), others)
+        # A daemon that is started again listens where the others know it.
+        directory._listen = listen if client_mode else await directory._listening(listen)
+        return directory
 
     @property
     def peer_id(self) -> str:
@@ -107,7 +114,7 @@ class DhtDirectory(Directory):
     async def list(self, model: str | None = None) -> Peers:
         """See Directory; one look-up. DirectoryError if nobody in the DHT answers."""
         await self._stay_joined()
-        found = await _bounded(self._node.get(_INDEX if model is None else _model_key(model), latest=True))
+        found = await self._within(self._node.get(_INDEX if model is None else _model_key(model), latest=True))
         for data, _ in found.value.values() if found else ():
             with suppress(RecordError):  # expired on its way
                 self.book.add(parse_signed(data))
@@ -119,7 +126,7 @@ class DhtDirectory(Directory):
         self.book.add(signed)
         await self._stay_joined()
         keys = [_model_key(record.model), _INDEX]
-        stored = await _bounded(
+        stored = await self._within(
             self._node.store_many(
                 keys, [signed.SerializeToString()] * 2, record.expires_at, subkeys=[record.peer_id] * 2
             )
@@ -151,10 +158,12 @@ class DhtDirectory(Directory):
     async def _stay_joined(self) -> None:
         """Restart a daemon that died; greet lost initial peers, whom hivemind forgets, lest the swarm stay split."""
         async with self._restarting:
+            if self._suspect:
+                await self._end_frozen()
             if self._p2p._child.returncode is not None:
                 logger.warning("The DHT daemon died: starting it again")
                 await _stop_node(self._p2p, self._node)
-                self._p2p, self._node = await self._start()
+                self._p2p, self._node = await self._started_again()
         table = self._node.protocol.routing_table
         lost = [peer for peer in self._initial_peers if table.get(peer_id=peer) is None]
         alone = not table.uid_to_peer_id
@@ -165,7 +174,53 @@ class DhtDirectory(Directory):
         if lost and alone and self._greeting is not None and not await asyncio.shield(self._greeting):
             raise _unreachable(list(self._initial_peers.values()))
 
+    def remember(self, multiaddrs: Iterable[str]) -> None:
+        """More ways into the DHT than those to begin with."""
+        for address in multiaddrs:
+            with suppress(DirectoryError):
+                if (peer := _peer_of(address)) != self._p2p.peer_id:
+                    self._initial_peers.setdefault(peer, address)
+
+    async def _listening(self, listen: Sequence[str]) -> Sequence[str]:
+        """`listen` with the ports that it came to."""
+        if not any(address.endswith("/tcp/0") for address in listen):
+            return listen
+        ports = {address.split("/tcp/")[1].split("/")[0] for address in await self.multiaddrs() if "/tcp/" in address}
+        port = ports.pop() if len(ports) == 1 else "0"
+        return [address.removesuffix("/tcp/0") + f"/tcp/{port}" for address in listen]
+
+    async def _started_again(self) -> tuple[P2P, DHTNode]:
+        """Through whoever was known; where none of them answers, alone, so that they find this one."""
+        try:
+            return await self._start(list(self._initial_peers.values()), self._listen)
+        except DirectoryError:
+            return await self._start((), self._listen)
+
+    async def _end_frozen(self) -> None:
+        """A daemon that says nothing to us either will say nothing more."""
+        self._suspect = False
+        try:
+            await asyncio.wait_for(self._p2p._client.identify(), DAEMON_ANSWER_S)
+        except Exception:  # of every kind, as daemons end
+            logger.warning("The DHT daemon hangs: ending it")
+            if self._p2p._child.returncode is None:
+                self._p2p._child.kill()
+                await self._p2p._child.wait()
+
+    async def _within(self, call: Awaitable[_T]) -> _T:
+        """Raises DirectoryError where no answer comes in time, and looks at the daemon before the next call."""
+        try:
+            return await _bounded(call)
+        except DirectoryError:
+            self._suspect = True
+            raise
+
     async def _greet(self, peers: Sequence[PeerID]) -> bool:
+        for peer in peers:
+            with suppress(Exception):  # whatever the daemon says of an address: the ping tells
+                await asyncio.wait_for(
+                    self._p2p._client.connect(peer, [_transport(self._initial_peers[peer])]), DAEMON_ANSWER_S
+                )
         answers = await asyncio.gather(*(self._node.protocol.call_ping(peer) for peer in peers))
         await asyncio.sleep(0)  # the ping's own task enters the peer into the routing table
         return any(answers)
@@ -183,11 +238,11 @@ class _OwnSession(P2P):
 
 async def _start_node(
     identity_path: str | os.PathLike[str] | None,
-    initial_peers: Sequence[str],
-    listen: Sequence[str],
     announce: Sequence[str],
     client_mode: bool,
     relay: bool,
+    initial_peers: Sequence[str],
+    listen: Sequence[str],
 ) -> tuple[P2P, DHTNode]:
     p2p = await _start_daemon(identity_path, initial_peers, listen, announce, client_mode, relay)
     try:
@@ -267,6 +322,10 @@ def _peer_of(address: str) -> PeerID:
         return PeerID.from_base58(Multiaddr(address)["p2p"])
     except (ValueError, LookupError):
         raise DirectoryError(f"{address!r} is no peer's multiaddr such as /ip4/1.2.3.4/tcp/31337/p2p/Qm...") from None
+
+
+def _transport(address: str) -> Multiaddr:
+    return Multiaddr(address.rpartition("/p2p/")[0])
 
 
 def _model_key(model: str) -> str:
