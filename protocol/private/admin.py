@@ -8,6 +8,7 @@ import grpc
 
 from .. import petal_pb2 as pb
 from ..directory.directory import DirectoryService
+from ..host import listening_obstacle, with_port
 from ..petal_pb2_grpc import AdminServicer, add_AdminServicer_to_server, add_DirectoryServicer_to_server
 from ..trust.interceptor import TrustInterceptor
 from ..trust.tls_key import name_of, pem_of, self_signed
@@ -49,11 +50,22 @@ class AdminServer(AdminServicer):
             revocations=lambda: self.membership.revocations,
         )
         add_DirectoryServicer_to_server(directory, self._server)
-        self._server.add_secure_port(f"{self._host}:{port}", credentials_of(self._key_and_chain))
-        self._server.add_secure_port(f"{self._host}:{port + 1}", self.membership.server_credentials())
+        self._listen(port, credentials_of(self._key_and_chain))
+        self._listen(port + 1, self.membership.server_credentials())
         await self._server.start()
         await self.directory.join()
         self._renewing = asyncio.create_task(self._keep())
+
+    def _listen(self, port: int, credentials: grpc.ServerCredentials) -> None:
+        where = with_port(self._host, port)
+        try:
+            self._server.add_secure_port(where, credentials)
+        except RuntimeError as error:
+            reason = listening_obstacle(self._host, port) or "the port is in use"
+            raise RuntimeError(
+                f"cannot listen on {where}: {reason}; where this admin runs already, leave it be, else choose another "
+                "port with --address"
+            ) from error
 
     async def stop(self) -> None:
         self._renewing.cancel()

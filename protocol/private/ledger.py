@@ -37,6 +37,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        path.touch(mode=0o600)  # sqlite would let everybody read it
         with self._transaction() as database:
             with suppress(sqlite3.OperationalError):  # there is no such table but in files of the first version
                 database.execute("ALTER TABLE barred RENAME TO revoked")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import socket
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -194,3 +195,11 @@ def test_an_admin_may_move_and_members_find_it_by_a_new_invitation(authority: Au
     assert Membership(tmp_path / "member").admin == "192.0.2.9:31501"
     member.find_admin(dataclasses.replace(invite, admin="somebody", addresses=("192.0.2.66:1",)))
     assert member.admin == "192.0.2.9:31501", "another admin's invitation moves nobody"
+
+
+def test_a_second_admin_of_a_swarm_is_told_that_there_is_one() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        mine = Authority.init("mine", f"127.0.0.1:{taken.getsockname()[1]}")
+        line = commands.petal("swarm", "admin", "mine", "--host", "127.0.0.1").line("petal")
+    assert "the port is in use; where this admin runs already, leave it be" in line
+    assert (mine.folder / "ledger.sqlite").stat().st_mode & 0o777 == 0o600
