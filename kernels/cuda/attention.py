@@ -32,8 +32,7 @@ class Extent:
 
     def group(self, heads: int) -> int:
         """Neighbouring queries that share keys, for so many query heads on a kv head."""
-        rows = 1 if self.widest == 1 else 4 if self.widest <= 4 else 8 if self.widest <= 32 else 16
-        power = _power(heads)
+        rows, power = 1 if self.widest == 1 else 4 if self.widest <= 4 else 8, _power(heads)
         return max(rows * max(1, 8 // power), 16 // power)
 
     def groups(self, heads: int) -> int:
@@ -125,6 +124,8 @@ class Attention:
 
         out: [N, Hq, Dv]; with `tile`, activations in tiles of so many rows. Options as `backend.Attend` has them.
         """
+        if not scale > 0:
+            raise ValueError(f"scores are scaled by more than 0, not {scale}")
         extent, (n, heads, width) = queries.extent, q.shape
         page, kv_heads, value_width = *k_pages.shape[1:3], v_pages.shape[3]
         group = heads // kv_heads
@@ -139,11 +140,10 @@ class Attention:
         numbers = (scale if softcap is not None else scale * _LOG2_E, softcap or 1.0, window or 0)
         chunks = -(-extent.longest // (_SUPER if supers else _CHUNK))
         if chunks:
-            warps = 8 if extent.group(group) * _power(group) >= 128 else 4
             self._kernels.shared_tiles[(len(queries.groups), kv_heads, chunks)](
                 q, k_pages, v_pages, queries.table, queries.position_of, queries.groups, *partial, n,
                 queries.table.shape[1], *numbers, **shape, GROUPED=_power(group), ROWS=extent.group(group),
-                num_warps=warps, num_stages=3 if width <= 128 else 2, enable_fp_fusion=False,
+                num_warps=4, num_stages=3 if width <= 128 else 2, enable_fp_fusion=False,
             )  # fmt: skip
         self._kernels.own_tiles[(n, kv_heads)](
             q, k_pages, v_pages, queries.table, queries.segment_of, queries.position_of, queries.straight_of,

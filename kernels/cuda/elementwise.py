@@ -57,7 +57,7 @@ class Elementwise:
         """New keys and values [n, kv heads, width] into their slots; kv heads · width are multiples of 8."""
         self._launch(
             "store_rows", (len(k),), k, v, k_pages, v_pages, queries.segment_of, queries.slot_of, queries.table,
-            queries.table.shape[1], k_pages.shape[1], k[0].numel() // 8, v[0].numel() // 8,
+            queries.table.shape[1], k_pages.shape[1], len(k_pages), k[0].numel() // 8, v[0].numel() // 8,
         )  # fmt: skip
 
     def rotate_and_store(
@@ -77,7 +77,8 @@ class Elementwise:
         threads = (heads + 2 * kv_heads) * width // 4
         self._launch(
             "rotate_and_store", (rows, -(-threads // _BLOCK)), qkv, q, k_pages, v_pages, cos, sin, queries.segment_of,
-            queries.slot_of, queries.table, queries.table.shape[1], page, heads, kv_heads, width, overlap=overlap,
+            queries.slot_of, queries.table, queries.table.shape[1], page, len(k_pages), heads, kv_heads, width,
+            overlap=overlap,
         )  # fmt: skip
         return q
 

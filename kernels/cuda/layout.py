@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..formats.aqlm import Aqlm
 from ..formats.base import Format, FormatError, Shape, Tensors, padded
-from ..formats.dense import Dense
 from ..formats.gguf import Gguf
 from ..formats.int4 import Int4
 from ..formats.int8 import Int8
 from ..formats.nf4 import BLOCK, LEVELS, Nf4, block_scales, split_high
 from ..formats.nibbles import split
+from . import ggml
 
 BLOB = 64
 UNIT = 512  # depths; four quarters of whole blobs in pairs
@@ -263,49 +263,77 @@ LAYOUTS = {
 }
 
 
-def fields(format: Format, tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
-    """A checkpoint's tensors, checked. What no layout holds as it is becomes bfloat16."""
+def layout_of(format: Format, shape: Shape, group: int = BLOB) -> Layout:
+    """How a matrix of a format is stored; group: of int4 weights. What no layout holds as it is becomes bfloat16."""
     match format:
         case Int4():
-            return _int4(tensors, shape)
+            name = "Int4Group32" if group == 32 else "Int4"
         case Nf4() if shape[1] % BLOCK == 0:
+            name = "Nf4"
+        case Int8():
+            name = "Int8"
+        case Gguf():
+            name = ggml.LAYOUT_OF[format.name]
+        case Aqlm(codebooks=2, bits=8) | Aqlm(codebooks=1, bits=16):
+            name = f"Aqlm{format.codebooks}x{format.bits}"
+        case _:
+            name = "Bf16"
+    return LAYOUTS[name]
+
+
+def nbytes(format: Format, shape: Shape) -> int:
+    """Bytes of a matrix on the device, without outlier columns."""
+    layout = layout_of(format, shape, format.group or BLOB if isinstance(format, Int4) else BLOB)
+    blobs = padded(shape[0], BLOB) // BLOB * (padded(shape[1], UNIT) // BLOB)
+    books = 2 * 8 * (format.codebooks << format.bits) if isinstance(format, Aqlm) and layout.reordered else 0
+    return blobs * layout.bytes + (4 * padded(shape[0], BLOB) if layout.scaled else 0) + books
+
+
+def fields(format: Format, tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
+    """A checkpoint's tensors, checked."""
+    layout = layout_of(format, shape, _group(tensors) if isinstance(format, Int4) else BLOB)
+    match format:
+        case Int4():
+            return _int4(layout, tensors)
+        case Nf4() if layout.name == "Nf4":
             codes = split_high(tensors["weight"][:, 0])[: shape[0] * shape[1]].view(shape)
             scale = block_scales(tensors, torch.float32).view(shape[0], -1)
-            return Fields(LAYOUTS["Nf4"], shape[1], {"codes": codes, "scale": scale})
+            return Fields(layout, shape[1], {"codes": codes, "scale": scale})
         case Int8():
-            return _int8(tensors, shape)
+            return _int8(layout, tensors, shape)
         case Gguf():
-            return _gguf(format, tensors["blocks"], shape)
-        case Aqlm(codebooks=2, bits=8) | Aqlm(codebooks=1, bits=16):
+            rows = ggml.rows(format.name, tensors["blocks"].view(shape[0], -1, format.size))
+            return Fields(layout, shape[1], {name: t.flatten(1) for name, t in rows.items()})
+        case Aqlm() if layout.reordered:
             books = tensors["codebooks"][:, :, 0].bfloat16().contiguous()
             # A code of 16 bits is two bytes, the lower first, as are those of two codebooks.
             rows = {"codes": tensors["codes"].view(torch.uint8), "row_scale": tensors["scales"].float().flatten()}
-            return Fields(LAYOUTS[f"Aqlm{format.codebooks}x{format.bits}"], shape[1], rows, books)
-        case Dense():
-            return Fields(LAYOUTS["Bf16"], shape[1], {"codes": tensors["weight"].bfloat16()})
-    return dense(format, tensors, shape)
+            return Fields(layout, shape[1], rows, books)
+    return dense(format.dequantize(tensors, shape, torch.float32))
 
 
-def dense(format: Format, tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
-    """Any format as bfloat16."""
-    weight = format.dequantize(tensors, shape, torch.float32)
-    return Fields(LAYOUTS["Bf16"], shape[1], {"codes": weight.bfloat16()})
+def dense(weight: Tensor) -> Fields:
+    """A matrix [out, in] of floating point."""
+    return Fields(LAYOUTS["Bf16"], weight.shape[1], {"codes": weight.bfloat16()})
 
 
-def _int4(tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
+def _group(tensors: Mapping[str, Tensor]) -> int:
+    """Depths that share a scale in int4 weights."""
+    return 2 * tensors["codes"].shape[1] // tensors["scales"].shape[1]
+
+
+def _int4(layout: Layout, tensors: Mapping[str, Tensor]) -> Fields:
     codes, scale, zero = split(tensors["codes"]), tensors["scales"], tensors["zeros"]
-    group = codes.shape[1] // scale.shape[1]
-    if group > BLOB:
+    if (group := _group(tensors)) > BLOB:
         scale, zero = (t.repeat_interleave(group // BLOB, 1) for t in (scale, zero))
-    layout = LAYOUTS["Int4Group32" if group == 32 else "Int4"]
     return Fields(layout, codes.shape[1], {"codes": codes, "scale": scale, "zero": zero})
 
 
-def _int8(tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
+def _int8(layout: Layout, tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
     """Outlier columns are two columns of codes each, behind all others: v = scale · 2^e · (first + second / 256)."""
     codes, scale, columns = tensors["codes"], tensors["scales"], tensors["outliers"]
     if not len(columns):
-        return Fields(LAYOUTS["Int8"], shape[1], {"codes": codes.view(torch.uint8), "row_scale": scale})
+        return Fields(layout, shape[1], {"codes": codes.view(torch.uint8), "row_scale": scale})
     # A row that is all outliers has no scale of its own.
     least = tensors["values"].float().abs().amax(1) / 2**14
     empty = scale == 0
@@ -318,14 +346,7 @@ def _int8(tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
     codes = torch.cat((codes, first.to(torch.int8), second.to(torch.int8)), 1)
     factors = torch.tensor([2.0**exponent, 2.0 ** (exponent - 8)], device=codes.device).repeat_interleave(len(columns))
     extension = Extension(columns.int().repeat(2), factors)
-    return Fields(LAYOUTS["Int8"], shape[1], {"codes": codes.view(torch.uint8), "row_scale": scale}, None, extension)
-
-
-def _gguf(format: Gguf, blocks: Tensor, shape: Shape) -> Fields:
-    from . import ggml
-
-    layout, rows = ggml.rows(format.name, blocks.view(shape[0], -1, format.size))
-    return Fields(LAYOUTS[layout], shape[1], {name: t.flatten(1) for name, t in rows.items()})
+    return Fields(layout, shape[1], {"codes": codes.view(torch.uint8), "row_scale": scale}, None, extension)
 
 
 def nf4_levels() -> str:

@@ -65,7 +65,7 @@ class Linear:
         """out = packed · Wᵀ + bias.
 
         packed: activations of `rows` rows (`pack`). out: [rows, out] bfloat16; if gated, for weights that `interleave`
-        made, activations of silu(gate) · up, whose padding stays as it is. bias: [out] bfloat16, not if gated.
+        made, activations of silu(gate) · up, whose padding stays as it is. bias: [out] float32, not if gated.
         overlap: it may start while the kernel before it ends.
         """
         tiling = tiling or self.tiling(weights, rows, gated)

@@ -42,17 +42,17 @@ def rows_of(pages, place, d, there, WIDTH: tl.constexpr, PADDED: tl.constexpr, M
 @triton.jit
 def step(q, k, v, m, z, acc, scale, softcap, seen, CAPPED: tl.constexpr, MASKED: tl.constexpr):
     """One tile of keys [64, width] joins the running softmax of q [rows, width]; MASKED: where seen [rows, 64]."""
-    s = tl.dot(q, tl.trans(k)) * scale
+    s = tl.dot(q, tl.trans(k))
     if CAPPED:
-        s = softcap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
-        s = s * 1.4426950408889634
+        s = softcap * (1.0 - 2.0 / (tl.exp2(s * scale * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
+        scale = 1.4426950408889634
     if MASKED:
         s = tl.where(seen, s, LOWEST)
-    most = tl.maximum(m, tl.max(s, 1))
+    most = tl.maximum(m, tl.max(s, 1) * scale)
     base = most
     if MASKED:
         base = tl.where(most == LOWEST, 0.0, most)
-    p = tl.exp2(s - base[:, None]).to(v.dtype)
+    p = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.zeros_like(s) - base[:, None])).to(v.dtype)
     decay = tl.exp2(m - base)
     z = tl.dot(p, tl.full((p.shape[1], 16), 1.0, v.dtype), z * decay[:, None])
     acc = tl.dot(p, v, acc * decay[:, None])

@@ -95,11 +95,14 @@ norm_rows(uint4* h, const uint4* add, const float* weight, uint4* y, int eighths
 }
 
 // One row a segment's slot: where it lies in the pages, as a row of them; -1 for padding.
-INLINE long long row_of_page(int query, const int* segment_of, const int* slot_of, const int* table, int table_width, int page) {
+INLINE long long row_of_page(int query, const int* segment_of, const int* slot_of, const int* table, int table_width, int page,
+                             int pages) {
   const int segment = segment_of[query];
   if (segment < 0) return -1;
-  const int slot = slot_of[query], id = table[(u64)segment * table_width + slot / page];
-  return id < 0 ? -1 : (long long)id * page + slot % page;
+  const int slot = slot_of[query];
+  if (slot / page >= table_width) return -1;
+  const int id = table[(u64)segment * table_width + slot / page];
+  return id < 0 || id >= pages ? -1 : (long long)id * page + slot % page;
 }
 
 INLINE u32 turned(u32 left, u32 right, float c0, float s0, float c1, float s1) {
@@ -126,11 +129,11 @@ rotate(u32* x, const float* cos, const float* sin, int heads, int width, int cou
 // New keys and values into their slots: k [queries, key_eighths], v [queries, value_eighths] of 16 bytes.
 extern "C" __global__ void __launch_bounds__(256)
 store_rows(const uint4* k, const uint4* v, uint4* k_pages, uint4* v_pages, const int* segment_of, const int* slot_of,
-           const int* table, int table_width, int page, int key_eighths, int value_eighths) {
+           const int* table, int table_width, int page, int pages, int key_eighths, int value_eighths) {
   let_next_start();
   wait_for_previous();
   const int query = blockIdx.x;
-  const long long row = row_of_page(query, segment_of, slot_of, table, table_width, page);
+  const long long row = row_of_page(query, segment_of, slot_of, table, table_width, page, pages);
   if (row < 0) return;
   for (int i = threadIdx.x; i < key_eighths; i += 256) k_pages[row * key_eighths + i] = k[(u64)query * key_eighths + i];
   for (int i = threadIdx.x; i < value_eighths; i += 256)
@@ -141,12 +144,12 @@ store_rows(const uint4* k, const uint4* v, uint4* k_pages, uint4* v_pages, const
 // values into their slots. One thread a pair of halves, or of neighbours for values.
 extern "C" __global__ void __launch_bounds__(256)
 rotate_and_store(const u32* qkv, u32* q, u32* k_pages, u32* v_pages, const float* cos, const float* sin,
-                 const int* segment_of, const int* slot_of, const int* table, int table_width, int page, int heads,
-                 int kv_heads, int width) {
+                 const int* segment_of, const int* slot_of, const int* table, int table_width, int page, int pages,
+                 int heads, int kv_heads, int width) {
   let_next_start();
   wait_for_previous();
   const int query = blockIdx.x, i = blockIdx.y * 256 + threadIdx.x, quarter = width / 4, half = width / 2;
-  const long long place = row_of_page(query, segment_of, slot_of, table, table_width, page);
+  const long long place = row_of_page(query, segment_of, slot_of, table, table_width, page, pages);
   const int pair = i % quarter, head = i / quarter;
   if (head >= heads + 2 * kv_heads) return;
   const u32* from = qkv + ((u64)query * (heads + 2 * kv_heads) + head) * half + pair;

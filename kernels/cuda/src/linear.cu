@@ -46,7 +46,7 @@ struct Problem {
   float* partial;         // [places][4][BLOCKS * SUMS][CONSUMERS] if SPLIT
   u32* arrived;           // [places] zero, and left so, if SPLIT
   const float* scale;     // [outputs] if the format is SCALED
-  const u16* bias;        // [outputs] or null
+  const float* bias;      // [outputs] or null
   int rows, outputs, depth_blobs, tiles, row_tiles;
 };
 
@@ -332,9 +332,9 @@ INLINE bool join_quarters(const Problem& p, const Tile& t, float (&totals)[BLOCK
 }
 
 // What becomes of a sum in float32.
-INLINE float finish(float sum, const float* scale, const u16* bias, int output) {
+INLINE float finish(float sum, const float* scale, const float* bias, int output) {
   if (Weights::SCALED) sum *= scale[output];
-  if (bias) sum += __uint_as_float((u32)bias[output] << 16);
+  if (bias) sum += bias[output];
   return sum;
 }
 
@@ -408,7 +408,7 @@ INLINE void consume(const Problem& p, Ring ring, u8* after_ring, int quarter_dep
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-linear(const u8* weights, const u8* x, u16* y, float* partial, u32* arrived, const float* scale, const u16* bias, const u8* codebooks,
+linear(const u8* weights, const u8* x, u16* y, float* partial, u32* arrived, const float* scale, const float* bias, const u8* codebooks,
        int rows, int outputs, int depth_blobs, int tiles, int row_tiles) {
   extern __shared__ __align__(1024) u8 shared[];  // table, ring, tails, regions of fold_groups
   __shared__ __align__(8) u64 barriers[2 * STAGES];

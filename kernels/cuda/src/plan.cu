@@ -34,9 +34,9 @@ plan_rows(const int* start, const int* count, const int* base, const int* positi
   for (int i = thread; i < asking; i += 128) {
     const int u = skipped + i, query = passed + i, depth = positions[start[segment] + u] - below;
     int at = u, place = depth;
-    while (at >= chain) at = parent[at], place--;
+    while (at >= chain && place >= 0) at = min(parent[at], at - 1), place--;  // ends though it be no tree
     const int straight = below + place + 1;
-    for (int w = u, d = depth; d > place; w = parent[w], d--)
+    for (int w = u, d = depth; d > place && w >= 0; w = parent[w], d--)
       if (d - place - 1 < path_width) path[query * path_width + d - place - 1] = below + w;
     segment_of[query] = segment;
     position_of[query] = below + depth;

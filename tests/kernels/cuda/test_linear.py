@@ -109,7 +109,7 @@ def test_a_row_that_is_no_number_stays_alone(linear):
 @pytest.mark.parametrize("case", ["int4", "int8"])
 def test_bias_joins_the_sum(linear, case):
     weights, dense = on_card(case, (1280, 4096))
-    x, bias = torch.randn(70, 4096, device="cuda").bfloat16(), 3 * torch.randn(1280, device="cuda").bfloat16()
+    x, bias = torch.randn(70, 4096, device="cuda").bfloat16(), 3 * torch.randn(1280, device="cuda")
     reference = x.double() @ dense.T + bias.double()
     outs = [product(linear, weights, x, tiling, bias) for tiling in tilings(linear, weights, 70)]
     assert float((outs[0].double() - reference).norm() / reference.norm()) < 6e-3

@@ -1,0 +1,173 @@
+"""Keys and values of a span's layers on a card, in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..backend import Attend, KVStorage, LayerSpec
+from ..metadata import AttentionMetadata
+from .attention import Attention, Extent, Queries
+from .elementwise import Elementwise
+
+
+@dataclass
+class Prepared:
+    """What layers of one forward share: the extent, and the plan by query heads on a kv head."""
+
+    extent: Extent
+    plans: dict[int, Queries] = field(default_factory=dict)
+
+
+def prepare(metadata: AttentionMetadata) -> Prepared:
+    """For metadata that brings no extent: it is read back from the device, which waits for it."""
+    counts, bases = metadata.row_count.tolist(), metadata.base.tolist()
+    stored = [0] * len(counts) if metadata.stored is None else metadata.stored.tolist()
+    asking = [count - skipped for count, skipped in zip(counts, stored, strict=True)]
+    longest = max((base + count for base, count in zip(bases, counts, strict=True)), default=0)
+    return Prepared(Extent(sum(asking), len(counts), longest, max(counts, default=1), max(asking, default=1)))
+
+
+class CudaKVStorage(KVStorage):
+    """Layers of one shape lie in one tensor: keys [layers, P, page, Hkv, D], values [layers, P, page, Hkv, Dv]."""
+
+    def __init__(
+        self,
+        attention: Attention,
+        small: Elementwise,
+        device: torch.device,
+        layers: Sequence[LayerSpec],
+        n_pages: int,
+        page_size: int,
+    ) -> None:
+        self.layers, self.n_pages, self.page_size = layers, n_pages, page_size
+        self._attention, self._small, self._device = attention, small, device
+        kinds = {(s.kv_heads, s.key_width, s.value_width): 0 for s in layers}
+        self._place: list[tuple[tuple[int, int, int], int]] = []
+        for s in layers:
+            kind = (s.kv_heads, s.key_width, s.value_width)
+            self._place.append((kind, kinds[kind]))
+            kinds[kind] += 1
+        self._pools = {kind: self._made(kind, count, n_pages) for kind, count in kinds.items()}
+
+    @property
+    def page_nbytes(self) -> int:
+        """See `KVStorage`."""
+        return sum(t[:, :1].nbytes for pair in self._pools.values() for t in pair)
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer: [P, page, Hkv, width]."""
+        kind, index = self._place[layer]
+        keys, values = self._pools[kind]
+        return keys[index], values[index]
+
+    def attention(self, metadata: Sequence[AttentionMetadata]) -> Attend:
+        """See `KVStorage`. A slot without a page is left out: what does not fit touches nothing else."""
+        for one in metadata:
+            if one.prepared is None:
+                one.check()
+                one.prepared = prepare(one)
+
+        def attend(
+            layer: int,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            *,
+            scale: float,
+            window: int | None = None,
+            softcap: float | None = None,
+            sinks: Tensor | None = None,
+        ) -> Tensor:
+            pages = self.pages(layer)
+            q, k, v = (self._rows(x, name) for name, x in (("query", query), ("key", key), ("value", value)))
+            if q.shape[1] % k.shape[1] or k.shape[1:] != pages[0].shape[2:] or v.shape[1:] != pages[1].shape[2:]:
+                raise ValueError(f"heads {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)} do not fit the cache")
+            queries = self._planned(metadata[layer], q.shape[1] // k.shape[1])
+            if len(q) != queries.extent.queries:
+                raise ValueError(f"{len(q)} rows ask, {queries.extent.queries} were planned")
+            self._small.store(k, v, *pages, queries)
+            out = torch.empty(*q.shape[:2], v.shape[2], dtype=torch.bfloat16, device=q.device)
+            sinks = None if sinks is None else sinks.float().contiguous()
+            self._attention.attend(q, *pages, queries, out, scale=scale, window=window, softcap=softcap, sinks=sinks)
+            return out.to(query.dtype)
+
+        return attend
+
+    def copy_page(self, layers: Sequence[int], source: int, target: int) -> None:
+        """See `KVStorage`."""
+        for kind, which in self._by_kind(layers):
+            for pool in self._pools[kind]:
+                pool[which, target] = pool[which, source]
+
+    def move(self, layers: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See `KVStorage`: one gather and one scatter for all layers of a kind."""
+        if not len(sources):
+            return
+        places = [*sources, *targets]
+        if min(places) < 0 or max(places) >= self.n_pages * self.page_size:
+            raise IndexError("a slot has no page")
+        at = torch.tensor([list(sources), list(targets)], pin_memory=True).to(self._device, non_blocking=True)
+        for kind, which in self._by_kind(layers):
+            for pool in self._pools[kind]:
+                rows = pool.flatten(1, 2)
+                rows[which[:, None], at[1]] = rows[which[:, None], at[0]]
+
+    def read(self, layer: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """See `KVStorage`."""
+        keys, values = (pages.flatten(0, 1)[places.to(self._device)].float() for pages in self.pages(layer))
+        return keys, values
+
+    def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """See `KVStorage`."""
+        for pages, rows in zip(self.pages(layer), (keys, values), strict=True):
+            pages.flatten(0, 1)[places.to(self._device)] = rows.to(self._device, torch.bfloat16)
+
+    def grow(self, n_pages: int) -> None:
+        """See `KVStorage`. Graphs that were captured before must be captured anew."""
+        for kind, pair in self._pools.items():
+            wider = self._made(kind, len(pair[0]), n_pages)
+            for new, old in zip(wider, pair, strict=True):
+                new[:, : self.n_pages] = old
+            self._pools[kind] = wider
+        self.n_pages = n_pages
+
+    def _made(self, kind: tuple[int, int, int], count: int, n_pages: int) -> tuple[Tensor, Tensor]:
+        kv_heads, key_width, value_width = kind
+        if kv_heads * key_width % 8 or kv_heads * value_width % 8:
+            raise ValueError(f"heads of {key_width} and {value_width} values on {kv_heads} do not fill 16 bytes")
+        try:
+            keys, values = (
+                torch.zeros(count, n_pages, self.page_size, kv_heads, width, dtype=torch.bfloat16, device=self._device)
+                for width in (key_width, value_width)
+            )
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"the card has no room for {n_pages} pages of {count} layers") from error
+        return keys, values
+
+    def _by_kind(self, layers: Sequence[int]) -> list[tuple[tuple[int, int, int], Tensor]]:
+        found: dict[tuple[int, int, int], list[int]] = {}
+        for layer in layers:
+            kind, index = self._place[layer]
+            found.setdefault(kind, []).append(index)
+        return [(kind, torch.tensor(which, device=self._device)) for kind, which in found.items()]
+
+    def _planned(self, metadata: AttentionMetadata, heads: int) -> Queries:
+        """The plan; groups of layers share it but for the page table."""
+        prepared: Prepared = metadata.prepared
+        if heads not in prepared.plans:
+            m = metadata
+            prepared.plans[heads] = self._attention.plan(
+                prepared.extent, heads, m.row_start, m.row_count, m.base, m.positions, m.parents, m.page_table, m.stored
+            )
+        return replace(prepared.plans[heads], table=metadata.page_table)
+
+    def _rows(self, x: Tensor, name: str) -> Tensor:
+        if x.dim() != 3 or x.device.type != self._device.type:
+            raise ValueError(
+                f"a {name} of {tuple(x.shape)} on {x.device}: [rows, heads, width] on {self._device} is needed"
+            )
+        return x.to(torch.bfloat16).contiguous()

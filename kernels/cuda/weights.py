@@ -1,0 +1,102 @@
+"""Weight handles on a card: blobs that products read, whatever the format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..backend import Linear
+from ..formats.base import QuantizedTensor
+from .layout import BLOB, Weights, dense, fields, pack
+from .linear import Linear as Products
+
+_UNITS = 512  # rows of a unit matrix that are multiplied at once
+
+
+class CudaLinear(Linear):
+    """y = x Wᵀ + b: x and y are rounded to bfloat16, weights as `src/formats.cuh` says."""
+
+    def __init__(
+        self,
+        products: Products,
+        device: torch.device,
+        weight: Tensor | QuantizedTensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """See `Backend.linear`."""
+        super().__init__()
+        if isinstance(weight, QuantizedTensor):
+            weight.format.check(weight.tensors, weight.shape)
+            self.label, shape = weight.format.name, weight.shape
+            taken = fields(weight.format, {name: t.to(device) for name, t in weight.tensors.items()}, shape)
+        else:
+            if (dtype or weight.dtype) not in (torch.float32, torch.bfloat16):
+                raise TypeError(f"weights are float32 or bfloat16, not {dtype or weight.dtype}")
+            if weight.dim() != 2:
+                raise ValueError(f"weight {tuple(weight.shape)} and bias do not make a linear layer")
+            self.label, shape = "dense", (weight.shape[0], weight.shape[1])
+            taken = dense(weight.detach().to(device))
+        self.out_features, self.in_features = shape
+        if bias is not None and bias.shape != shape[:1]:
+            raise ValueError(f"a bias of {list(bias.shape)} does not fit {shape[0]} outputs")
+        self._products = products
+        self.packed: Weights = pack(taken)
+        self.register_buffer("bias", None if bias is None else bias.detach().float().to(device))
+        self.adapter = None
+
+    @property
+    def nbytes(self) -> int:
+        """See `Linear`."""
+        return self.packed.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Linear`."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"rows of {x.shape[-1]} values, expected {self.in_features}")
+        y = self._multiply(self.packed, x.reshape(-1, self.in_features), self.bias)
+        y = y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return y if self.adapter is None else y + self.adapter(x)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `Linear`: what products read, by multiplying a unit matrix."""
+        return self._dense(self.packed).to(dtype)
+
+    def rows(self, which: Tensor) -> Tensor:
+        """See `Linear`."""
+        found = [self._dense(self._blobs_of(w // BLOB))[torch.arange(len(w)), w % BLOB] for w in which.split(64)]
+        return torch.cat(found).float()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.label}"
+
+    def _multiply(self, weights: Weights, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = torch.empty(len(x), weights.shape[0], dtype=torch.bfloat16, device=weights.blobs.device)
+        if len(x):
+            packed = self._products.pack(x.to(torch.bfloat16).contiguous(), weights)
+            self._products.product(weights, packed, len(x), y, bias=bias)
+        return y
+
+    def _dense(self, weights: Weights) -> Tensor:
+        """[out, in], or [n, 64, in] of chosen blobs."""
+        device, width = weights.blobs.device, self.in_features
+        columns = []
+        for start in range(0, width, _UNITS):
+            unit = torch.zeros(min(_UNITS, width - start), width, dtype=torch.bfloat16, device=device)
+            unit[:, start : start + len(unit)].fill_diagonal_(1.0)
+            columns.append(self._multiply(weights, unit).T)
+        matrix = torch.cat(columns, 1)
+        return matrix if weights is self.packed else matrix.unflatten(0, (-1, BLOB))
+
+    def _blobs_of(self, which: Tensor) -> Weights:
+        """Weights of 64 outputs for each of the chosen blobs [n]."""
+        held = self.packed
+        scale = None if held.scale is None else held.scale.view(-1, BLOB)[which].flatten()
+        shape = (len(which) * BLOB, held.shape[1])
+        return Weights(held.layout, shape, held.blobs[which], scale, held.codebooks, held.extension)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> CudaLinear:
+        """What is packed is never converted or moved: it belongs to its backend."""
+        return self
