@@ -10,6 +10,7 @@ import torch
 from .backend import Backend
 from .cpu.backend import CpuBackend, NoCompiler
 from .cpu.build import Building
+from .cuda.backend import CudaBackend, NoKernels
 from .torch.backend import TorchBackend
 
 log = logging.getLogger(__name__)
@@ -39,17 +40,33 @@ def _cpu(device: str, building: Building | None) -> Backend:
         return TorchBackend(torch.device("cpu"))
 
 
+def _cuda(device: str, building: Building | None) -> Backend:
+    _there(device)
+    index = torch.device(device).index
+    try:
+        return CudaBackend(torch.device("cuda", torch.cuda.current_device() if index is None else index))
+    except NoKernels as error:
+        log.warning("%s", error)
+        return _torch(device, building)
+
+
 def _torch(device: str, building: Building | None) -> Backend:
+    _there(device)
+    log.warning("%s computes through torch, without kernels of our own: that is slow", device)
+    return TorchBackend(torch.device(device))
+
+
+def _there(device: str) -> None:
+    """Raise NoBackend unless torch can use a device."""
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise NoBackend(f"the device {device!r} cannot be used here: {reason}.") from error
-    log.warning("%s computes through torch, without kernels of our own: that is slow", device)
-    return TorchBackend(torch.device(device))
 
 
 BACKENDS: dict[str, Callable[[str, Building | None], Backend]] = {
     "cpu": _cpu,
-    **dict.fromkeys(("cuda", "mps", "xpu"), _torch),
+    "cuda": _cuda,
+    **dict.fromkeys(("mps", "xpu"), _torch),
 }

@@ -11,8 +11,8 @@ from torch import Tensor
 from .compile import Program
 from .runtime import Runtime
 
-_PLAN = Program("plan.cu")
 _TILE, _CHUNK, _SUPER = 64, 128, 1024  # positions: keys are cut there and nowhere else (`triton_attention.py`)
+_PLAN = Program("plan.cu", (("TILE", _TILE),))
 _LOG2_E = 1.4426950408889634
 _BLOCK = 128
 

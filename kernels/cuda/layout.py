@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,36 +19,12 @@ from ..formats.base import Format, FormatError, Shape, Tensors, padded
 from ..formats.gguf import Gguf
 from ..formats.int4 import Int4
 from ..formats.int8 import Int8
-from ..formats.nf4 import BLOCK, LEVELS, Nf4, block_scales, split_high
+from ..formats.nf4 import BLOCK, Nf4, block_scales, split_high
 from ..formats.nibbles import split
 from . import ggml
+from .blobs import BLOB, LAYOUTS, UNIT, Layout, bytes_of
 
-BLOB = 64
-UNIT = 512  # depths; four quarters of whole blobs in pairs
 _PIECE = 2048  # outputs packed at once: temporaries stay small beside the matrix
-_BIAS = 128  # codes count from there: a bfloat16 from 128 to 256 holds whole numbers
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one structure of `formats.cuh` stores a blob."""
-
-    name: str
-    bytes: int
-    group: int
-    """Depths that share numbers; 0: none do."""
-    write: Callable[[Tensors], list[Tensor]]
-    """Fields of whole blobs -> the parts of a blob one after another, each [blobs of outputs, of depths, bytes]."""
-    scaled: bool = False
-    """Each output has one scale, applied to its sum."""
-    table: int = 0
-    """Bytes of shared memory that a block needs beside its ring."""
-    heavy: bool = False
-    """Unpacking takes many instructions a weight: more groups of warps are better than more blobs a group."""
-    cached: bool = False
-    """What it looks up lies in the first-level cache, which shares its memory with the ring."""
-    reordered: bool = False
-    """Activations lie in the order of codebooks of 8 depths."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +89,7 @@ def pack(fields: Fields) -> Weights:
         piece = {name: t[start : start + _PIECE] for name, t in fields.rows.items() if name != "row_scale"}
         parts = layout.write(_padded_fields(piece, fields.depth, layout))
         first = start // BLOB
-        blobs[first : first + len(parts[0])] = torch.cat([_bytes(part) for part in parts], -1)
+        blobs[first : first + len(parts[0])] = torch.cat([bytes_of(part) for part in parts], -1)
     scale = fields.rows.get("row_scale")
     if scale is not None:
         scale = F.pad(scale.float(), (0, -len(scale) % BLOB))
@@ -146,121 +122,6 @@ def _padded_fields(rows: Tensors, depth: int, layout: Layout) -> Tensors:
         else:
             out[name] = F.pad(t, (0, depth // unit - t.shape[1], 0, -len(t) % BLOB))
     return out
-
-
-def _bytes(part: Tensor) -> Tensor:
-    """[blobs of outputs, blobs of depths, ...] -> [.., .., bytes]"""
-    return part.flatten(2).contiguous().view(torch.uint8)
-
-
-def _fragments(codes: Tensor) -> Tensor:
-    """[out, in] -> [out / 64, in / 64, warp 4, g 8, t 4, j 4, c 2, h 2, e 2]: the order of `formats.cuh`."""
-    v = codes.unflatten(1, (-1, 4, 2, 4, 2)).unflatten(0, (-1, 4, 2, 8))  # rb w h g, kb j c t e
-    return v.permute(0, 4, 1, 3, 7, 5, 6, 2, 8)
-
-
-def _numbers(values: Tensor, per_blob: int) -> Tensor:
-    """[out, groups] -> [out / 64, in / 64, groups of a blob, pair of outputs 32, h 2]."""
-    v = values.unflatten(1, (-1, per_blob)).unflatten(0, (-1, 4, 2, 8))  # rb w h g, kb i
-    return v.permute(0, 4, 5, 1, 3, 2).flatten(3, 4)
-
-
-def _words(codes: Tensor, places: Callable[[int, int, int], int]) -> Tensor:
-    """Four bits of each code in words int32 [.., .., thread 128, j 4]; places: the lowest bit of (c, h, e)."""
-    v = _fragments(codes & 15)
-    words = torch.zeros(v.shape[:-3], dtype=torch.int32, device=codes.device)
-    for c in range(2):
-        for h in range(2):
-            for e in range(2):
-                words |= v[..., c, h, e].int() << places(c, h, e)
-    return words.flatten(2, 4)
-
-
-def _pairs(codes: Tensor) -> Tensor:
-    return _words(codes, lambda c, h, e: 4 * (2 * c + h) + 16 * e)
-
-
-def _upper(codes: Tensor, bits: int) -> Tensor:
-    """Bits above the fourth in words int32 [.., .., thread 128, words]: register i at bits · i, element 1 16 higher."""
-    v = _fragments(codes >> 4).flatten(5, 7)  # .. thread, i, e
-    held = 16 // bits  # registers a word
-    words = torch.zeros(*v.shape[:-2], 16 // held, dtype=torch.int32, device=codes.device)
-    for i in range(16):
-        for e in range(2):
-            words[..., i // held] |= v[..., i, e].int() << (bits * (i % held) + 16 * e)
-    return words.flatten(2, 4)
-
-
-def _two(low: Tensor, high: Tensor) -> Tensor:
-    """Pairs of bfloat16 side by side."""
-    return torch.stack((low.bfloat16(), high.bfloat16()), -1)
-
-
-def _write_int4(rows: Tensors) -> list[Tensor]:
-    per_blob = rows["scale"].shape[1] * BLOB // rows["codes"].shape[1]
-    scale, zero = (_numbers(rows[name], per_blob) for name in ("scale", "zero"))
-    return [_pairs(rows["codes"]), _two(scale, -_BIAS - zero.float())]
-
-
-def _write_affine(rows: Tensors) -> list[Tensor]:
-    return [_pairs(rows["codes"]), _two(_numbers(rows["scale"], 2), _numbers(rows["middle"], 2))]
-
-
-def _write_q5_k(rows: Tensors) -> list[Tensor]:
-    return [*_write_affine(rows), _upper(rows["codes"], 1)]
-
-
-def _write_q6_k(rows: Tensors) -> list[Tensor]:
-    scale = _numbers(rows["scale"].bfloat16(), 4).permute(0, 1, 3, 4, 2)  # pair, h, group
-    return [_pairs(rows["codes"]), _upper(rows["codes"], 2), scale]
-
-
-def _write_nf4(rows: Tensors) -> list[Tensor]:
-    words = _words(rows["codes"], lambda c, h, e: 8 * (2 * c + h) + 4 * e)
-    turned = (words << 7) | (words >> 25 & 0x7F)
-    return [turned, _numbers(rows["scale"].float(), 1)]
-
-
-def _write_q4_0(rows: Tensors) -> list[Tensor]:
-    return [_pairs(rows["codes"]), _numbers(rows["scale"].bfloat16(), 2).permute(0, 1, 3, 4, 2)]
-
-
-def _write_int8(rows: Tensors) -> list[Tensor]:
-    v = _fragments(rows["codes"]).flatten(2, 4)  # .. thread, j, c, h, e
-    return [v.unflatten(3, (2, 2)).permute(0, 1, 3, 2, 4, 5, 6, 7)]
-
-
-def _write_q8_0(rows: Tensors) -> list[Tensor]:
-    scale = _numbers(rows["scale"].bfloat16(), 2).permute(0, 1, 3, 4, 2)
-    return [torch.cat([_bytes(part) for part in (*_write_int8(rows), scale)], -1)]
-
-
-def _write_bf16(rows: Tensors) -> list[Tensor]:
-    return [_fragments(rows["codes"]).flatten(2, 4).permute(0, 1, 3, 2, 4, 5, 6)]
-
-
-def _write_aqlm(rows: Tensors) -> list[Tensor]:
-    v = rows["codes"].unflatten(1, (-1, 2, 4)).unflatten(0, (-1, 4, 2, 8))  # rb w h g, kb s t book
-    return [v.permute(0, 4, 1, 3, 6, 5, 2, 7)]
-
-
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout("Int4", 2304, 64, _write_int4),
-        Layout("Int4Group32", 2560, 32, _write_int4),
-        Layout("Nf4", 2304, 64, _write_nf4, table=32768, heavy=True),
-        Layout("Int8", 4096, 0, _write_int8, scaled=True),
-        Layout("Bf16", 8192, 0, _write_bf16),
-        Layout("Q4_0", 2304, 32, _write_q4_0),
-        Layout("Q4_1", 2560, 32, _write_affine),
-        Layout("Q8_0", 4352, 32, _write_q8_0),
-        Layout("Q5_K", 3072, 32, _write_q5_k, heavy=True),
-        Layout("Q6_K", 3584, 16, _write_q6_k, heavy=True),
-        Layout("Aqlm2x8", 1024, 0, _write_aqlm, scaled=True, table=65536, heavy=True, reordered=True),
-        Layout("Aqlm1x16", 1024, 0, _write_aqlm, scaled=True, heavy=True, cached=True, reordered=True),
-    )
-}
 
 
 def layout_of(format: Format, shape: Shape, group: int = BLOB) -> Layout:
@@ -347,9 +208,3 @@ def _int8(layout: Layout, tensors: Mapping[str, Tensor], shape: Shape) -> Fields
     factors = torch.tensor([2.0**exponent, 2.0 ** (exponent - 8)], device=codes.device).repeat_interleave(len(columns))
     extension = Extension(columns.int().repeat(2), factors)
     return Fields(layout, shape[1], {"codes": codes.view(torch.uint8), "row_scale": scale}, None, extension)
-
-
-def nf4_levels() -> str:
-    """The levels as `formats.cuh` wants them: bits of bfloat16."""
-    bits = torch.tensor(LEVELS).bfloat16().view(torch.int16).tolist()
-    return ",".join(f"0x{b & 0xFFFF:04X}" for b in bits)

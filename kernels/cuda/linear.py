@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..formats.base import padded
+from ..formats.nf4 import LEVELS
+from .blobs import UNIT, Layout
 from .compile import Program
 from .driver import Kernel
-from .layout import UNIT, Weights
+from .layout import Weights
 from .runtime import Runtime
 from .tiling import Tiling, choose, row_tile
 
 _ELEMENTWISE = Program("elementwise.cu")
 _BLOCK = 256
 _MOST_PLACES = 1 << 16
+_TWINS = ("Int4", "Nf4")  # what `triton_linear.py` can read
 
 
 def activations(rows: int, width: int, tile: int, device: torch.device) -> Tensor:
@@ -29,6 +35,7 @@ class Linear:
         self._runtime = runtime
         self._card = runtime.card
         self._partials = [torch.empty(0, dtype=torch.uint8, device=runtime.device)]
+        self._levels: Tensor | None = None
         self._arrived = torch.zeros(_MOST_PLACES, dtype=torch.int32, device=runtime.device)
 
     def tiling(self, weights: Weights, rows: int, gated: bool = False) -> Tiling:
@@ -61,12 +68,14 @@ class Linear:
         gated: bool = False,
         tiling: Tiling | None = None,
         overlap: bool = False,
+        wait: bool = True,
     ) -> None:
         """out = packed · Wᵀ + bias.
 
         packed: activations of `rows` rows (`pack`). out: [rows, out] bfloat16; if gated, for weights that `interleave`
         made, activations of silu(gate) · up, whose padding stays as it is. bias: [out] float32, not if gated.
-        overlap: it may start while the kernel before it ends.
+        overlap: it may start while the kernel before it ends. wait: for the compiler, rather than let Triton compute
+        the same meanwhile. Raises NvrtcError where nothing can be compiled and Triton has no twin.
         """
         tiling = tiling or self.tiling(weights, rows, gated)
         layout, outputs = weights.layout, weights.shape[0]
@@ -75,7 +84,11 @@ class Linear:
         program = tiling.program(self._card, layout)
         if weights.extension is not None:
             self._extend(weights, packed, rows, overlap)
-        kernel = self._kernel(program, "linear", tiling.threads, tiling.shared_bytes(layout))
+        twin = layout.name in _TWINS and not gated and importlib.util.find_spec("triton") is not None
+        kernel = self._compiled(program, tiling, layout, wait or not twin)
+        if kernel is None:
+            self._twin(weights, packed, rows, out, bias)
+            return
         tiles = tiling.tiles(outputs, rows)
         partial = self._workspace(tiling.partial_bytes(outputs, rows))
         kernel(
@@ -83,6 +96,24 @@ class Linear:
             weights.blobs, packed, out, partial, self._arrived, weights.scale, bias, weights.codebooks,
             rows, outputs, weights.depth_blobs, tiles, -(-rows // tiling.rows),
             overlap=overlap,
+        )  # fmt: skip
+
+    def _compiled(self, program: Program, tiling: Tiling, layout: Layout, wait: bool) -> Kernel | None:
+        """None where Triton is to compute."""
+        return self._runtime.kernel(program, "linear", tiling.threads, tiling.shared_bytes(layout), wait=wait)
+
+    def _twin(self, weights: Weights, packed: Tensor, rows: int, out: Tensor, bias: Tensor | None) -> None:
+        """The same product to the bit, in Triton."""
+        from . import triton_linear
+
+        if self._levels is None:
+            self._levels = torch.tensor(LEVELS).bfloat16().to(out.device)
+        tiles, _, tile, _ = packed.shape
+        kernel: Any = triton_linear.linear
+        kernel[(len(weights.blobs), tiles)](
+            weights.blobs.view(torch.int32), packed, self._levels if bias is None else bias, self._levels, out, rows,
+            weights.shape[0], weights.depth_blobs, TILE=tile, NF4=weights.layout.name == "Nf4", BIASED=bias is not None,
+            DTYPE=_triton_dtype(packed.dtype), num_warps=4, num_stages=3, enable_fp_fusion=False,
         )  # fmt: skip
 
     def _extend(self, weights: Weights, packed: Tensor, rows: int, overlap: bool) -> None:
@@ -105,6 +136,12 @@ class Linear:
         kernel = self._runtime.kernel(program, name, threads, shared)
         assert kernel is not None
         return kernel
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return tl.float16 if dtype == torch.float16 else tl.bfloat16
 
 
 def quarter_sums(x: Tensor, weight: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .blobs import BLOB, Layout, nf4_levels
 from .compile import Program
-from .layout import BLOB, Layout, nf4_levels
 
 ROW_TILES = (8, 16, 32, 64, 128)
 _QUARTERS = 4
@@ -132,9 +132,9 @@ class Measured:
     """Nanoseconds."""
 
     def cost(self, card: Card, outputs: int, depth_blobs: int, rows: int) -> float:
-        """Microseconds of a product: blocks in waves, each wave as long as a tile."""
+        """Microseconds of a product: as long as its busiest multiprocessor works."""
         t = self.tiling
-        waves = -(-t.tiles(outputs, rows) // (t.resident * card.multiprocessors))
+        waves = -(-t.tiles(outputs, rows) // card.multiprocessors)
         depth = depth_blobs // (_QUARTERS if t.split else 1)
         return self.start + waves * depth * t.groups_out * t.blocks * self.blob / 1e3
 
@@ -148,33 +148,33 @@ _SHARED: dict[str, Any] = {"totals_in_shared": True}
 _HOPPER = [
     _hopper(8, 3.5, 79, out=4),
     _hopper(8, 1.1, 88, out=2, k=2),
-    _hopper(8, 2.2, 91, out=2, depth=4, resident=2),
+    _hopper(8, 0.7, 88, out=2, depth=4, resident=2),
     _hopper(8, 1.7, 89, out=1, k=4, depth=4),
     _hopper(8, 2.8, 97, out=5, split=True),
-    _hopper(8, 3.6, 179, out=2, split=True, depth=4, resident=2),
-    _hopper(8, 3.3, 360, out=1, split=True, depth=4, resident=4),
+    _hopper(8, 4.8, 105, out=2, split=True, depth=4, resident=2),
+    _hopper(8, 5.0, 107, out=1, split=True, depth=4, resident=4),
     _hopper(16, 2.9, 90, out=4),
     _hopper(16, 1.2, 99, out=2, k=2),
-    _hopper(16, 1.6, 109, out=2, depth=4, resident=2),
+    _hopper(16, 0.8, 97, out=2, depth=4, resident=2),
     _hopper(16, 1.8, 100, out=1, k=4, depth=4),
     _hopper(16, 3.1, 110, out=5, split=True),
-    _hopper(16, 4.2, 190, out=2, split=True, depth=4, resident=2),
-    _hopper(16, 2.9, 401, out=1, split=True, depth=4, resident=4),
+    _hopper(16, 5.5, 111, out=2, split=True, depth=4, resident=2),
+    _hopper(16, 5.0, 117, out=1, split=True, depth=4, resident=4),
     _hopper(32, 3.1, 104, out=4, unroll=4, **_SHARED),
     _hopper(32, 1.9, 113, out=2, k=2, unroll=4),
-    _hopper(32, 3.9, 146, out=2, unroll=4, resident=2, **_SHARED),
+    _hopper(32, 3.6, 115, out=2, unroll=4, resident=2, **_SHARED),
     _hopper(32, 2.4, 117, out=1, k=4, unroll=2),
     _hopper(32, 4.5, 122, out=5, split=True, unroll=4),
-    _hopper(32, 4.6, 236, out=2, split=True, unroll=4, resident=2),
-    _hopper(32, 3.5, 475, out=1, split=True, unroll=2, resident=4),
+    _hopper(32, 6.5, 131, out=2, split=True, unroll=4, resident=2),
+    _hopper(32, 6.0, 136, out=1, split=True, unroll=2, resident=4),
     _hopper(64, 5.5, 109, out=2, blocks=2, unroll=4, registers=216, **_SHARED),
     _hopper(64, 3.7, 116, out=4, unroll=4, **_SHARED),
     _hopper(64, 2.2, 175, out=1, k=4, depth=1, unroll=4),
     _hopper(64, 6.5, 145, out=2, blocks=2, split=True, unroll=4, registers=216),
     _hopper(64, 7.3, 141, out=5, split=True, unroll=4),
-    _hopper(64, 5.2, 292, out=2, split=True, unroll=4, resident=2),
-    _hopper(64, 6.1, 217, out=2, split=True, unroll=2),
-    _hopper(64, 5.4, 484, out=1, split=True, unroll=2, resident=3),
+    _hopper(64, 9.0, 175, out=2, split=True, unroll=4, resident=2),
+    _hopper(64, 5.0, 205, out=2, split=True, unroll=2),
+    _hopper(64, 4.7, 219, out=1, split=True, unroll=2, resident=3),
     _hopper(128, 3.2, 187, out=2, unroll=2, registers=232, **_SHARED),
     _hopper(128, 3.4, 177, out=3, depth=1, unroll=2, registers=152, **_SHARED),
     _hopper(128, 1.8, 247, out=1, k=2, depth=1, unroll=4, registers=216),
@@ -204,7 +204,8 @@ def candidates(
     for m in table:
         tiling = replace(m.tiling.fitted(depth_blobs), gated=gated).on(card, layout)
         if tiling is not None:
-            slow = (1.15 if layout.heavy and tiling.blocks > 1 else 1.0) * (1.1 if tiling.stages < 3 else 1.0)
+            busy = layout.heavy or gated  # more groups of warps are better than more blobs a group
+            slow = (1.15 if busy and tiling.blocks > 1 else 1.0) * (1.1 if tiling.stages < 3 else 1.0)
             found[tiling] = slow * m.cost(card, outputs, depth_blobs, rows)
     return sorted(found, key=found.__getitem__)
 

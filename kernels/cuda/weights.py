@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..backend import Linear
 from ..formats.base import QuantizedTensor
-from .layout import BLOB, Weights, dense, fields, pack
+from .blobs import BLOB
+from .layout import Weights, dense, fields, pack
 from .linear import Linear as Products
 
 _UNITS = 512  # rows of a unit matrix that are multiplied at once
@@ -76,7 +77,7 @@ class CudaLinear(Linear):
         y = torch.empty(len(x), weights.shape[0], dtype=torch.bfloat16, device=weights.blobs.device)
         if len(x):
             packed = self._products.pack(x.to(torch.bfloat16).contiguous(), weights)
-            self._products.product(weights, packed, len(x), y, bias=bias)
+            self._products.product(weights, packed, len(x), y, bias=bias, wait=False)
         return y
 
     def _dense(self, weights: Weights) -> Tensor:

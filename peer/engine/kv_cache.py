@@ -17,11 +17,12 @@ class KVCache:
     page_table = PageTable
 
     def __init__(
-        self, backend: Backend, layers: Sequence[LayerSpec], tokens: int, dtype: torch.dtype = torch.float32
+        self, backend: Backend, layers: Sequence[LayerSpec], tokens: int, dtype: torch.dtype | None = None
     ) -> None:
+        """dtype: the first that the backend names, unless told."""
         self.n_pages = -(-tokens // PAGE)
         self.table = self.page_table([spec.window for spec in layers], self.n_pages)
-        self.storage = backend.kv_storage(layers, self.n_pages, PAGE, dtype)
+        self.storage = backend.kv_storage(layers, self.n_pages, PAGE, dtype or backend.kv_dtypes[0])
         # By name: a session's cache has one owner, whoever hands tables about.
         self.open, self.fork, self.release = self.table.open, self.table.fork, self.table.release
         self.rewind = self.table.rewind

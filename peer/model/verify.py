@@ -192,7 +192,7 @@ def _other_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                ones = torch.ones((), dtype=parameter.dtype).expand(parameter.shape)
+                ones = torch.ones((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
                 module._parameters[name] = nn.Parameter(ones, requires_grad=False)
     try:
         yield

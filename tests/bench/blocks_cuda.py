@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from petal.kernels.cuda.attention import Attention, Extent, Queries
+from petal.kernels.cuda.blobs import LAYOUTS
 from petal.kernels.cuda.block import Block, BlockShape, BlockWeights
-from petal.kernels.cuda.layout import LAYOUTS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.bench import kernels_cuda as products

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from tests.bench import kernels_cuda
 from tests.kernels.batches import batch_of, chain, tree
 from tests.kernels.quantized_weights import random_tensors
 
@@ -174,11 +175,16 @@ def show(title: str, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: see tests.bench.kernels_cuda")
+    parser.add_argument("--part", action="append", help="of a card's bench, see there")
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--formats", default=",".join(name for name in FORMATS if name != "fp32"))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        kernels_cuda.measure(arguments.part, arguments.json)
+        return
     torch.set_num_threads(arguments.threads)
     formats = [name for name in arguments.formats.split(",") if name not in DENSE]
     rows_of_x = [int(rows) for rows in arguments.rows.split(",")]

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from petal.kernels.cuda.layout import LAYOUTS, Layout, Weights, padded
+from petal.kernels.cuda.blobs import LAYOUTS, Layout
+from petal.kernels.cuda.layout import Weights, padded
 from petal.kernels.cuda.linear import Linear, activations
 from petal.kernels.cuda.runtime import runtime
 from petal.kernels.cuda.tiling import Tiling, candidates, row_tile
@@ -208,24 +209,32 @@ PARTS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def measure(parts: Sequence[str] | None, as_json: bool) -> None:
+    """Some parts, or all; one line of JSON last if asked for."""
     from tests.bench import blocks_cuda
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--part", action="append", choices=[*PARTS, *blocks_cuda.PARTS], help="all, if none is named")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON last")
-    arguments = parser.parse_args(argv)
+    known = [*PARTS, *blocks_cuda.PARTS]
+    if unknown := sorted(set(parts or ()) - set(known)):
+        raise SystemExit(f"there is no part {unknown[0]}: choose of {', '.join(known)}.")
     bench, rows = Bench(), []
-    for part in arguments.part or [*PARTS, *blocks_cuda.PARTS]:
+    for part in parts or known:
         start = time.perf_counter()
         found = bench.rows(*PARTS[part], ROWS) if part in PARTS else blocks_cuda.PARTS[part](bench)
         for row in found:
             rows.append(row)
             print(*(f"{v:.4f}" if isinstance(v, float) else v for v in row.values()), flush=True)
         print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
-    if arguments.json:
+    if as_json:
         facts = {"device": torch.cuda.get_device_name(0), "gb_per_s": bench.ceilings.bytes_per_ms / 1e6}
         print(json.dumps(facts | {"tflops": bench.ceilings.flops_per_ms / 1e9, "rows": rows}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--part", action="append", help="all, if none is named")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON last")
+    arguments = parser.parse_args()
+    measure(arguments.part, arguments.json)
 
 
 if __name__ == "__main__":

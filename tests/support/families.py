@@ -110,7 +110,7 @@ def expected_logits(model: PreTrainedModel) -> Tensor:
 
 def served_logits(spans: Sequence[Span]) -> Tensor:
     """The same rows as the peers compute them: a prompt in chunks, then the tree."""
-    prompt, tree = token_ids()
+    prompt, tree = (ids.to(spans[0].backend.device) for ids in token_ids())
     caches = [KVCache(span.backend, span.layers, 64) for span in spans]
     tables = [cache.open() for cache in caches]
     runners = [ModelRunner(span, cache) for span, cache in zip(spans, caches, strict=True)]

@@ -1,7 +1,7 @@
 // What attention must know about a batch, from the numbers that the host sent: once a forward, for all layers.
 #include "ptx.cuh"
 
-constexpr int TILE = 64;  // positions; attention cuts keys there and nowhere else
+// TILE: positions at which attention cuts keys (attention.py).
 
 // One block a segment. Rows that ask are all but the `stored` first; the n-th of the batch is query n.
 // For each query: its segment (-1 for padding), its position, its slot, and

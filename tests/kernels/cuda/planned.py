@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
+from petal.kernels.cuda.attention import _TILE as TILE
 from petal.kernels.cuda.attention import Extent, Queries
-
-TILE = 64
 
 
 def extent_of(counts: list[int], bases: list[int], parents: list[int], stored: list[int] | None = None) -> Extent:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from petal.kernels import registry
 from petal.kernels.backend import Attend, Batch, EagerRunner, LayerSpec
+from petal.kernels.cuda.backend import NoKernels
 from petal.kernels.cuda.runner import CudaRunner, Size
 from petal.kernels.formats.base import QuantizedTensor
 from petal.kernels.formats.registry import FORMATS
 from petal.kernels.metadata import BatchPlan
+from petal.kernels.torch.backend import TorchBackend
 from torch import Tensor
 
 from tests.kernels.batches import chain, tree
@@ -73,6 +76,19 @@ def test_as_it_comes_nothing_is_padded():
     assert (size.rows, size.segments, size.context, size.widest) == (75, 2, 70, 70)
     table = size.metadata(torch.tensor(size.flat(plan), dtype=torch.int32))[0].page_table
     assert table.tolist() == [[1, 2, -1, -1, -1], [3, 4, 5, 6, 7]]
+
+
+def test_a_card_that_our_kernels_do_not_know_is_served_by_torch(monkeypatch, caplog):
+    def refuse(device: torch.device) -> None:
+        raise NoKernels(f"kernels need another card than {device}")
+
+    monkeypatch.setattr(registry, "_there", lambda device: None)
+    monkeypatch.setattr(registry, "CudaBackend", refuse)
+    assert isinstance(registry.backend_for("cuda:1"), TorchBackend)
+    assert [record.message for record in caplog.records] == [
+        "kernels need another card than cuda:1",
+        "cuda:1 computes through torch, without kernels of our own: that is slow",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from petal.kernels.cuda.layout import LAYOUTS, fields, interleave, pack
+from petal.kernels.cuda.blobs import LAYOUTS
+from petal.kernels.cuda.layout import fields, interleave, pack
 from petal.kernels.formats.int4 import Int4
 from petal.kernels.formats.int8 import Int8
 from petal.kernels.formats.registry import FORMATS

@@ -144,6 +144,19 @@ def test_gated_products_leave_the_next_activations(linear, case):
     assert all(torch.equal(y[:1], patterns[0][:1]) for y in patterns)
 
 
+@pytest.mark.parametrize("case", ["int4", "nf4"])
+def test_triton_says_the_same(linear, case):
+    """While the compiler works, and where it fails."""
+    weights, _ = on_card(case, (1280, 4096))
+    everything, bias = torch.randn(200, 4096, device="cuda").bfloat16(), torch.randn(1280, device="cuda")
+    for rows in (1, 16, 64, 200):
+        x = everything[:rows].contiguous()
+        expected = product(linear, weights, x, bias=bias)
+        out = torch.full_like(expected, torch.nan)
+        linear._twin(weights, linear.pack(x, weights), rows, out, bias)
+        assert torch.equal(out, expected), rows
+
+
 def test_a_product_repeats(linear):
     weights, _ = on_card("int4", (1280, 4096))
     for rows in (8, 64, 128):

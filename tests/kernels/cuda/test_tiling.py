@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from petal.kernels.cuda.layout import LAYOUTS
+from petal.kernels.cuda.blobs import LAYOUTS
 from petal.kernels.cuda.tiling import Card, Measured, Tiling, candidates, choose, row_tile
 
 KIB = 1024
