@@ -14,6 +14,7 @@ from ..protocol.directory.directory import Directory
 from ..protocol.trust.channels import Channels
 from .event_loop import ModelClosed
 from .load_once import LoadOnce
+from .model_packages import import_beside_others
 from .routing.peers import ConnectError, KnownPeers
 from .routing.route import NoRoute, Route, choose_route, context_of, sessions_that_fit
 from .routing.trusted_ends import TrustedEnds
@@ -176,9 +177,14 @@ class SwarmConnection:
             renewing.cancel()
 
 
+def _local_ends() -> None:
+    from .session import local_ends  # noqa: F401
+
+
 def load_local_ends(source: str, last: pb.PeerRecord, exact: bool) -> LocalEnds:
     """See LocalEnds.load. Raises ConnectError, also where this machine has no torch."""
     try:
+        import_beside_others(_local_ends)
         from .session.local_ends import LocalEnds, LocalEndsError
     except ImportError as error:
         raise ConnectError("local_ends needs torch and transformers: pip install 'petal-swarm[models]'") from error

@@ -26,13 +26,16 @@ class LoadOnce(Generic[T]):
             self._loads[name] = _on_a_thread(load)
         return self._loads[name]
 
-    async def get(self, name: str, load: Callable[[], T]) -> T:
-        """Wait for it; who stops waiting does not stop the load. Raises what `load` raises."""
+    def again(self, name: str, load: Callable[[], T]) -> asyncio.Future[T]:
+        """The load of `name`, begun anew where it had failed."""
         future = self.start(name, load)
         if future.done() and future.exception():
             del self._loads[name]
-            future = self.start(name, load)
-        return await asyncio.shield(future)
+        return self.start(name, load)
+
+    async def get(self, name: str, load: Callable[[], T]) -> T:
+        """Wait for it; who stops waiting does not stop the load. Raises what `load` raises."""
+        return await asyncio.shield(self.again(name, load))
 
 
 def _on_a_thread(load: Callable[[], T]) -> asyncio.Future[T]:

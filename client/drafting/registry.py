@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from ...protocol.checkpoint.tokenizer import Tokenizer
 from ..load_once import LoadOnce
+from ..model_packages import are_installed, import_beside_others
 from ..routing.route import Route
 from .budget import BudgetController
 from .drafter import Drafter, DrafterError
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 # "auto", "none", "ngram", "model", a checkpoint's path or hub id, several with commas between, or instances.
 DrafterChoice = str | Drafter | Sequence[str | Drafter]
 
-# What a draft model runs on.
-_NEEDED = ("torch", "transformers")
+# How soon an automatic drafter that failed is tried again.
+AGAIN_S = 60.0
 
 SHIPPED = Path(__file__).parent.parent / "drafters"
 
@@ -38,10 +39,15 @@ def shipped_drafter(model_digest: bytes) -> Path | None:
 def load_drafter(source: str, tokenizer: Tokenizer) -> Drafter:
     """The draft model of a checkpoint (folder, GGUF file or hub id). Raises DrafterError where it does not fit."""
     try:
-        from .model import DraftModel, ModelDrafter
+        return import_beside_others(_model_loader)(source, tokenizer)
     except ImportError as error:
         raise DrafterError(f"a draft model needs more packages: pip install 'petal-swarm[models]' ({error})") from error
-    return ModelDrafter(DraftModel.load(source, tokenizer))
+
+
+def _model_loader() -> Callable[[str, Tokenizer], Drafter]:
+    from .model import DraftModel, ModelDrafter
+
+    return lambda source, tokenizer: ModelDrafter(DraftModel.load(source, tokenizer))
 
 
 class DrafterRegistry:
@@ -52,6 +58,7 @@ class DrafterRegistry:
         self._digest = model_digest
         self._models: LoadOnce[Drafter] = LoadOnce()
         self._warned = False
+        self._again_at = 0.0
         self._budgets: dict[tuple[str, ...], BudgetController] = {}
 
     async def speculation(self, choice: DrafterChoice, budget: int | None, route: Route) -> Speculation:
@@ -88,17 +95,21 @@ class DrafterRegistry:
 
     def _once_loaded(self, default: Path | None) -> list[Drafter]:
         """The default drafter, if it is there by now: nobody waits for it, and where it fails one does without."""
-        if default is None or self._tokenizer is None or not all(map(importlib.util.find_spec, _NEEDED)):
+        if default is None or self._tokenizer is None or not are_installed():
             return []
         load = self._models.start(str(default), self._load(str(default)))
+        if load.done() and load.exception() and time.monotonic() >= self._again_at:
+            self._warn(load.exception())
+            self._again_at = time.monotonic() + AGAIN_S
+            load = self._models.again(str(default), self._load(str(default)))
         if not load.done():
             return []
-        if error := load.exception():
-            if not self._warned:
-                log.warning("drafting goes on without the model's own drafter: %s", error)
-            self._warned = True
-            return []
-        return [load.result().fresh()]
+        return [] if load.exception() else [load.result().fresh()]
+
+    def _warn(self, error: BaseException | None) -> None:
+        if not self._warned:
+            log.warning("drafting goes on without the model's own drafter: %s", error)
+        self._warned = True
 
     def _load(self, source: str) -> Callable[[], Drafter]:
         if self._tokenizer is None:
