@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..protocol.paths import data_dir
@@ -83,6 +83,20 @@ class Claim:
             except OSError as error:
                 log.warning("the port is another at the next start (%s)", error)
 
+    def peers(self) -> list[str]:
+        """Addresses at which the identity's peer has met others, and those that led it there."""
+        try:
+            found = json.loads(self._peers_file.read_text())
+        except (OSError, ValueError):
+            return []
+        return [address for address in found if isinstance(address, str)] if isinstance(found, list) else []
+
+    def remember_peers(self, addresses: Sequence[str]) -> None:
+        try:
+            self._peers_file.write_text(json.dumps(addresses))
+        except OSError as error:
+            log.debug("the peers that were met are not remembered (%s)", error)
+
     def release(self) -> None:
         """Others may run as it."""
         if self._lock is not None:
@@ -90,6 +104,10 @@ class Claim:
             self._lock = None
         if self._passing is not None:
             shutil.rmtree(self._passing, ignore_errors=True)
+
+    @property
+    def _peers_file(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.peers")
 
     @property
     def _ports_file(self) -> Path:

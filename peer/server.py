@@ -14,17 +14,17 @@ from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint.checkpoint import Checkpoint
 from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.directory.dht import DhtDirectory
-from ..protocol.directory.directory import DirectoryError
 from ..protocol.directory.public import PublicDirectory
 from ..protocol.host import WILDCARDS, is_loopback
 from ..protocol.memory import available_bytes
-from ..protocol.petal_pb2_grpc import DirectoryStub, add_DirectoryServicer_to_server, add_PeerServicer_to_server
+from ..protocol.petal_pb2_grpc import add_DirectoryServicer_to_server, add_PeerServicer_to_server
 from ..protocol.private.gossip import GossipDirectory
 from ..protocol.private.joining import join
 from ..protocol.private.membership import Membership
 from ..protocol.trust.interceptor import TrustInterceptor
 from ..protocol.trust.trust import PublicTrust, Trust
-from ..protocol.wire.limits import DIRECTORY_OPTIONS, MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
+from ..protocol.wire.limits import MAX_ROWS, PROTOCOL, PROTOCOL_MIN, SERVER_OPTIONS
+from .bootstrap import ways_into_dht
 from .engine.engine import Engine
 from .engine.kv_cache import KVCache
 from .engine.scheduler import Budget
@@ -109,15 +109,16 @@ class PeerServer:
             gossip = GossipDirectory(self.trust, self.address)
             await gossip.join()
             return gossip
+        met = [] if not options.initial_peers else self._claim.peers()
+        ways = await ways_into_dht(options.initial_peers, met, self.trust, self._progress.note)
+        listen, known = (self._ports.dht(),), {*ways} <= {*met}
         dht = await DhtDirectory.create(
-            self._claim.path,
-            initial_peers=await bootstrap_addresses(options.initial_peers, self.trust),
-            listen=(self._ports.dht(),),
-            relay=options.relay,
+            self._claim.path, initial_peers=ways, listen=listen, relay=options.relay, known=known
         )
         if found := re.search(r"/tcp/(\d+)/", " ".join(await dht.multiaddrs())):
             self._ports.remember_dht(int(found[1]))
-        return PublicDirectory(dht, self.trust, self.identity.peer_id)
+        seeds = [*options.initial_peers, *met]
+        return PublicDirectory(dht, self.trust, self.identity.peer_id, seeds, self._claim.remember_peers)
 
     async def _load(self) -> None:
         """Choose a span, load it off the loop, and measure it."""
@@ -258,21 +259,3 @@ def set_up_threads(options: ServeOptions, backend: Backend, checkpoint: Checkpoi
 def layer_widths(checkpoint: Checkpoint) -> list[int]:
     """Of hidden states and what is within blocks, as the config names them."""
     return [value for name, value in checkpoint.config.items() if name in _WIDTHS and isinstance(value, int)]
-
-
-async def bootstrap_addresses(initial_peers: tuple[str, ...], trust: Trust) -> list[str]:
-    """Multiaddrs to join the DHT through: as given, or asked of a peer at a gRPC host:port. Raises DirectoryError."""
-    found: list[str] = []
-    for peer in initial_peers:
-        if peer.startswith("/"):
-            found.append(peer)
-            continue
-        try:
-            async with trust.dial(peer, DIRECTORY_OPTIONS) as channel:
-                reply = await DirectoryStub(channel).List(pb.ListRequest(model="-"), timeout=10)
-        except (grpc.aio.AioRpcError, OSError) as error:
-            raise DirectoryError(
-                f"No peer answers at {peer}: check the address, or name another with --initial-peers."
-            ) from error
-        found.extend(reply.bootstrap)
-    return found

@@ -92,16 +92,23 @@ class DhtDirectory(Directory):
         announce: Sequence[str] = (),
         client_mode: bool = False,
         relay: bool = False,
+        known: bool = False,
     ) -> DhtDirectory:
         """Join the DHT through `initial_peers` (multiaddrs), or start one if there are none but this node itself.
 
-        DirectoryError if none of them answers. A client only reads: it listens nowhere and stores nothing for others.
-        With `relay` the daemon passes others' traffic on, and is reached through others that do.
+        DirectoryError if none of them answers, unless they are `known` to be right: then they may come later. A client
+        only reads: it listens nowhere and stores nothing for others. With `relay` the daemon passes others' traffic on,
+        and is reached through others that do.
         """
         own = None if identity_path is None else Identity.load_or_create(identity_path).peer_id
         others = [address for address in initial_peers if _peer_of(address) != own]
         start = partial(_start_node, identity_path, announce, client_mode, relay)
-        directory = cls(start, *await start(others, listen), others)
+        try:
+            directory = cls(start, *await start(others, listen), others)
+        except DirectoryError:
+            if not known or client_mode:
+                raise
+            directory = cls(start, *await start((), listen), others)
         # A daemon that is started again listens where the others know it.
         directory._listen = listen if client_mode else await directory._listening(listen)
         return directory

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import grpc
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 MOST_MET = 256
 FANOUT = 4
 TELL_S = 3.0
+Keep = Callable[[Sequence[str]], None]
 # Records taken from one caller: its own, and no list.
 MOST_HEARD = 1
 
@@ -43,13 +44,19 @@ class Acquaintances:
         self._own = own
         self._met: dict[str, pb.PeerRecord] = {}
 
-    def meet(self, records: Peers) -> None:
+    def meet(self, records: Peers) -> bool:
+        """Remember them; whether anybody was ever met."""
         for record in records:
             if record.peer_id != self._own and record.addresses:
                 self._met.pop(record.peer_id, None)
                 self._met[record.peer_id] = record
         while len(self._met) > MOST_MET:
             del self._met[next(iter(self._met))]
+        return bool(self._met)
+
+    def addresses(self) -> list[str]:
+        """gRPC addresses, one for each."""
+        return [record.addresses[0] for record in self._met.values()]
 
     def missed(self, present: Peers) -> list[pb.PeerRecord]:
         """Who was there once, and has neither a record now nor left."""
@@ -95,9 +102,15 @@ def _some(records: list[pb.PeerRecord]) -> list[pb.PeerRecord]:
 class PublicDirectory(Directory):
     """See the module."""
 
-    def __init__(self, dht: DhtDirectory, trust: Trust, own: str) -> None:
-        """`own`: this peer's id."""
+    def __init__(
+        self, dht: DhtDirectory, trust: Trust, own: str, seeds: Sequence[str] = (), keep: Keep = lambda addresses: None
+    ) -> None:
+        """`own`: this peer's id. `seeds`: where others may be, asked while nobody else is known; `keep` stores them."""
         self.book = dht.book
+        self._seeds = list(dict.fromkeys(seeds))
+        self._trust = trust
+        self._keep = keep
+        self._kept: set[str] = set()
         self._dht = dht
         self._met = Acquaintances(trust, dht.book, own)
         self._own: pb.SignedRecord | None = None
@@ -106,7 +119,10 @@ class PublicDirectory(Directory):
         """See Directory. DirectoryError where neither the DHT nor any peer that was met answers."""
         error = await _tried(self._dht.list(model))
         present = self.book.list()
-        self._met.meet(present)
+        if not self._met.meet(present) and await self._ask_seeds():
+            present, error = self.book.list(), None
+            self._met.meet(present)
+        self._remember()
         self._dht.remember(self._met.multiaddrs())
         if (error or self._met.missed(present)) and not await self._met.tell(self._own) and error:
             raise error
@@ -119,6 +135,32 @@ class PublicDirectory(Directory):
         self.book.add(signed)
         if error and not await self._met.tell(signed):
             raise error
+
+    async def _ask_seeds(self) -> bool:
+        """Whether anybody answers there; the DHT hears of the way to them."""
+        asked = [address for address in self._seeds if not address.startswith("/")]
+        answers = await asyncio.gather(*(self._ask_seed(address) for address in asked))
+        return any(answers)
+
+    async def _ask_seed(self, address: str) -> bool:
+        request = pb.ListRequest(records=[self._own] if self._own else [])
+        try:
+            async with self._trust.dial(address, DIRECTORY_OPTIONS) as channel:
+                reply = await DirectoryStub(channel).List(request, timeout=TELL_S)
+        except (grpc.RpcError, OSError):
+            return False
+        for signed in reply.records:
+            with contextlib.suppress(RecordError):
+                self.book.add(signed)
+        self._dht.remember(reply.bootstrap)
+        return True
+
+    def _remember(self) -> None:
+        """For the next start; with the seeds, which led here."""
+        addresses = self._met.addresses()
+        if addresses and not {*addresses} <= self._kept:
+            self._kept = {*addresses}
+            self._keep([*dict.fromkeys([*self._seeds, *addresses])][-MOST_MET:])
 
     async def withdraw(self, identity: Identity, record: pb.PeerRecord) -> None:
         """Replace `record`, the last one published, by a tombstone."""
