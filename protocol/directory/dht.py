@@ -305,6 +305,7 @@ async def _start_daemon(
             **role,
         )
     except P2PDaemonError as error:
+        await asyncio.sleep(0.2)  # until the loop hears of the daemon's end, too
         if "bootstrap" in str(error):
             raise _unreachable(initial_peers) from error
         raise DirectoryError(f"The DHT daemon did not start, check the listen addresses {listen}: {error}.") from error
