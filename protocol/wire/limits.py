@@ -14,7 +14,7 @@ PART_BYTES = FRAME_BYTES - FRAME_MARGIN
 WINDOW_BYTES = 16 << 20
 # An answer with logits or hidden states; and answers that a client or the next peer may leave unread.
 ANSWER_BYTES = 128 << 20
-UNREAD_BYTES = 256 << 20
+UNREAD_BYTES = 144 << 20
 # Rows of one step.
 MAX_ROWS = 2048
 TOP_LOGPROBS = 64
@@ -27,6 +27,9 @@ PING_EVERY_S = 2.5
 HEADER_BYTES = 16 << 10
 # Who opens a stream says what for within so long, and reads what is sent within so long.
 SILENT_S = 10.0
+# A connection without a stream is closed after so long, and carries so many streams at a time.
+IDLE_CONNECTION_S = 60.0
+MAX_STREAMS = 512
 UNREAD_S = 60.0
 
 _KEEPALIVE = [
@@ -62,7 +65,11 @@ SERVER_OPTIONS = [
     *_SIZES,
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.max_concurrent_streams", 4096),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    # No table of headers: a stranger's entry of 4 kB could be named 8,000 times in a few bytes each.
+    ("grpc.http2.hpack_table_size.decoder", 0),
+    # Who holds a connection without a call on it; a channel dials anew where it is needed again.
+    ("grpc.max_connection_idle_ms", int(IDLE_CONNECTION_S * 1000)),
     # Between the two gRPC would refuse at random.
     ("grpc.max_metadata_size", HEADER_BYTES),
     ("grpc.absolute_max_metadata_size", HEADER_BYTES),

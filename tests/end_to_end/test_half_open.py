@@ -10,9 +10,11 @@ import pytest
 import pytest_asyncio
 from petal.peer.rpc import streams
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.wire.limits import KEEPALIVE_S, SILENT_S
+from petal.protocol.trust.identity import Identity
+from petal.protocol.trust.trust import PublicTrust
+from petal.protocol.wire.limits import HEADER_BYTES, KEEPALIVE_S, MAX_STREAMS, SERVER_OPTIONS, SILENT_S
 
-from ..support.half_open import HALF_A_HELLO, PREFACE, SETTINGS, until_closed
+from ..support.half_open import HALF_A_HELLO, PREFACE, SETTINGS, settings_of, until_closed
 from ..support.swarms import LocalSwarm, local_swarm
 from ..support.tiny import VOCAB, tiny_llama
 from ..support.wire import RawSession, Wire, released
@@ -93,3 +95,21 @@ async def test_who_reads_slowly_is_not_cut(wire: Wire, monkeypatch: pytest.Monke
         assert len((await session.result()).logits) == 4 * ROWS * VOCAB
         await asyncio.sleep(0.05)
     session.close()
+
+
+async def test_a_stranger_hears_of_tight_bounds_before_it_says_anything(wire: Wire) -> None:
+    """No table of headers that could be filled once and named a thousand times, few streams, small headers."""
+    said = await settings_of(wire.peer.address)
+    assert (said[1], said[3], said[6]) == (0, MAX_STREAMS, HEADER_BYTES)
+
+
+async def test_a_connection_without_a_call_is_closed() -> None:
+    """A server with our options, but for an idle limit that a test can wait for."""
+    options = dict(SERVER_OPTIONS)
+    assert options["grpc.max_connection_idle_ms"] == 60_000
+    trust = PublicTrust(Identity.ephemeral())
+    server = grpc.aio.server(options=[*(options | {"grpc.max_connection_idle_ms": 300}).items()])
+    port = server.add_secure_port("127.0.0.1:0", trust.server_credentials())
+    await server.start()
+    assert await until_closed(f"127.0.0.1:{port}", PREFACE + SETTINGS, True, KEEPALIVE_S) < KEEPALIVE_S / 2
+    await server.stop(None)

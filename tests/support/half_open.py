@@ -35,3 +35,23 @@ async def until_closed(address: str, said: bytes, tls: bool, patience_s: float) 
     finally:
         writer.transport.abort()
     return time.monotonic() - started
+
+
+async def settings_of(address: str) -> dict[int, int]:
+    """The HTTP/2 settings that a server tells first, by their numbers in RFC 9113."""
+    host, _, port = address.rpartition(":")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+    try:
+        writer.write(PREFACE + SETTINGS)
+        head = await asyncio.wait_for(reader.readexactly(9), 10)
+        assert head[3] == 4, "a server speaks of its settings first"
+        body = await reader.readexactly(int.from_bytes(head[:3], "big"))
+    finally:
+        writer.close()
+    return {
+        int.from_bytes(body[at : at + 2], "big"): int.from_bytes(body[at + 2 : at + 6], "big")
+        for at in range(0, len(body), 6)
+    }
