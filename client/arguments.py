@@ -22,6 +22,12 @@ _NO_EFFECT = frozenset(
     }
 )  # fmt: skip
 
+# They change scores, see score_rules; these values ask for nothing.
+_RULES = (
+    "bad_words_ids", "begin_suppress_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size", "sequence_bias",
+    "suppress_tokens",
+)  # fmt: skip
+
 # What changes the answer, and the values that leave it as it is.
 _CANNOT: dict[str, tuple[Any, ...]] = {
     name: neutral
@@ -29,12 +35,10 @@ _CANNOT: dict[str, tuple[Any, ...]] = {
         (("num_beams", "num_beam_groups", "num_return_sequences"), (1,)),
         (("length_penalty", "typical_p", "encoder_repetition_penalty", "guidance_scale"), (1, 1.0)),
         (("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha", "top_h"), (0, 0.0)),
-        (("min_new_tokens", "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
+        (("encoder_no_repeat_ngram_size",), (0,)),
         (("output_scores", "output_logits", "output_attentions", "output_hidden_states"), (False,)),
         (("return_dict_in_generate", "token_healing"), (False,)),
         (("renormalize_logits",), (False, True)),  # draws are the same
-        (("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), ([],)),
-        (("sequence_bias",), ({},)),
         (("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "watermarking_config"), ()),
         (("constraints", "force_words_ids", "decoder_start_token_id", "prefix_allowed_tokens_fn"), ()),
         (("inputs_embeds", "past_key_values", "position_ids", "negative_prompt_ids"), ()),
@@ -73,7 +77,13 @@ def honoured(settings: Mapping[str, Any], known: Collection[str]) -> dict[str, A
         given.setdefault("budget", int(lookup))
     for name in [name for name in given if name not in known]:
         _refuse_unless_neutral(name, given.pop(name), known)
-    return {name: value for name, value in given.items() if value is not None or name in ("seed", "budget")}
+    return {name: value for name, value in given.items() if not _says_nothing(name, value)}
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    if name in _RULES:
+        return value is None or value in (0, [], {}, ())
+    return value is None and name != "seed"
 
 
 def _refuse_unless_neutral(name: str, value: Any, known: Collection[str]) -> None:

@@ -40,6 +40,13 @@ class GenerationSettings(TypedDict, total=False):
     prompt_lookup_num_tokens: int | None
     stopping_criteria: Sequence[StoppingCriterion] | None
     pad_token_id: int | None
+    min_new_tokens: int | None
+    min_length: int | None
+    no_repeat_ngram_size: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    sequence_bias: Any
     num_beams: int
     use_cache: bool
     do_sample: bool | None
@@ -73,7 +80,9 @@ class GenerationConfig:
     `top_logprobs`: so many of the likeliest tokens come with each token. `trace`: times of each hop come along.
     `drafter` guesses ahead: "auto", "ngram", "model", "none", a checkpoint, several with commas, or Drafter objects;
     `budget` is the number of tokens that it guesses a round, by default what pays most. Neither changes the text.
-    `logits_processor` works with local ends: each gets ids [1, n] and scores [1, vocab] as tensors, and returns scores.
+    With local ends alone: `min_new_tokens`, `min_length`, `no_repeat_ngram_size`, `bad_words_ids`, `suppress_tokens`,
+    `begin_suppress_tokens`, `sequence_bias`, and each `logits_processor`: it gets ids [1, n] and scores [1, vocab] as
+    tensors, and returns scores.
 
     Raises SamplingError for a value out of range, SettingsError for settings that contradict each other.
     """
@@ -83,6 +92,13 @@ class GenerationConfig:
     max_time: float | None = None
     stopping_criteria: Sequence[StoppingCriterion] | None = None
     pad_token_id: int | None = None
+    min_new_tokens: int | None = None
+    min_length: int | None = None
+    no_repeat_ngram_size: int | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    sequence_bias: Any = None
     do_sample: bool | None = None
     temperature: float | None = None
     top_k: int | None = None

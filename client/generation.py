@@ -15,6 +15,7 @@ from .drafting.registry import DrafterRegistry
 from .drafting.rounds import Speculation, Verified
 from .model_text import ModelText
 from .output import OutputChunk, OutputCutter
+from .score_rules import NEED_SCORES, score_rules
 from .session.session import Session
 
 # Text, messages as in OpenAI's API, or token ids.
@@ -97,9 +98,11 @@ async def generate(
     room = positions - len(prompt)
     if room < 1:
         raise SettingsError(f"a prompt of {len(prompt)} tokens leaves no room in {positions} positions")
-    if config.logits_processor and not session.options.local_ends:
-        raise SettingsError("a logits_processor needs the scores on this machine: connect with local_ends=True")
-    session.logits_processors = config.logits_processor or ()
+    processors = [*score_rules(config, len(prompt), config.eos_ids(tokenizer)), *(config.logits_processor or ())]
+    if processors and not session.options.local_ends:
+        named = ", ".join(name for name in NEED_SCORES if getattr(config, name))
+        raise SettingsError(f"{named}: the scores are needed on this machine, connect with local_ends=True")
+    session.logits_processors = processors
     speculation = speculation or Speculation()
     limit = min(config.new_tokens(len(prompt)), room + 1)
     cutter = OutputCutter(tokenizer, limit, config.eos_ids(tokenizer), config.stops, config.ending(prompt))

@@ -66,9 +66,8 @@ def test_what_asks_for_nothing_is_taken(settings: dict[str, Any]) -> None:
     [
         ({"num_beams": 4}, "num_beams=4 is not supported: .*num_return_sequences"),
         ({"num_beams": True}, "num_beams=True is not supported"),
-        ({"bad_words_ids": [[1]]}, r"bad_words_ids=\[\[1\]\] is not supported"),
-        ({"min_new_tokens": 2}, "min_new_tokens=2 is not supported"),
-        ({"generation_config": TheirConfig(no_repeat_ngram_size=2)}, "no_repeat_ngram_size=2 is not supported"),
+        ({"force_words_ids": [[1]]}, r"force_words_ids=\[\[1\]\] is not supported"),
+        ({"generation_config": TheirConfig(typical_p=0.5)}, "typical_p=0.5 is not supported"),
         ({"assistant_model": object()}, "assistant_model=.* is not supported: name a draft model with drafter="),
         ({"max_tokens": 5}, "generate has no argument max_tokens; did you mean max_new_tokens"),
         ({"zzz": 5}, "generate has no argument zzz: it knows "),
@@ -217,3 +216,42 @@ async def test_criteria_are_asked_behind_each_token(
 async def test_time_ends_an_answer(model: AsyncSwarmModel) -> None:
     chunks = [chunk async for chunk in model.stream(PROMPT, max_time=1e-6, eos_token_id=-1)]
     assert [(len(chunk.ids), chunk.finish_reason) for chunk in chunks] == [(1, "time")]
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def local() -> AsyncIterator[AsyncSwarmModel]:
+    async with local_swarm(tiny_llama(), [range(2), range(2, 4)]) as swarm, swarm.connect(local_ends=True) as client:
+        yield client
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("drafter", ["none", "ngram"])
+@pytest.mark.parametrize(
+    "name", ["min_new_tokens", "min_length", "no_repeat", "bad", "bias", "biases", "never", "begin"]
+)
+async def test_rules_of_the_scores(local: AsyncSwarmModel, theirs: Any, name: str, drafter: str) -> None:
+    """As transformers has it, where the rule changes the text; `free` is what is said without."""
+    prompt, settings = [5, 17, 90, 5, 17], {"max_new_tokens": 16, "do_sample": False}
+    free = theirs.generate(torch.tensor([prompt]), **settings, eos_token_id=None)[0, 5:].tolist()
+    rule: dict[str, Any] = {
+        "min_new_tokens": {"min_new_tokens": 9, "eos_token_id": free[2]},
+        "min_length": {"min_length": 12, "eos_token_id": free[2]},
+        "no_repeat": {"no_repeat_ngram_size": 2, "repetition_penalty": 0.5},
+        "bad": {"bad_words_ids": [[free[1]], [free[2], free[3]]]},
+        "bias": {"sequence_bias": {(free[0],): -50.0, (free[2], 7): 50.0}},
+        "biases": {"sequence_bias": [[[free[0]], -50.0], [[9, 11], 50.0]]},
+        "never": {"suppress_tokens": [free[0], free[4]]},
+        "begin": {"begin_suppress_tokens": [free[0]]},
+    }[name]
+    wanted = {"eos_token_id": None, **settings, **rule}
+    expected = theirs.generate(torch.tensor([prompt]), **wanted)[0].tolist()
+    plain = {key: value for key, value in wanted.items() if key in ("eos_token_id", "repetition_penalty", *settings)}
+    assert theirs.generate(torch.tensor([prompt]), **plain)[0].tolist() != expected
+    ours = {"eos_token_id": -1, **settings, **rule}
+    assert await local.generate(prompt, drafter=drafter, **ours) == expected
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_rules_need_the_scores(model: AsyncSwarmModel) -> None:
+    with pytest.raises(SettingsError, match="bad_words_ids, min_new_tokens: the scores are needed on this machine"):
+        await model.generate(PROMPT, min_new_tokens=2, bad_words_ids=[[7]])
