@@ -96,7 +96,8 @@ class CudaBackend(Backend):
     def runner(self, forward: Forward, storage: KVStorage, group_of: Sequence[int]) -> BatchRunner:
         """See `Backend`."""
         assert isinstance(storage, CudaKVStorage)
-        return CudaRunner(EagerRunner(self, forward, storage, group_of), forward, storage, group_of)
+        eager = EagerRunner(self, forward, storage, group_of)
+        return CudaRunner(eager, self._products, forward, storage, group_of)
 
     def arithmetic(self, dtype: torch.dtype) -> str:
         """See `Backend`: whatever `dtype`, factors are bfloat16; a matrix unit's order of sums is its generation's."""

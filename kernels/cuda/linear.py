@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from .blobs import UNIT, Layout
 from .compile import Program
 from .driver import Kernel
 from .layout import Weights
+from .nvrtc import NvrtcError
 from .runtime import Runtime
 from .tiling import Tiling, choose, row_tile
 
@@ -36,6 +39,7 @@ class Linear:
         self._card = runtime.card
         self._partials = [torch.empty(0, dtype=torch.uint8, device=runtime.device)]
         self._levels: Tensor | None = None
+        self._patient = False
         self._arrived = torch.zeros(_MOST_PLACES, dtype=torch.int32, device=runtime.device)
 
     def tiling(self, weights: Weights, rows: int, gated: bool = False) -> Tiling:
@@ -85,7 +89,7 @@ class Linear:
         if weights.extension is not None:
             self._extend(weights, packed, rows, overlap)
         twin = layout.name in _TWINS and not gated and importlib.util.find_spec("triton") is not None
-        kernel = self._compiled(program, tiling, layout, wait or not twin)
+        kernel = self._compiled(program, tiling, layout, wait, twin)
         if kernel is None:
             self._twin(weights, packed, rows, out, bias)
             return
@@ -98,9 +102,24 @@ class Linear:
             overlap=overlap,
         )  # fmt: skip
 
-    def _compiled(self, program: Program, tiling: Tiling, layout: Layout, wait: bool) -> Kernel | None:
-        """None where Triton is to compute."""
-        return self._runtime.kernel(program, "linear", tiling.threads, tiling.shared_bytes(layout), wait=wait)
+    def _compiled(self, program: Program, tiling: Tiling, layout: Layout, wait: bool, twin: bool) -> Kernel | None:
+        """None where the twin in Triton is to compute."""
+        wait = wait or self._patient or not twin
+        try:
+            return self._runtime.kernel(program, "linear", tiling.threads, tiling.shared_bytes(layout), wait=wait)
+        except NvrtcError:
+            if twin:
+                return None
+            raise
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Inside, products wait for the compiler: what is captured there stays."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
 
     def _twin(self, weights: Weights, packed: Tensor, rows: int, out: Tensor, bias: Tensor | None) -> None:
         """The same product to the bit, in Triton."""

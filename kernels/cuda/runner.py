@@ -8,7 +8,7 @@ same kernels: a row's bits are the same either way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..backend import Batch, EagerRunner, Forward
 from ..metadata import AttentionMetadata, BatchPlan
 from .attention import Extent
+from .linear import Linear as Products
 from .storage import CudaKVStorage, Prepared
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,13 @@ class Captured:
     """One forward of one size as a graph, with the buffers that it reads and writes."""
 
     def __init__(
-        self, size: Size, batch: Batch, forward: Forward, storage: CudaKVStorage, group_of: Sequence[int]
+        self,
+        size: Size,
+        batch: Batch,
+        products: Products,
+        forward: Forward,
+        storage: CudaKVStorage,
+        group_of: Sequence[int],
     ) -> None:
         """Raises RuntimeError where the forward cannot be captured."""
         self._size = size
@@ -118,6 +125,10 @@ class Captured:
             attend = storage.attention([metadata[g] for g in group_of])
             return forward(self._rows, metadata[0].positions.long(), attend, batch.blocks)
 
+        with products.patience():
+            self._capture(run, device)
+
+    def _capture(self, run: Callable[[], Tensor], device: torch.device) -> None:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -155,8 +166,16 @@ def _no_waiting() -> Iterator[None]:
 class CudaRunner:
     """Runs a span's batches: graphs where they fit, else as they come."""
 
-    def __init__(self, eager: EagerRunner, forward: Forward, storage: CudaKVStorage, group_of: Sequence[int]) -> None:
-        self._eager, self._forward, self._storage, self._group_of = eager, forward, storage, group_of
+    def __init__(
+        self,
+        eager: EagerRunner,
+        products: Products,
+        forward: Forward,
+        storage: CudaKVStorage,
+        group_of: Sequence[int],
+    ) -> None:
+        self._eager, self._products = eager, products
+        self._forward, self._storage, self._group_of = forward, storage, group_of
         self._graphs: dict[tuple[object, ...], Captured] = {}
         self._pages = storage.n_pages
         self._capturable = True
@@ -172,7 +191,7 @@ class CudaRunner:
         key = (size, batch.blocks.start, batch.blocks.stop, batch.rows.dtype, batch.rows.shape[1:])
         if key not in self._graphs:
             try:
-                self._graphs[key] = Captured(size, batch, self._forward, self._storage, self._group_of)
+                self._graphs[key] = Captured(size, batch, self._products, self._forward, self._storage, self._group_of)
             except RuntimeError as error:
                 log.warning("this model runs without captured graphs: %s", str(error).splitlines()[0])
                 self._capturable = False

@@ -51,6 +51,7 @@ class CudaKVStorage(KVStorage):
             kind = (s.kv_heads, s.key_width, s.value_width)
             self._place.append((kind, kinds[kind]))
             kinds[kind] += 1
+        self._chosen: dict[tuple[int, ...], list[tuple[tuple[int, int, int], Tensor]]] = {}
         self._pools = {kind: self._made(kind, count, n_pages) for kind, count in kinds.items()}
 
     @property
@@ -149,6 +150,12 @@ class CudaKVStorage(KVStorage):
         return keys, values
 
     def _by_kind(self, layers: Sequence[int]) -> list[tuple[tuple[int, int, int], Tensor]]:
+        """Layers of each kind, on the device; those of a group are asked for again and again."""
+        if (asked := tuple(layers)) not in self._chosen:
+            self._chosen[asked] = self._sorted(layers)
+        return self._chosen[asked]
+
+    def _sorted(self, layers: Sequence[int]) -> list[tuple[tuple[int, int, int], Tensor]]:
         found: dict[tuple[int, int, int], list[int]] = {}
         for layer in layers:
             kind, index = self._place[layer]

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from petal.kernels.cuda import compile as module
 from petal.kernels.cuda import nvrtc
+from petal.kernels.cuda.blobs import LAYOUTS
 from petal.kernels.cuda.compile import Compiler, CubinCache, Program, Programs, architecture
+from petal.kernels.cuda.linear import Linear
 from petal.kernels.cuda.nvrtc import NvrtcError
+from petal.kernels.cuda.tiling import Tiling
 
 PROGRAM = Program("elementwise.cu", (("ROWS", 8),))
 
@@ -184,6 +187,45 @@ def test_code_is_kept_by_source_choices_architecture_and_driver(program_of_compi
     changed = {**module.texts(), "ptx.cuh": "// another"}
     monkeypatch.setattr(module, "texts", lambda: changed)
     assert len({key, *others, Compiler("sm_90a", 13000).key(PROGRAM)}) == 6
+
+
+class FakeRuntime:
+    """Compiles when it is waited for."""
+
+    def __init__(self, error: NvrtcError | None = None) -> None:
+        self.error, self.waits = error, list[bool]()
+
+    def kernel(self, program: Program, name: str, threads: int, shared: int, *, wait: bool) -> str | None:
+        self.waits.append(wait)
+        if self.error:
+            raise self.error
+        return "kernel" if wait else None
+
+
+def asked(runtime: FakeRuntime, wait: bool, twin: bool, patient: bool = False) -> object:
+    products, layout = object.__new__(Linear), LAYOUTS["Int4"]
+    products._runtime, products._patient = runtime, False
+    if not patient:
+        return products._compiled(PROGRAM, Tiling(8), layout, wait, twin)
+    with products.patience():
+        return products._compiled(PROGRAM, Tiling(8), layout, wait, twin)
+
+
+def test_triton_stands_in_while_nobody_waits():
+    assert asked(FakeRuntime(), wait=False, twin=True) is None
+    assert asked(FakeRuntime(), wait=True, twin=True) == "kernel"
+    assert asked(FakeRuntime(), wait=False, twin=False) == "kernel"  # nothing else could compute it
+
+
+def test_what_is_captured_waits_for_the_compiler():
+    assert asked(FakeRuntime(), wait=False, twin=True, patient=True) == "kernel"
+
+
+def test_triton_stands_in_for_what_cannot_be_compiled():
+    error = NvrtcError("took more than 60 s")
+    assert asked(FakeRuntime(error), wait=True, twin=True) is None
+    with pytest.raises(NvrtcError, match="60 s"):
+        asked(FakeRuntime(error), wait=False, twin=False)
 
 
 def test_architectures():
