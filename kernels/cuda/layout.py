@@ -96,6 +96,14 @@ def pack(fields: Fields) -> Weights:
     return Weights(layout, (outputs, fields.width), blobs, scale, fields.codebooks, fields.extension)
 
 
+def dense_rows(weights: Weights, which: Tensor) -> Tensor:
+    """Rows [n] of weights in bfloat16: [n, in]."""
+    blobs = weights.blobs.view(torch.bfloat16).view(*weights.blobs.shape[:2], 4, 4, 8, 4, 2, 2, 2)  # j warp g t c h e
+    warp, half, g = which % BLOB // 16, which % 16 // 8, which % 8
+    rows = blobs[which // BLOB, :, :, warp, g, :, :, half]  # n, blob, j, t, c, e
+    return rows.transpose(3, 4).flatten(1)[:, : weights.shape[1]]
+
+
 def interleave(gate: Fields, up: Fields) -> Fields:
     """Outputs by sixteens, 8 of `gate` and the same 8 of `up`, each padded to a multiple of 32 with zeros."""
     if gate.layout is not up.layout or gate.width != up.width or gate.outputs != up.outputs:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backend import Linear
 from ..formats.base import QuantizedTensor
 from .blobs import BLOB
-from .layout import Weights, dense, fields, pack
+from .layout import Weights, dense, dense_rows, fields, pack
 from .linear import Linear as Products
 
 _UNITS = 512  # rows of a unit matrix that are multiplied at once
@@ -67,11 +67,17 @@ class CudaLinear(Linear):
 
     def rows(self, which: Tensor) -> Tensor:
         """See `Linear`."""
-        found = [self._dense(self._blobs_of(w // BLOB))[torch.arange(len(w)), w % BLOB] for w in which.split(64)]
-        return torch.cat(found).float()
+        if self.packed.layout.name == "Bf16":
+            return dense_rows(self.packed, which).float()
+        return torch.cat([self._some(part) for part in which.split(64)]).float()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.label}"
+
+    def _some(self, which: Tensor) -> Tensor:
+        """Rows [n] by multiplying a unit matrix with their blobs."""
+        rows = (which % BLOB)[:, None, None].expand(-1, 1, self.in_features)
+        return self._dense(self._blobs_of(which // BLOB)).gather(1, rows)[:, 0]
 
     def _multiply(self, weights: Weights, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = torch.empty(len(x), weights.shape[0], dtype=torch.bfloat16, device=weights.blobs.device)

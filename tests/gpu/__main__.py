@@ -1,8 +1,8 @@
 """All that needs a card, in one command: `python -m tests.gpu [GROUP ...]`, from the root of the repository.
 
 It needs no package index and no installed Petal, but torch, Triton, transformers, pytest and platformdirs. Groups run
-one after another, each in a process of its own with a limit of its own; one in which nothing passed has failed. The last
-line is JSON: {"groups": {name: {"passed": n, "failed": n, "seconds": s}}, "bench": what the bench says}.
+one after another, each in a process of its own with a limit of its own; one in which nothing passed has failed. The
+last line is JSON: {"groups": {name: {"passed": n, "failed": n, "seconds": s}}, "bench": what the bench says}.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from petal.kernels.cuda.blobs import LAYOUTS
-from petal.kernels.cuda.layout import fields, interleave, pack
+from petal.kernels.cuda.layout import dense_rows, fields, interleave, pack
 from petal.kernels.formats.int4 import Int4
 from petal.kernels.formats.int8 import Int8
 from petal.kernels.formats.registry import FORMATS
@@ -66,6 +66,12 @@ def test_what_no_layout_holds_becomes_bfloat16():
     expected = format.dequantize(tensors, shape)
     assert packed.layout is LAYOUTS["Bf16"]
     assert torch.equal(dense(packed), expected.bfloat16().double())
+
+
+def test_rows_of_a_table_are_found():
+    weight = torch.randn(200, 768).bfloat16()
+    which = torch.tensor([0, 199, 63, 64, 17, 8, 17])
+    assert torch.equal(dense_rows(pack(fields(FORMATS["bf16"], {"weight": weight}, (200, 768))), which), weight[which])
 
 
 @pytest.mark.parametrize("name", ["int4", "nf4", "int8", "q6_k", "aqlm"])
