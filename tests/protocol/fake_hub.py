@@ -1,4 +1,4 @@
-"""A hub on loopback: the few requests that fetching a model makes, with ranges, counts and faults."""
+"""A hub on loopback: what huggingface_hub asks for as it fetches a model, with ranges, counts and faults."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class FakeHub:
-    """Serves the files of `folder` as the model `model`; after `budget` bytes of files the line is dead."""
+    """Serves the files of `folder` as the model `model`; after `budget` bytes of files the line is dead.
+
+    `etag` is what every file's is, where it is not its own. `requests` are all there were, `fetched` the files sent.
+    """
 
     folder: Path
     model: str = "org/tiny"
     budget: int | None = None
+    etag: str | None = None
+    requests: list[str] = field(default_factory=list)
     fetched: list[str] = field(default_factory=list)
     bytes_sent: int = 0
     url: str = ""
@@ -67,8 +72,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self) -> Path | None:
         """`/org/name/resolve/REVISION/file`, or an answer as the hub gives it."""
+        self.hub.requests.append(self.path)
         parts = self.path.split("/")
-        if "/".join(parts[1:3]) != self.hub.model:
+        if "/".join(parts[1:3]) == "org/gated":
+            self._refuse("GatedRepo", 403)
+        elif "/".join(parts[1:3]) != self.hub.model:
             self._refuse("RepoNotFound")
         elif parts[4] not in ("main", COMMIT):
             self._refuse("RevisionNotFound")
@@ -78,8 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.hub.folder / parts[5]
         return None
 
-    def _refuse(self, code: str) -> None:
-        self.send_response(404)
+    def _refuse(self, code: str, status: int = 404) -> None:
+        self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", "0")
@@ -94,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _headers(self, status: int, path: Path, start: int, stop: int) -> None:
         self.send_response(status)
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha1(path.read_bytes()).hexdigest()}"')
+        self.send_header("ETag", self.hub.etag or f'"{hashlib.sha1(path.read_bytes()).hexdigest()}"')
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(stop - start))
         if status == 206:
