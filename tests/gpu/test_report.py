@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.gpu.__main__ import GROUPS, ROOT, counts
+from tests.gpu.sanitize import PRODUCTS
+from tests.kernels.cuda.test_layout import CASES
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,7 @@ def test_a_machine_without_a_card_passes_nothing():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     span = json.loads(done.stdout.splitlines()[-1])["groups"]["span"]
     assert torch.cuda.is_available() or (span["passed"], span["failed"], done.returncode) == (0, 1, 1)
+
+
+def test_every_layout_is_sanitized():
+    assert {CASES[name][1] for name in PRODUCTS} == {layout for _, layout in CASES.values()}
