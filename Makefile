@@ -58,8 +58,8 @@ $(VENV)/peer.stamp: pyproject.toml $(CONSTRAINTS)
 $(VENV)/dev.stamp: $(VENV)/peer.stamp
 	@$(PIP) --editable '.[peer,dev]'
 	@rm -rf $(VENV)/typing && mkdir -p $(VENV)/typing/petal
-	@ln -s ../../../client ../../../kernels ../../../peer ../../../protocol $(VENV)/typing/petal
-	@ln -s ../../../client/top-level/__init__.py ../../../client/top-level/py.typed $(VENV)/typing/petal
+	@ln -s $(addprefix $(CURDIR)/,client kernels peer protocol) $(VENV)/typing/petal
+	@ln -s $(addprefix $(CURDIR)/client/top-level/,__init__.py py.typed) $(VENV)/typing/petal
 	@touch $@
 
 # For every Python and system of our ranges at once; then run `make test-full` and `make test-matrix` with them.
