@@ -97,16 +97,8 @@ def main() -> int:
         for case in arguments.cases or CASES:
             if (name := f"{arguments.tool} {case}") in passed:
                 continue
-            command = [
-                tool,
-                "--tool",
-                arguments.tool,
-                "--error-exitcode",
-                str(FOUND),
-                sys.executable,
-                "-m",
-                __spec__.name,
-            ]
+            command = [tool, "--tool", arguments.tool, "--error-exitcode", str(FOUND)]
+            command += [sys.executable, "-m", "tests.gpu.sanitize", "--inside", case]
             try:
                 done = subprocess.run(
                     command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=LIMIT,
