@@ -11,7 +11,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,28 +91,27 @@ def main() -> int:
     passed = json.loads(arguments.state.read_text()) if arguments.state.exists() else []
     arguments.state.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        settings = environment(Path(folder))
-        for case in arguments.cases or CASES:
-            if (name := f"{arguments.tool} {case}") in passed:
-                continue
-            command = [tool, "--tool", arguments.tool, "--error-exitcode", str(FOUND)]
-            command += [sys.executable, "-m", "tests.gpu.sanitize", "--inside", case]
-            try:
-                done = subprocess.run(
-                    command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=LIMIT,
-                    check=False,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                print(f"{name}: more than {LIMIT} s", flush=True)
-                failed += 1
-                continue
-            print(f"{name}: {(done.stdout + done.stderr).strip().splitlines()[-1][:200]}", flush=True)
-            if done.returncode:
-                failed += 1
-            else:
-                passed.append(name)
-                arguments.state.write_text(json.dumps(passed))
+    settings = environment()
+    for case in arguments.cases or CASES:
+        if (name := f"{arguments.tool} {case}") in passed:
+            continue
+        command = [tool, "--tool", arguments.tool, "--error-exitcode", str(FOUND)]
+        command += [sys.executable, "-m", "tests.gpu.sanitize", "--inside", case]
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=LIMIT,
+                check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            print(f"{name}: more than {LIMIT} s", flush=True)
+            failed += 1
+            continue
+        print(f"{name}: {(done.stdout + done.stderr).strip().splitlines()[-1][:200]}", flush=True)
+        if done.returncode:
+            failed += 1
+        else:
+            passed.append(name)
+            arguments.state.write_text(json.dumps(passed))
     return int(failed > 0)
 
 
