@@ -21,7 +21,7 @@ To add one: subclass `Backend`, and name it in `registry`. Nothing else changes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -241,10 +241,6 @@ class Backend(ABC):
         dtype: one of `kv_dtypes`.
         """
 
-    def metadata(self, plan: BatchPlan) -> list[AttentionMetadata]:
-        """A plan on the device, for each group of layers, in one transfer."""
-        return plan.metadata(self.device)
-
     def runner(self, forward: Forward, storage: KVStorage, group_of: Sequence[int]) -> BatchRunner:
         """What runs a span's batches; group_of: which of a plan's page tables a layer reads."""
         return EagerRunner(self, forward, storage, group_of)
@@ -289,11 +285,11 @@ class EagerRunner:
     """Runs a forward as it comes."""
 
     def __init__(self, backend: Backend, forward: Forward, storage: KVStorage, group_of: Sequence[int]) -> None:
-        self._metadata: Callable[[BatchPlan], list[AttentionMetadata]] = backend.metadata
+        self._device = backend.device
         self._forward, self._storage, self._group_of = forward, storage, group_of
 
     def run(self, batch: Batch) -> Tensor:
         """See `BatchRunner`."""
-        groups = self._metadata(batch.plan)
+        groups = batch.plan.metadata(self._device)
         attend = self._storage.attention([groups[g] for g in self._group_of])
         return self._forward(batch.rows, groups[0].positions.long(), attend, batch.blocks)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import activations
 from ..backend import Backend, LayerSpec
 from ..formats.base import Format, QuantizedTensor, Shape
 from ..formats.dense import Dense
@@ -27,6 +28,8 @@ class CpuBackend(Elementwise, Backend):
 
     name = "cpu"
     native = True
+    # Host rows are its own, in the stream's dtype.
+    decode, encode = staticmethod(activations.decode), staticmethod(activations.encode)
 
     def __init__(self, building: Building | None = None) -> None:
         """`building` hears of a build that is under way. Raises NoCompiler."""

@@ -21,9 +21,9 @@ from .fair_queue import Tenant
 from .kv_cache import KVCache
 from .page_table import CacheExhausted, RewindRefused
 from .runner import ModelRunner
-from .scheduler import Budget, Chunk, Ready, Scheduler
+from .scheduler import Budget, Ready, Scheduler
 from .sequence import CachedSequence
-from .step import BadStep, DeadlinePassed, Done, Step, StepFailed
+from .step import BadStep, DeadlinePassed, Done, Step, StepFailed, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Engine:
         self.span = span
         self.cache = cache
         self._runner = ModelRunner(span, cache)
+        self._draws = span.end == span.n_blocks
         self._scheduler: Scheduler[bytes] = Scheduler(budget or Budget())
         self._sequences: dict[bytes, CachedSequence] = {}
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -192,18 +193,14 @@ class Engine:
             self._sequences[chunk.step.key].collect(output, started_ns, ended_ns, self._iteration_end_ns)
         self._answer([chunk.step.key for chunk in chunks if chunk.last])
         self._iteration_end_ns = time.monotonic_ns()
-        self._learn(chunks, now)
-
-    def _learn(self, chunks: Sequence[Chunk[bytes]], started: float) -> None:
-        """An iteration is over: whose sessions may come back soon?"""
-        if len(self._sequences) > 1:
-            self._batching.ran(started, time.monotonic(), sum(not chunk.step.prefill for chunk in chunks))
+        if len(self._sequences) > 1:  # some may come back soon
+            self._batching.ran(now, time.monotonic(), sum(not chunk.step.prefill for chunk in chunks))
 
     def _answer(self, keys: Sequence[bytes]) -> None:
         """Hand out the results of the steps that are through."""
         through = [self._sequences[key] for key in keys]
         try:
-            scored = sampler.scores(self.span, through)
+            scored = sampler.scores(self.span, through) if self._draws else [None] * len(through)
         except Exception as error:
             log.exception("the LM head failed on %d steps", len(keys))
             for key in keys:
@@ -217,7 +214,9 @@ class Engine:
         assert step is not None
         assert done is not None
         try:
-            output = sampler.output_of(known, step, scores)
+            output = StepOutput(known.encoded())
+            if scores is not None:
+                sampler.draw(known, step, scores, output)
         except SamplingError as error:
             self._fail(key, StepFailed(str(error)))
             return

@@ -39,7 +39,8 @@ class KVCache:
     def commit(self, table: BlockTable, rows: Sequence[int]) -> None:
         """See `PageTable`; rows are moved, those of all layers of a group at once."""
         copies, moves = self.table.commit(table, rows)
-        self._copy(copies)
+        if copies:
+            self._copy(copies)
         for move in moves:
             self.storage.move(self.table.groups[move.group].layers, move.sources, move.targets)
 

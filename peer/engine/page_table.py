@@ -208,8 +208,9 @@ class PageTable:
         """Release pages behind the committed rows, and those before every later row's window."""
         for group, pages in zip(self.groups, table.pages, strict=True):
             kept = -(-table.length // PAGE)
-            group.release(pages[kept:])
-            del pages[kept:]
+            if kept < len(pages):
+                group.release(pages[kept:])
+                del pages[kept:]
             if group.window is not None:
                 unseen = max(0, table.length - group.window + 1) // PAGE
                 group.release(pages[:unseen])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,8 +45,7 @@ class ModelRunner:
         self._cache = cache
         # One for each kind of rotary angles: what a runner has captured holds for one.
         self._batches = [
-            span.backend.runner(partial(span.forward, extent=extent), cache.storage, cache.table.group_of)
-            for extent in span.extents
+            span.backend.runner(span.forward_at(extent), cache.storage, cache.table.group_of) for extent in span.extents
         ]
 
     def run(self, segments: Sequence[Segment]) -> Sequence[Tensor]:
@@ -90,4 +89,4 @@ class ModelRunner:
 
     def _angles(self, segment: Segment) -> int:
         """Which of the span's kinds of rotary angles a segment has: that of its sequence's length."""
-        return sum(segment.extent > border for border in self._span.rope_borders)
+        return bisect_left(self._span.rope_borders, segment.extent)

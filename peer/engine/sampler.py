@@ -1,4 +1,4 @@
-"""The end of a step: hidden states for the next stage, or at the last one logits, a walk through the tree, a token."""
+"""The end of a step at the last stage: logits, a walk through the tree, a token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...protocol.wire.codec import CODEC_NAMES
 from ...protocol.wire.tree import DraftTree
 from ...protocol.wire.verification import VerificationResult, draw_after_prefill, verify
 from ..model import Span
@@ -32,17 +31,13 @@ def scores(span: Span, sequences: Iterable[CachedSequence]) -> list[Scores | Non
     return [None if part is None else next(parts) for part in rows]
 
 
-def output_of(sequence: CachedSequence, step: Step, scores: Scores | None) -> StepOutput:
-    """What the step that is through leaves behind. Raises SamplingError."""
+def draw(sequence: CachedSequence, step: Step, scores: Scores, output: StepOutput) -> None:
+    """Add to a step's output what comes of its logits. Raises SamplingError."""
     header = step.header
-    output = StepOutput()
-    if header.want_hidden or not sequence.is_last:
-        codec, rows = CODEC_NAMES[sequence.codec], joined(step.outputs)
-        output.hidden = bytes(sequence.span.backend.encode(codec, rows))
-    if scores is not None:
-        output.logits = b"".join(row.tobytes() for row in scores) if header.want_logits else b""
-        output.verification = _verified(sequence, step, scores) if header.sample else None
-    return output
+    if header.want_logits:
+        output.logits = b"".join(row.tobytes() for row in scores)
+    if header.sample:
+        output.verification = _verified(sequence, step, scores)
 
 
 def _scored_rows(sequence: CachedSequence) -> Tensor | None:

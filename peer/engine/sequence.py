@@ -19,7 +19,7 @@ from ..model import Span
 from .fair_queue import Tenant
 from .kv_cache import KVCache
 from .page_table import BlockTable, CacheExhausted, RewindRefused
-from .runner import Segment
+from .runner import Segment, joined
 from .step import BadStep, Done, Step
 
 
@@ -82,6 +82,13 @@ class CachedSequence:
         step.outputs.append(output)
         if step.header.prefill:
             self.cache.commit(self.table, range(len(output)))
+
+    def encoded(self) -> bytes:
+        """Hidden states of the step that is through, for the next stage or a client that wants them; else nothing."""
+        step = self._under_way()
+        if self.is_last and not step.header.want_hidden:
+            return b""
+        return bytes(self.span.backend.encode(CODEC_NAMES[self.codec], joined(step.outputs)))
 
     def resume(self, length: int, commit: Sequence[int]) -> str:
         """Go back to `length` rows; see `Engine.resume`. Why that is impossible; empty where it is done."""

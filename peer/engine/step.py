@@ -56,6 +56,16 @@ class Step:
     rows: Tensor = _NO_ROWS
     outputs: list[Tensor] = field(default_factory=list)
 
+    def hop(self, peer_id: str) -> pb.Hop:
+        """When it was where on this peer."""
+        return pb.Hop(
+            peer_id=peer_id,
+            received_ns=self.received_ns,
+            start_ns=self.started_ns,
+            end_ns=self.ended_ns,
+            queue_ns=self.queued_ns,
+        )
+
 
 @dataclass
 class StepOutput:

@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...kernels.backend import Attend, Backend
@@ -69,9 +70,11 @@ class FusedSpan:
         # A forward asks for each block when its turn has come; who keeps blocks elsewhere brings them then.
         self.block_at: Callable[[int], FusedBlock] = blocks.__getitem__
 
+    @torch.inference_mode()
     def forward(self, rows: Tensor, positions: Tensor, attend: Attend, blocks: range | None = None) -> Tensor:
         x = rows if rows.is_floating_point() else self._embed(rows).to(self._stream)
-        cos, sin = (part[0].contiguous() for part in self._rotary(x[None], positions[None]))
+        cos, sin = self._rotary(x[None], positions[None])
+        cos, sin = cos[0].contiguous(), sin[0].contiguous()
         for block in blocks or self._blocks:
             layer = block - self._start
             x = self.block_at(layer)(layer, x, cos, sin, attend)

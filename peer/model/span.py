@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ...kernels.backend import Attend, Backend, LayerSpec
+from ...kernels.backend import Attend, Backend, Forward, LayerSpec
 from .fused import FusedSpan
 from .hooks import ForwardContext, within
 from .rope import by_sequence
@@ -98,6 +99,10 @@ class Span:
 
         context = ForwardContext(blocks or range(self.start, self.end), attend=attend_block, extent=extent)
         return self.through(context, rows[None], position_ids=positions[None])[0]
+
+    def forward_at(self, extent: int) -> Forward:
+        """`forward` for sequences of this extent, in as few calls as there are."""
+        return self.fused.forward if self.fused else partial(self.forward, extent=extent)
 
     @torch.inference_mode()
     def forward_cached(

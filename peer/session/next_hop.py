@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from typing import Any
 
 import grpc
 
@@ -24,17 +26,19 @@ class NextHop:
     def __init__(self, on_fault: Callable[[str, str], None]) -> None:
         self._on_fault = on_fault
         self._frames: deque[pb.LinkFrame] = deque()
+        # Frames that go before all others, and the first of them.
         self._replay: Iterator[pb.LinkFrame] = iter(())
-        self._wake = asyncio.Event()
+        self._replayed: pb.LinkFrame | None = None
         self._credit = self._queued = 0
         self._call: grpc.aio.StreamStreamCall | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._reader: asyncio.Task[None] | None = None
+        self._writer: asyncio.Task[None] | None = None
 
     def send(self, frame: pb.LinkFrame) -> int:
         """Queue a frame; returns the bytes that wait."""
         self._frames.append(frame)
         self._queued += frame.ByteSize()
-        self._wake.set()
+        self._write_on()
         return self._queued
 
     async def attach(self, peer_id: str, channel: grpc.aio.Channel, hello: pb.LinkHello) -> None:
@@ -54,54 +58,56 @@ class NextHop:
             raise LinkFailed("it ended the link without a word")
         self._call = call
         self._credit = reply.linked.window_bytes
-        self._tasks = [
-            asyncio.create_task(self._read(peer_id, call)),
-            asyncio.create_task(self._write(call)),
-        ]
+        self._reader = asyncio.create_task(self._read(peer_id, call))
+        self._write_on()
 
     def restart(self, replay: Iterator[pb.LinkFrame]) -> None:
         """Drop the link and what waits for it. The next one begins with `replay`, which is asked as credit allows."""
         self.close()
         self._frames.clear()
         self._queued = 0
-        self._replay = replay
+        self._replay, self._replayed = replay, next(replay, None)
 
     def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        self._tasks = []
+        for task in (self._reader, self._writer):
+            if task:
+                task.cancel()
+        self._reader = self._writer = None
         if self._call:
             self._call.cancel()
             self._call = None
 
+    def _write_on(self) -> None:
+        """Write what waits, unless a task is at it: what credit allows is on its way before this returns."""
+        if self._call and (self._writer is None or self._writer.done()):
+            self._writer = begun(self._write(self._call))
+
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
         try:
-            while True:
-                frame = next(self._replay, None) or await self._waiting()
-                while self._credit < frame.ByteSize():
-                    await self._woken()
-                self._credit -= frame.ByteSize()
+            while frame := self._take():
                 await call.write(frame)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            return  # the reader reports the fault
+            self._call = None  # the reader reports the fault
 
-    async def _waiting(self) -> pb.LinkFrame:
-        while not self._frames:
-            await self._woken()
-        frame = self._frames.popleft()
-        self._queued -= frame.ByteSize()
+    def _take(self) -> pb.LinkFrame | None:
+        """The next frame, if there is one and its credit."""
+        frame = self._replayed or (self._frames[0] if self._frames else None)
+        if frame is None or (size := frame.ByteSize()) > self._credit:
+            return None
+        self._credit -= size
+        if self._replayed:
+            self._replayed = next(self._replay, None)
+        else:
+            self._frames.popleft()
+            self._queued -= size
         return frame
-
-    async def _woken(self) -> None:
-        self._wake.clear()
-        await self._wake.wait()
 
     async def _read(self, peer_id: str, call: grpc.aio.StreamStreamCall) -> None:
         reason = "it closed the link"
         try:
             while isinstance(reply := await call.read(), pb.LinkReply):
                 self._credit += reply.credit.bytes
-                self._wake.set()
+                self._write_on()
         except grpc.aio.AioRpcError as error:
             reason = await _reason(call, error)
         self._on_fault(peer_id, reason)
@@ -112,3 +118,22 @@ async def _reason(call: grpc.aio.StreamStreamCall, error: BaseException) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return "it did not answer in time"
     return await call.details() or (await call.code()).name
+
+
+def begun(work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+    """Run a coroutine at once, up to where it waits; a task does the rest. From 3.12 on Python has eager tasks."""
+    try:
+        awaited = work.send(None)
+    except StopIteration:
+        return None
+    return asyncio.create_task(_rest(work, awaited))
+
+
+async def _rest(work: Coroutine[Any, Any, None], awaited: object) -> None:
+    await _resumed(work, awaited)
+
+
+@types.coroutine
+def _resumed(work: Coroutine[Any, Any, None], awaited: object) -> Generator[Any, Any, None]:
+    yield awaited
+    yield from work.__await__()

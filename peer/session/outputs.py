@@ -1,4 +1,7 @@
-"""Where the outputs of a session go: to the next peer and into the replay log, or from the last stage to the client."""
+"""Where the outputs of a session go, and in what frames.
+
+To the next peer and into the replay log, or from the last stage to the client.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ...protocol import petal_pb2 as pb
-from ...protocol.wire.step import StepHeader
+from ...protocol.wire.limits import PART_BYTES
+from ...protocol.wire.step import StepHeader, put_header
 from ..engine.step import StepOutput
-from .frames import link_frames, replay_frames, result_frames
 from .next_hop import NextHop
 from .replay import ReplayBudget, ReplayLog
 from .spec import SessionSpec
@@ -19,8 +22,8 @@ class Outputs(ABC):
     """What both kinds do."""
 
     @abstractmethod
-    def finished(self, record: StepRecord, output: StepOutput, hops: Iterable[pb.Hop]) -> None:
-        """Put down what a step is answered with."""
+    def finished(self, record: StepRecord, output: StepOutput, hops: Iterable[pb.Hop], epoch: int) -> int:
+        """Answer a step, and put down with what; returns the bytes that wait to be read."""
 
     @abstractmethod
     def answer(self, record: StepRecord, epoch: int) -> int:
@@ -49,8 +52,9 @@ class ToClient(Outputs):
     def __init__(self, send: Callable[[pb.PeerFrame], int]) -> None:
         self._send = send
 
-    def finished(self, record: StepRecord, output: StepOutput, hops: Iterable[pb.Hop]) -> None:
+    def finished(self, record: StepRecord, output: StepOutput, hops: Iterable[pb.Hop], epoch: int) -> int:
         record.answer = result_frames(record.header, output, hops)
+        return self.answer(record, epoch)
 
     def answer(self, record: StepRecord, epoch: int) -> int:
         return max((self._send(frame) for frame in record.answer if isinstance(frame, pb.PeerFrame)), default=0)
@@ -65,11 +69,14 @@ class ToNextHop(Outputs):
         self._log = ReplayLog(spec.row_bytes, budget)
         self._passes_replay_on = False
 
-    def finished(self, record: StepRecord, output: StepOutput, hops: Iterable[pb.Hop]) -> None:
+    def finished(self, record: StepRecord, output: StepOutput, hops: Iterable[pb.Hop], epoch: int) -> int:
         header = record.header
+        record.answer = link_frames(header, output.hidden, hops)
+        queued = self.answer(record, epoch)
+        # Only now, on the time of the next peer.
         self._log.apply(header.commit, header.rewind)
         (self._log.append if header.prefill else self._log.hold)(output.hidden)
-        record.answer = link_frames(header, output.hidden, hops)
+        return queued
 
     def answer(self, record: StepRecord, epoch: int) -> int:
         queued = 0
@@ -108,3 +115,61 @@ class ToNextHop(Outputs):
 
     def _replay(self, step: int, epoch: int, base: int, chunks: Sequence[bytes], extent: int) -> Iterator[pb.LinkFrame]:
         return replay_frames(step, epoch, base, chunks, self._row_bytes, extent)
+
+
+def link_frames(header: StepHeader, hidden: bytes, hops: Iterable[pb.Hop]) -> list[pb.LinkFrame]:
+    """Frames of at most PART_BYTES of activations for the next peer."""
+    frames = []
+    for part in _parts(hidden):
+        frame = pb.LinkFrame()
+        put_header(header, frame.activations)
+        frame.activations.hidden = part
+        frame.activations.total_bytes = len(hidden)
+        frames.append(frame)
+    frames[0].activations.hops.extend(hops)
+    return frames
+
+
+def replay_frames(
+    step: int, epoch: int, base: int, chunks: Iterable[bytes], row_bytes: int, extent: int = 0
+) -> Iterator[pb.LinkFrame]:
+    """The chunks' rows from `base` on, behind `step`, for a peer that lacks them: whole rows in every frame."""
+    for part in whole_rows(chunks, row_bytes, PART_BYTES):
+        rows = len(part) // row_bytes
+        message = pb.Activations(step=step, route_epoch=epoch, base=base, rows=rows, prefill=True, replay=True)
+        message.hidden, message.total_bytes, message.extent = part, len(part), extent
+        yield pb.LinkFrame(activations=message)
+        base += rows
+
+
+def result_frames(header: StepHeader, result: StepOutput, hops: Iterable[pb.Hop]) -> list[pb.PeerFrame]:
+    """Frames for the client: what was accepted in the first, large payloads in parts."""
+    first = pb.Result(step=header.step, hops=hops)
+    if result.verification:
+        first.sampled = True
+        first.accepted.extend(result.verification.accepted)
+        first.next_token = result.verification.next_token
+        first.logprobs.extend(row.message() for row in result.verification.logprobs)
+    results = [first]
+    results += [pb.Result(step=header.step, logits=part) for part in _parts(result.logits)]
+    results += [pb.Result(step=header.step, hidden=part) for part in _parts(result.hidden)]
+    results[-1].last_part = True
+    return [pb.PeerFrame(result=part) for part in results]
+
+
+def whole_rows(chunks: Iterable[bytes], row_bytes: int, most: int) -> Iterator[bytes]:
+    """The chunks' rows, in order, in parts of at most `most` bytes, but of one row at least."""
+    size = max(1, most // row_bytes) * row_bytes
+    waiting = bytearray()
+    for chunk in chunks:
+        for start in range(0, len(chunk), size):
+            waiting += chunk[start : start + size]
+            if len(waiting) >= size:
+                yield bytes(waiting[:size])
+                del waiting[:size]
+    if waiting:
+        yield bytes(waiting)
+
+
+def _parts(payload: bytes) -> list[bytes]:
+    return [payload[start : start + PART_BYTES] for start in range(0, len(payload), PART_BYTES)]

@@ -7,11 +7,10 @@ import time
 from collections.abc import Iterable
 
 from ...protocol import petal_pb2 as pb
-from ...protocol.wire.sampling import SamplingError
+from ...protocol.wire.sampling import SamplingError, SamplingParams
 from ...protocol.wire.step import StepError, header_of
 from ...protocol.wire.verification import TokenHistory
 from ..engine.step import Step
-from .frames import sampling_of
 from .spec import SessionSpec, invalid
 
 
@@ -28,7 +27,7 @@ def client_step(message: pb.Step, spec: SessionSpec) -> Step:
         worst = max(ids, default=0)
         if worst >= spec.vocab_size:
             raise StepError(f"token id {worst} is past the vocabulary of {spec.vocab_size}")
-        sampling = sampling_of(message.sampling) if message.HasField("sampling") else None
+        sampling = _sampling(message.sampling) if message.HasField("sampling") else None
         history = _history(message, spec) if message.HasField("history") else None
     except (StepError, SamplingError) as error:
         raise invalid(str(error)) from error
@@ -147,6 +146,24 @@ def _count(message: pb.Step, spec: SessionSpec) -> int:
         )
     # Who gets neither learns the number of rows from their parents.
     return rows or len(message.ids) or (0 if spec.is_first else len(message.parents))
+
+
+def _sampling(message: pb.Sampling) -> SamplingParams:
+    """Raises SamplingError for a value out of range, and by name for a field that this version does not serve."""
+    if message.logit_bias or message.grammar_mask:
+        name = "logit_bias" if message.logit_bias else "grammar_mask"
+        raise SamplingError(f"this peer does not serve {name} yet")
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        seed=message.seed,
+        sequence=message.sequence,
+    )
 
 
 def _history(message: pb.Step, spec: SessionSpec) -> TokenHistory:

@@ -21,7 +21,6 @@ from ..limits.quotas import QuotaUsage
 from ..limits.refused import Refused
 from .compute import SessionCompute
 from .flow_control import CreditWindow
-from .frames import hop_of
 from .next_hop import NextHop
 from .outputs import Outputs, ToClient, ToNextHop
 from .partial_steps import PartialSteps, client_step
@@ -125,7 +124,7 @@ class PeerSession:
 
     def start_behind(self, message: pb.Resume) -> None:
         """Take another peer's place: its rows come as a replay. Raises SessionFailed."""
-        self.spec.check_room(message.length)
+        self.state.check_room(message.length)
         self._outputs.expect_replay(message.replay)
         self.state.resume(message.step, message.length, missing=message.length)
 
@@ -167,7 +166,7 @@ class PeerSession:
                 raise SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
             self._compute.run(step, lambda output: self._finished(record, step, output))
         elif self.state.newest:
-            self._answer(self.state.newest)
+            self._check_unread(self._outputs.answer(self.state.newest, self.epoch))
 
     def _replay(self, step: Step) -> None:
         """Compute rows that another peer had computed before. Raises SessionFailed."""
@@ -177,19 +176,17 @@ class PeerSession:
     # Results.
 
     def _finished(self, record: StepRecord, step: Step, output: StepOutput) -> None:
-        hops = [*step.hops, hop_of(step, self.spec.peer_id)] if step.header.trace else step.hops
+        hops = [*step.hops, step.hop(self.spec.peer_id)] if step.header.trace else step.hops
         record.finished = True
-        self._outputs.finished(record, output, hops)
-        self._answer(record)
+        self._check_unread(self._outputs.finished(record, output, hops, self.epoch))
         self._return_credit()
 
     def _replayed(self, step: Step, output: StepOutput) -> None:
         self._outputs.replayed(step.header, output, self.epoch)
         self._return_credit()
 
-    def _answer(self, record: StepRecord) -> None:
-        """Send the step's answer, again where it is a repeat. What nobody takes must not pile up."""
-        queued = self._outputs.answer(record, self.epoch)
+    def _check_unread(self, queued: int) -> None:
+        """What nobody takes must not pile up."""
         if queued > UNREAD_BYTES:
             self.fail(SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{queued} bytes of answers wait to be read"))
 

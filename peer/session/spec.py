@@ -56,14 +56,3 @@ class SessionSpec:
     def max_rows(self) -> int:
         """Half a window must hold a step, so that another can follow while its credit is on the way."""
         return min(MAX_ROWS, WINDOW_BYTES // 2 // self.row_bytes)
-
-    def check_room(self, rows: int) -> None:
-        """The one limit of a session's rows, whichever way they come. Raises SessionFailed.
-
-        The KV cache counts on it: who keeps to its reservation always finds a page.
-        """
-        if rows > self.reserve_tokens:
-            raise SessionFailed(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{rows} rows exceed the {self.reserve_tokens} that this session reserved",
-            )

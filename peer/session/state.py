@@ -10,7 +10,7 @@ import grpc
 from ...protocol import petal_pb2 as pb
 from ...protocol.wire.limits import ANSWER_BYTES
 from ...protocol.wire.step import StepHeader
-from ...protocol.wire.tree import TreeError
+from ...protocol.wire.tree import StepTree, TreeError
 from ..engine.step import Step
 from .spec import SessionFailed, SessionSpec, invalid
 
@@ -37,12 +37,23 @@ class SequenceState:
         self.newest: StepRecord | None = None
         self._spec = spec
 
+    def check_room(self, rows: int) -> None:
+        """The one limit of a session's rows, whichever way they come.
+
+        The KV cache counts on it: who keeps to its reservation always finds a page.
+        """
+        reserved = self._spec.reserve_tokens
+        if rows > reserved:
+            raise SessionFailed(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{rows} rows exceed the {reserved} that this session reserved"
+            )
+
     def adopt(self, parent: SequenceState) -> None:
         """Start as a fork of a session whose newest step must have finished."""
         if parent.missing or (parent.newest and not parent.newest.finished):
             raise not_between_steps()
         pending = parent.newest.header.rows if parent.newest and not parent.newest.header.prefill else 0
-        self._spec.check_room(parent.length + pending)
+        self.check_room(parent.length + pending)
         self.step, self.length = parent.step, parent.length
         self.newest = parent.newest and StepRecord(parent.newest.header, parent.newest.brought, finished=True)
 
@@ -50,7 +61,7 @@ class SequenceState:
         """Whether a session may stand where the client says."""
         if message.step > self.step:
             raise invalid(f"cannot resume behind step {message.step}: step {self.step} is the newest")
-        self._spec.check_room(message.length)
+        self.check_room(message.length)
 
     def resume(self, step: int, length: int, missing: int) -> None:
         """Be as behind `step`, with `length` rows cached, the `missing` last of them yet to come."""
@@ -66,7 +77,7 @@ class SequenceState:
                 if self.missing
                 else "a replay, but no row is missing"
             )
-        self._check_room(header)
+        self._check_header(header)
         self.missing -= header.rows
 
     def accept(self, step: Step) -> StepRecord | None:
@@ -84,7 +95,7 @@ class SequenceState:
         length = self._committed(header)
         if header.base != length:
             raise invalid(f"base is {header.base}, but {length} rows are cached")
-        self._check_room(header)
+        self._check_header(header)
         self.step, self.length = header.step, length + header.rows if header.prefill else length
         self.newest = StepRecord(header, step.brought)
         return self.newest
@@ -95,10 +106,8 @@ class SequenceState:
         if newest and not newest.header.prefill:
             if not newest.finished:
                 raise invalid("one tree is in flight a session; wait for its result")
-            try:
-                newest.header.tree.check_path(header.commit)
-            except TreeError as error:
-                raise invalid(f"bad commit: {error}") from error
+            if header.commit != (0,):  # row 0 alone is a path in any tree
+                _check_path(newest.header.tree, header.commit)
             length += len(header.commit)
         elif header.commit:
             raise invalid("the step before left nothing to commit")
@@ -108,21 +117,24 @@ class SequenceState:
             length = header.rewind
         return length
 
-    def _check_room(self, header: StepHeader) -> None:
+    def _check_header(self, header: StepHeader) -> None:
         spec = self._spec
-        spec.check_room(header.base + header.rows)
+        self.check_room(header.base + header.rows)
         if header.base + header.tree.height >= spec.context_length:
             raise invalid(f"the model's context ends at position {spec.context_length - 1}")
-        self._check_rows(header)
-
-    def _check_rows(self, header: StepHeader) -> None:
-        spec = self._spec
         if header.want_logits and header.rows * spec.vocab_size * 4 > ANSWER_BYTES:
             raise invalid(f"logits of {header.rows} rows exceed an answer of {ANSWER_BYTES} bytes; ask for fewer rows")
         if not header.prefill and header.rows - 1 > spec.max_nodes:
             raise invalid(f"a tree of {header.rows - 1} nodes; your quota here is {spec.max_nodes}")
         if header.rows > spec.max_rows:
             raise invalid(f"a step of {header.rows} rows; this peer takes up to {spec.max_rows}")
+
+
+def _check_path(tree: StepTree, rows: Sequence[int]) -> None:
+    try:
+        tree.check_path(rows)
+    except TreeError as error:
+        raise invalid(f"bad commit: {error}") from error
 
 
 def not_between_steps() -> SessionFailed:

@@ -106,23 +106,17 @@ def header_of(message: pb.Step | pb.Activations, rows: int, ids: tuple[int, ...]
     )
 
 
-def activations_of(header: StepHeader) -> pb.Activations:
-    """The same header on its way to the next peer: no token ids."""
-    message = pb.Activations(
-        step=header.step,
-        route_epoch=header.epoch,
-        base=header.base,
-        commit=header.commit,
-        rewind=header.rewind,
-        parents=() if header.tree.is_chain else header.tree.parents,
-        rows=header.rows,
-        prefill=header.prefill,
-        sample=header.sample,
-        trace=header.trace,
-        deadline_ms=header.deadline_ms,
-        extent=header.extent,
-    )
+def put_header(header: StepHeader, message: pb.Activations) -> None:
+    """Write the same header for the next peer: no token ids."""
+    message.step, message.route_epoch = header.step, header.epoch
+    message.base, message.rows, message.extent = header.base, header.rows, header.extent
+    message.commit.extend(header.commit)
+    if header.rewind is not None:
+        message.rewind = header.rewind
+    if not header.tree.is_chain:
+        message.parents.extend(header.tree.parents)
+    message.prefill, message.sample, message.trace = header.prefill, header.sample, header.trace
+    message.deadline_ms = header.deadline_ms
     if header.top_logprobs or header.want_logits or header.want_hidden:
         want = pb.Want(top_logprobs=header.top_logprobs, logits=header.want_logits, hidden=header.want_hidden)
         message.want.CopyFrom(want)
-    return message

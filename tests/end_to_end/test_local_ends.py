@@ -20,7 +20,7 @@ from petal.client.session.result import OutputOptions
 from petal.client.swarm import AsyncSwarmModel, ConnectError
 from petal.peer.engine.step import StepOutput
 from petal.peer.model import load_ends
-from petal.peer.session.frames import result_frames
+from petal.peer.session.outputs import result_frames
 from petal.peer.session.session import PeerSession
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.checkpoint.open import open_checkpoint

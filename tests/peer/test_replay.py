@@ -6,7 +6,7 @@ import itertools
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
-from petal.peer.session.frames import replay_frames, whole_rows
+from petal.peer.session.outputs import replay_frames, whole_rows
 from petal.peer.session.replay import ReplayBudget, ReplayLog
 
 ROW = 4
