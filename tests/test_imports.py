@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -189,3 +190,29 @@ def test_the_package_itself_loads_what_is_asked_for():
     code = "import sys, petal; petal.__version__; print('petal.client' in sys.modules, petal.NoRoute.__module__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["False", "petal.client.routing.route"], done.stderr
+
+
+def imports_a_test_file(source: str) -> bool:
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    paths = [f"{getattr(node, 'module', None) or ''}.{alias.name}" for node in nodes for alias in node.names]
+    return any(part.startswith("test_") for path in paths for part in path.split("."))
+
+
+def test_no_test_file_is_imported():
+    """What several tests need lies beside them, or in tests/support."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(files) > 100
+    assert [str(path) for path in files if imports_a_test_file(path.read_text("utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from .test_cli import serve",
+        "def f():\n    from . import test_cli",
+        "import tests.end_to_end.test_cli as cli",
+        "from tests.end_to_end import test_cli",
+    ],
+)
+def test_an_imported_test_file_is_seen(source):
+    assert imports_a_test_file(source)

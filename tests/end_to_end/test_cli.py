@@ -19,7 +19,7 @@ import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ..support.commands import Ran, petal, petal_serve
+from ..support.commands import petal, petal_serve, serve
 from ..support.tiny import tiny_llama
 
 BIN = Path(sys.executable).parent
@@ -47,10 +47,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # petal-serve refuses.
-
-
-def serve(model: object, *options: object, tmp_path: Path) -> Ran:
-    return petal_serve(model, "--host", "127.0.0.1", "--identity", tmp_path / "identity", *options)
 
 
 @pytest.mark.parametrize(

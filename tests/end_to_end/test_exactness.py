@@ -25,6 +25,7 @@ from petal.protocol.wire.sampling import SamplingParams
 
 from ..support.random_drafter import RandomDrafter
 from ..support.reference import GREEDY, NEW_TOKENS, demo_checkpoint, demo_reference, load_reference, reference_logits
+from ..support.sampling import SAMPLING
 from ..support.swarms import local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
 from ..support.trees import token_chain
@@ -131,15 +132,6 @@ async def test_logits_equal_transformers_and_noise_is_caught(demo: AsyncSwarmMod
         # The negative control: a rule that cannot fail would prove nothing.
         noisy = measured + rng.normal(0, 1e-2, measured.shape)
         assert not explained(expected, noisy)
-
-
-SAMPLING = [
-    {},
-    {"temperature": 0.6, "top_p": 0.9},
-    {"temperature": 1.0},
-    {"temperature": 1.0, "top_k": 40, "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.2},
-    {"temperature": 0.8, "min_p": 0.05},
-]
 
 
 @pytest.mark.parametrize(

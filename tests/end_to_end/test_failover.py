@@ -33,9 +33,9 @@ from ..support.disturbed import (
 )
 from ..support.swarms import LocalSwarm, local_swarm
 from ..support.tiny import tiny_llama
+from ..support.tiny_drafter import tiny_drafter
 from ..support.trees import token_chain
 from ..support.wire import released
-from .test_speculation import tiny_drafter
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -38,10 +38,10 @@ from transformers import (
 )
 
 from ..support.random_drafter import RandomDrafter
+from ..support.sampling import SAMPLING
 from ..support.swarms import LocalSwarm, local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
 from ..support.trees import token_chain
-from .test_exactness import SAMPLING
 
 PROMPT = [5, 17, 90, 33, 2, 8]
 COMMON = {"max_new_tokens": 40, "eos_token_id": -1}

@@ -10,10 +10,10 @@ from petal.client.routing.route import NoRoute, choose_route
 from petal.peer import server
 from petal.peer.joining import ServeError
 
+from ..support.commands import serve
 from ..support.random_drafter import RandomDrafter
 from ..support.swarms import local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
-from .test_cli import serve
 
 PROMPT = [5, 17, 90, 33, 2, 8]
 SETTINGS = {"max_new_tokens": 30, "seed": 3, "eos_token_id": -1, "temperature": 0.8}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -14,20 +13,19 @@ import petal.protocol.wire.verification
 import pytest
 import torch
 from petal.client.drafting.drafter import Drafter, DrafterError, ScoredTree
-from petal.client.drafting.model import DraftModel, ModelDrafter
+from petal.client.drafting.model import ModelDrafter
 from petal.client.drafting.ngram import NgramDrafter
 from petal.client.drafting.registry import load_drafter
 from petal.client.session.hop import Hop
 from petal.client.swarm import AsyncSwarmModel
-from petal.peer.model import WeightPrecision, load_span
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.checkpoint.open import open_checkpoint
 from petal.protocol.wire.sampling import SamplingParams
 from petal.protocol.wire.tree import DraftTree, walk
 
 from ..support.reference import demo_checkpoint, prompt_ids
 from ..support.swarms import local_swarm, spans
 from ..support.tiny import VOCAB, tiny_llama
+from ..support.tiny_drafter import tiny_drafter
 
 PROMPT = [5, 17, 90, 33, 2, 8]
 BUDGETS = (0, 1, 8, 32, 128)
@@ -46,19 +44,6 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@functools.cache
-def tiny_drafter(seed: int) -> ModelDrafter:
-    """Seed 0 has the target's own weights: it is nearly always right. Others are nearly always wrong."""
-    with open_checkpoint(tiny_llama(seed)) as checkpoint:
-        span = load_span(
-            checkpoint,
-            0,
-            checkpoint.n_blocks,
-            precision=WeightPrecision(torch.float32 if seed == 0 else torch.bfloat16),
-        )
-    return ModelDrafter(DraftModel(f"tiny-{seed}", span, VOCAB))
 
 
 def drafters(name: str) -> list[Drafter]:

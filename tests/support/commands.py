@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from petal.client.cli.main import main as petal_main
 from petal.peer.cli import main as petal_serve_main
@@ -65,3 +66,8 @@ def petal(*arguments: object, encoding: str = "utf-8") -> Ran:
 
 def petal_serve(*arguments: object) -> Ran:
     return run(petal_serve_main, *arguments)
+
+
+def serve(model: object, *options: object, tmp_path: Path) -> Ran:
+    """petal-serve on loopback, with an identity of its own."""
+    return petal_serve(model, "--host", "127.0.0.1", "--identity", tmp_path / "identity", *options)

@@ -15,7 +15,7 @@ from petal.client.routing.route import NoRoute, Stop
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.trust.trust import PublicTrust
 
-from .test_peers import Book, Network, names
+from ...support.routing import Book, Network, names
 
 GOOD, BAD, WORSE = b"g" * 32, b"b" * 32, b"w" * 32
 

@@ -6,31 +6,11 @@ import pytest
 import torch
 from petal.kernels.cuda.blobs import LAYOUTS
 from petal.kernels.cuda.layout import dense_rows, fields, interleave, pack
-from petal.kernels.formats.int4 import Int4
-from petal.kernels.formats.int8 import Int8
 from petal.kernels.formats.registry import FORMATS
 
+from tests.kernels.cuda.layout_cases import CASES
 from tests.kernels.cuda.reading import dense
 from tests.kernels.quantized_weights import random_tensors
-
-# The largest share of a weight that rounding may take: of codes times numbers, each rounded to bfloat16.
-CASES = {
-    "bf16": (FORMATS["bf16"], "Bf16"),
-    "int4": (FORMATS["int4"], "Int4"),
-    "int4 by 128": (Int4(128), "Int4"),
-    "int4 by 32": (Int4(32), "Int4Group32"),
-    "nf4": (FORMATS["nf4"], "Nf4"),
-    "int8": (FORMATS["int8"], "Int8"),
-    "q4_0": (FORMATS["q4_0"], "Q4_0"),
-    "q4_1": (FORMATS["q4_1"], "Q4_1"),
-    "q8_0": (FORMATS["q8_0"], "Q8_0"),
-    "q4_k": (FORMATS["q4_k"], "Q4_1"),
-    "q5_k": (FORMATS["q5_k"], "Q5_K"),
-    "q6_k": (FORMATS["q6_k"], "Q6_K"),
-    "int8 with outliers": (Int8(threshold=1.2, most_outliers=0.02), "Int8"),
-    "aqlm": (FORMATS["aqlm"], "Aqlm2x8"),
-    "aqlm-1x16": (FORMATS["aqlm-1x16"], "Aqlm1x16"),
-}
 
 
 @pytest.mark.parametrize("shape", [(64, 512), (72, 768), (8, 256), (200, 1280)], ids=str)
@@ -46,6 +26,7 @@ def test_a_layout_holds_what_the_checkpoint_says(case, shape):
     expected = format.dequantize(tensors, shape)
     off = (dense(packed) - expected).abs()
     largest = expected.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    # Rounding takes no larger share of a weight: codes times numbers, each rounded to bfloat16.
     assert float((off / largest).max()) < 2**-7
     assert float(off.norm() / expected.norm()) < 4e-3
 

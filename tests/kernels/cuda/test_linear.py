@@ -13,7 +13,7 @@ from petal.kernels.cuda.tiling import Tiling, candidates, row_tile
 from petal.kernels.formats.base import Tensors
 from torch import Tensor
 
-from tests.kernels.cuda.test_layout import CASES
+from tests.kernels.cuda.layout_cases import CASES
 from tests.kernels.quantized_weights import random_tensors
 
 pytestmark = pytest.mark.cuda
