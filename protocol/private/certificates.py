@@ -1,4 +1,7 @@
-"""The certificates of a private swarm: root, admins, members. X.509; the root signs admins, and admins sign members."""
+"""The certificates of a private swarm: root, admins, members. X.509; the root signs admins, and admins sign members.
+
+`cryptography` builds and verifies them. Ours is only the profile: who may listen, and where role and labels stand.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The directory of a private swarm: members tell each other their records and revocation lists over mutual TLS.
 
 No DHT: libp2p would show ids and addresses to whoever can connect. Here a stranger does not even finish a handshake.
+Our own, because a membership library brings a transport of its own: this is one call, on the TLS that members have.
 """
 
 from __future__ import annotations

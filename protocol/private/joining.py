@@ -93,7 +93,10 @@ def _other_role(invite: Invite, role: str) -> InviteError:
 
 
 async def ask(invite: Invite, request: pb.RedeemRequest) -> pb.Issued:
-    """Redeem at the very admin who has signed the invitation: its TLS key is the one that did. Raises InviteError."""
+    """Redeem at the very admin who has signed the invitation: its TLS key is the one that did. Raises InviteError.
+
+    gRPC trusts roots, not keys: so the certificate is looked at first, and then is the only root.
+    """
     failures = []
     for address in invite.addresses:
         try:

@@ -1,4 +1,7 @@
-"""Revocation lists of a private swarm: one a signer (root, admins), each with a number that only rises. X.509 CRLs."""
+"""Revocation lists of a private swarm: one a signer (root, admins), each with a number that only rises. X.509 CRLs.
+
+They are looked up here, for neither the verifier of `cryptography` nor gRPC's TLS takes in any.
+"""
 
 from __future__ import annotations
 
