@@ -1,6 +1,6 @@
 """Revocation lists of a private swarm: one a signer (root, admins), each with a number that only rises. X.509 CRLs.
 
-They are looked up here, for neither the verifier of `cryptography` nor gRPC's TLS takes in any.
+They are looked up here, for neither the verifier of `cryptography` nor Python's gRPC takes in any.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 
 from tests.gpu.__main__ import GROUPS, ROOT, counts
 from tests.gpu.sanitize import PRODUCTS
-from tests.kernels.cuda.test_layout import CASES
+from tests.kernels.cuda.layout_cases import CASES
 
 
 @pytest.mark.parametrize(
