@@ -31,12 +31,16 @@ def test_cached_files_take_nothing_away(tmp_path: Path) -> None:
 
 
 def test_memory_in_use_is_not_there() -> None:
-    """The negative control."""
-    before = memory.available_bytes()
-    with mmap.mmap(-1, size := 1 << 29) as block:
-        for page in range(0, size, mmap.PAGESIZE):
-            block[page] = 1
-        assert memory.available_bytes() < before - size // 2
+    """The negative control; once in a few tries no other program gives as much back meanwhile."""
+
+    def seen_in_use(size: int) -> bool:
+        before = memory.available_bytes()
+        with mmap.mmap(-1, size) as block:
+            for page in range(0, size, mmap.PAGESIZE):
+                block[page] = 1
+            return memory.available_bytes() < before - size // 2
+
+    assert any(seen_in_use(1 << 29) for _ in range(5))
 
 
 def test_a_system_that_says_nothing_does_not_limit(tmp_path: Path) -> None:
