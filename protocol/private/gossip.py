@@ -7,7 +7,6 @@ Our own, because a membership library brings a transport of its own: this is one
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from ..directory.directory import Connect, Directory, DirectoryError, Peers, Rec
 from ..directory.records import RecordError, sign_record, tombstone
 from ..petal_pb2_grpc import DirectoryStub
 from ..trust.identity import Identity
+from ..trust.interceptor import revocations_with
 from ..wire.limits import DIRECTORY_OPTIONS
 from .membership import Membership
 
@@ -107,10 +107,14 @@ class GossipDirectory(Directory):
 
     async def _tell(self, connect: Connect) -> None:
         request = pb.ListRequest(records=[self._own] if self._own else [], revocations=self._membership.revocations)
-        with contextlib.suppress(grpc.RpcError, OSError):  # they are told again, or their records expire
+        try:
             async with connect() as channel:
                 reply = await DirectoryStub(channel).List(request, timeout=BEAT_TIMEOUT_S)
                 self._take(reply.records, reply.revocations)
+        except grpc.aio.AioRpcError as refusal:
+            self._membership.learn(revocations_with(refusal))  # may name this very member
+        except OSError:
+            return  # they are told again, or their records expire
 
     def _take(self, records: Sequence[pb.SignedRecord], revocations: Sequence[pb.RevocationList]) -> None:
         self._membership.learn(revocations)
