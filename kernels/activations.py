@@ -28,9 +28,10 @@ def encode(codec: str, rows: Tensor) -> memoryview:
     if codec == "int8":
         encoded = _quantized(rows.float())
     else:
-        encoded = rows.to(torch.float32 if codec == "float32" else torch.bfloat16)
-    flat = encoded.detach().contiguous().view(torch.uint8).cpu().flatten()
-    return memoryview(flat.numpy())  # type: ignore[arg-type]  # older stubs of arrays are no buffers
+        # numpy has no bf16.
+        encoded = rows.float() if codec == "float32" else rows.to(torch.bfloat16).view(torch.int16)
+    array: Any = encoded.contiguous().cpu().numpy()
+    return memoryview(array).cast("B")
 
 
 def decode(codec: str, data: bytearray, width: int) -> Tensor:

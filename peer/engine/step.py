@@ -46,7 +46,8 @@ class Step:
     history: TokenHistory | None = None
     deadline: float | None = None
     hops: Sequence[pb.Hop] = ()
-    # When, in nanoseconds of the monotonic clock. queued_ns: how long it was ready while others computed.
+    # When, in nanoseconds of the monotonic clock; received: the last of its frames. queued_ns: how long it was ready
+    # while others computed.
     received_ns: int = 0
     submitted_ns: int = 0
     started_ns: int = 0

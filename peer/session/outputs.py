@@ -120,11 +120,12 @@ class ToNextHop(Outputs):
 def link_frames(header: StepHeader, hidden: bytes, hops: Iterable[pb.Hop]) -> list[pb.LinkFrame]:
     """Frames of at most PART_BYTES of activations for the next peer."""
     frames = []
-    for part in _parts(hidden):
+    for start in range(0, len(hidden), PART_BYTES):
         frame = pb.LinkFrame()
-        put_header(header, frame.activations)
-        frame.activations.hidden = part
-        frame.activations.total_bytes = len(hidden)
+        message = frame.activations
+        put_header(header, message)
+        message.hidden = hidden[start : start + PART_BYTES]
+        message.total_bytes = len(hidden)
         frames.append(frame)
     frames[0].activations.hops.extend(hops)
     return frames

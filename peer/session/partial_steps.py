@@ -102,9 +102,9 @@ class PartialSteps:
             if client.header.content != link.header.content:
                 raise invalid(f"step {number} differs between the client's stream and the link")
             client.hidden, client.hops = link.hidden, link.hops
+            client.received_ns = max(client.received_ns, link.received_ns)
         step = client or link
         assert step
-        step.received_ns = time.monotonic_ns()
         if step.header.deadline_ms:
             step.deadline = time.monotonic() + step.header.deadline_ms / 1000
         return step

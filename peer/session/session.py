@@ -66,14 +66,15 @@ class PeerSession:
 
     def on_step(self, message: pb.Step, size: int) -> None:
         """A step on the client's own stream. Raises SessionFailed."""
-        spec = self.spec
+        arrived_ns, spec = time.monotonic_ns(), self.spec
         if not (spec.is_first or spec.is_last):
             raise invalid("steps go to the first and the last stage; this peer is neither")
-        self._compute.last_used = time.monotonic()
+        self._compute.last_used = arrived_ns / 1e9
         self._from_client.take(size)
         if not self._current(message.route_epoch):
             return
         step = client_step(message, spec)
+        step.received_ns = arrived_ns
         if step.header.replay:
             if not spec.is_first:
                 raise invalid("a client replays to the first stage only")
@@ -84,18 +85,22 @@ class PeerSession:
 
     def on_activations(self, message: pb.Activations, size: int) -> None:
         """Part of a step on the link from the peer before. Raises SessionFailed."""
+        arrived_ns = time.monotonic_ns()
         if self.spec.is_first:
             raise invalid("the first stage takes no activations")
-        self._compute.last_used = time.monotonic()
+        self._compute.last_used = arrived_ns / 1e9
         self._from_link.take(size)
         if not self._current(message.route_epoch):
             return
         if self.spec.is_last and not message.replay and message.step <= self.state.step:
             return  # a repeat, which the client's word drives here
         step = self._partial.add_link(message, self.state.step)
-        if step and step.header.replay:
+        if step is None:
+            return
+        step.received_ns = arrived_ns
+        if step.header.replay:
             self._replay(step)
-        elif step:
+        else:
             self._run_whole(step.header.step)
 
     def on_route(self, epoch: int) -> None:

@@ -1,9 +1,9 @@
 """What the swarm costs where there is no network: `python -m tests.bench.overhead --json`.
 
 Plain transformers, one peer and three peers decode the same tokens in turn, with the same number of threads.
-A hop is arrival at a peer less departure from the one before, where its compute ended; beside it stands the one-way
-time of bare gRPC between two processes. A gap is from the upstream's last compute to the downstream's first, less the
-time the step waited for other work.
+A hop is arrival at a peer, where its loop has the frame, less departure from the one before, where its compute ended;
+beside it stands the one-way time of bare gRPC between two processes, see `bare_stream`. A gap is from the upstream's
+last compute to the downstream's first, less the time the step waited for other work.
 """
 
 from __future__ import annotations

@@ -52,13 +52,14 @@ static void work(void)
 static unsigned long await_job(unsigned long seen)
 {
     long until = now_ns() + SPIN_NS;
-    do
+    do {
         for (int look = 0; look < LOOKS; look++) {
             if (atomic_load(&pool.jobs) != seen)
                 return atomic_load(&pool.jobs);
             rest();
         }
-    while (now_ns() < until);
+        sched_yield(); /* who else wants this core goes first: where few cores are, the loop with the step's answer */
+    } while (now_ns() < until);
     pthread_mutex_lock(&pool.sleep_lock);
     atomic_fetch_add(&pool.asleep, 1);
     while (atomic_load(&pool.jobs) == seen)
