@@ -28,7 +28,7 @@ quick-tests: $(VENV)/dev.stamp
 	@$(PYTEST) -m "not full"
 
 full-tests: $(VENV)/dev.stamp
-	@PETAL_EXAMPLES=other $(PYTEST)
+	@PETAL_EXAMPLES=other OMP_NUM_THREADS=2 $(PYTEST)
 
 # What the next versions of our libraries break is seen here first, in an environment made anew.
 test-latest:

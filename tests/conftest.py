@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Before anything loads torch: workers and the peers that they start share the cores, and idle threads of OpenMP spin.
+# What depends on the number of threads sets it; `make test-full` runs all with two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Other programs may keep the machine busy: no example has a deadline. `make test` tries the same examples on any day,
 # `make test-full` others every time.
 settings.register_profile("same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
