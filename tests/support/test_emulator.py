@@ -195,7 +195,7 @@ async def test_set_is_for_open_connections_too(echo):
         start = time.perf_counter()
         writer.write(b"b")
         await reader.readexactly(1)
-        assert time.perf_counter() - start >= 0.1
+        assert time.perf_counter() - start >= 0.099  # timers of the loop go by milliseconds
 
 
 async def test_cut_is_silent_and_final(echo):
