@@ -4,8 +4,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 import pytest
@@ -24,7 +24,7 @@ async def undisturbed(measure: Callable[[], Awaitable[float]], at_least: float, 
     """
     for _ in range(TRIES):
         measured = await measure()
-        assert measured >= at_least
+        assert measured >= at_least - 0.0005  # timers of the loop go by milliseconds
         if measured < below:
             return measured
     raise AssertionError(f"{measured} is never below {below}")
@@ -272,6 +272,16 @@ async def test_it_ends_by_itself_and_leaks_nothing(echo):
         assert len(link._pipes) < 30 < limit
 
 
+@asynccontextmanager
+async def started(server: grpc.aio.Server) -> AsyncIterator[None]:
+    """Stopped whatever happens: one that runs on is an error in another test."""
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
+
+
 async def test_grpc_passes():
     server = grpc.aio.server()
 
@@ -282,8 +292,11 @@ async def test_grpc_passes():
     echo_method = grpc.stream_stream_rpc_method_handler(stream)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", {"Echo": echo_method}),))
     port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with Link(f"127.0.0.1:{port}", delay_s=0.01) as link, grpc.aio.insecure_channel(link.address) as channel:
+    async with (
+        started(server),
+        Link(f"127.0.0.1:{port}", delay_s=0.01) as link,
+        grpc.aio.insecure_channel(link.address) as channel,
+    ):
         call = channel.stream_stream("/test.Echo/Echo")()
 
         async def there_and_back(size: int = 10) -> float:
@@ -297,7 +310,6 @@ async def test_grpc_passes():
         link.reset()
         with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
             await call.read()
-    await server.stop(None)
 
 
 async def emulator(*options: str) -> asyncio.subprocess.Process:
@@ -319,7 +331,7 @@ async def test_as_a_process(echo):
 
     print(f"own process, 5 ms: median {await undisturbed(median, 0.0095, 0.015) * 1e3:.2f} ms")
     await tell(b"delay 20\nnonsense")
-    assert statistics.median(await round_trips(address, 3)) >= 0.04
+    assert statistics.median(await round_trips(address, 3)) >= 0.0395
     reader, writer = await dial(address)
     await tell(b"stall")
     writer.write(b"a")
