@@ -4,7 +4,7 @@ The stream, the payload, TLS and uvloop are those of two peers; of their code th
 ends read as many bytes of weights as a third of the model has, on a thread beside the loop, the sender right before a
 frame and the receiver right after it, and both rest while others would compute. A frame leaves when the sender's loop
 has it, after that thread is through, and is there when the receiver's loop has it. Between ends that do nothing but
-rest a frame takes half of that or less: their caches still hold the way. Peers' never do.
+rest a frame takes about half to two thirds of that: their caches still hold the way. Peers' never do.
 """
 
 from __future__ import annotations
