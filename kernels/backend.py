@@ -272,6 +272,10 @@ class Backend(ABC):
     def arithmetic(self, dtype: torch.dtype) -> str:
         """Who computes the products: handles whose factors are rounded to `dtype` agree bit by bit where this does."""
 
+    def in_arithmetic(self, name: str, dtype: torch.dtype) -> Backend | None:
+        """This device with products of such an arithmetic, where it has kernels of that one too."""
+        return self if self.arithmetic(dtype) == name else None
+
     @abstractmethod
     def exactness_obstacle(self, widths: Sequence[int]) -> str:
         """Why rows of a model with layers so wide may have other bits in other batches; empty where they do not."""

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 
 from .backend import Backend
-from .cpu.backend import CpuBackend, NoCompiler
+from .cpu.backend import CpuBackend, NoNativeKernels
 from .cpu.build import Building
+from .cpu.isa import NoSuchISA
 from .cuda.backend import CudaBackend, NoKernels
 from .torch.backend import TorchBackend
 
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class NoBackend(ValueError):
-    """There is no such device; the message is one sentence that says which there are."""
+    """There is no such device, or not as PETAL_ISA wants it; the message is one sentence that says what there is."""
 
 
 def backend_for(device: str = "cpu", building: Building | None = None) -> Backend:
@@ -36,8 +37,10 @@ def _cpu(device: str, building: Building | None) -> Backend:
         raise NoBackend(f"there is one CPU, so no {device!r}: say cpu.")
     try:
         return CpuBackend(building)
-    except NoCompiler:  # said by the build
+    except NoNativeKernels:  # said where they were looked for
         return TorchBackend(torch.device("cpu"))
+    except NoSuchISA as error:
+        raise NoBackend(str(error)) from error
 
 
 def _cuda(device: str, building: Building | None) -> Backend:

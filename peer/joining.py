@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..kernels.backend import Backend, LayerSpec
+from ..kernels.cpu.isa import VARIABLE
 from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint.checkpoint import Checkpoint
 from ..protocol.checkpoint.layout import CheckpointError
 from .model import Span, load_span
 from .model.precision import TORCH_DTYPES, WeightPrecision, choose_precision, fitting_blocks, precision_of, span_bytes
 from .options import DEFAULT_CACHE_TOKENS, ServeOptions
-from .placement import Profile, choose_span, fill_gaps, of_profile, served_profiles
+from .placement import Profile, choose_span, fill_gaps, of_profile, served_numerics, served_profiles
 from .throughput import MEMORY_SHARE
 
 # Keys and values are kept in float32.
@@ -74,6 +76,25 @@ class Joiner:
             return precision_of(self.checkpoint, options.quant, options.dtype)
         wanted = len(options.blocks) if options.blocks else options.num_blocks
         return choose_precision(self.checkpoint, options.dtype, wanted, self.free, self.backend)
+
+    def in_step(self, precision: WeightPrecision, records: Sequence[pb.PeerRecord]) -> Joiner:
+        """In exact mode: with the swarm's own arithmetic where this machine has it, since no exact route mixes them."""
+        profile = Profile(precision.dtype_name, precision.quant)
+        served = served_numerics(records, self.checkpoint.n_blocks, profile) if self.options.exact else []
+        for numerics in served:
+            wanted = numerics.rpartition("/")[2]
+            backend = self.backend.in_arithmetic(wanted, precision.product_dtype)
+            if backend is not None and precision.numerics(backend) == numerics:
+                if backend is not self.backend:
+                    self.note(f"computing as the swarm's peers in exact mode do, in {numerics}")
+                return replace(self, backend=backend)
+        if served:
+            self.note(
+                f"the swarm's peers in exact mode compute in {served[0]}, this one in "
+                f"{precision.numerics(self.backend)}, which no exact route mixes; this machine cannot do as they do"
+                + (f" while {VARIABLE} is set" if os.environ.get(VARIABLE) else "")
+            )
+        return self
 
     def blocks(self, precision: WeightPrecision, records: Sequence[pb.PeerRecord]) -> range:
         """The span as asked for, or what is missing first. Raises ServeError."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 from ..protocol import petal_pb2 as pb
+
+_Key = TypeVar("_Key", str, "Profile")
 
 
 def block_supply(records: Iterable[pb.PeerRecord], n_blocks: int) -> list[float]:
@@ -45,15 +47,28 @@ def of_profile(records: Iterable[pb.PeerRecord], profile: Profile) -> list[pb.Pe
     return [record for record in records if (record.dtype, record.quantization) == profile]
 
 
-def served_profiles(records: Sequence[pb.PeerRecord], n_blocks: int) -> list[Profile]:
+def served_profiles(records: Iterable[pb.PeerRecord], n_blocks: int) -> list[Profile]:
     """The profiles that the swarm serves; the one that lacks fewest blocks first, of these the fastest."""
+    return _fullest(records, n_blocks, lambda record: Profile(record.dtype, record.quantization))
 
-    def rank(profile: Profile) -> tuple[int, float]:
-        supply = block_supply(of_profile(records, profile), n_blocks)
-        return supply.count(0.0), -sum(supply)
 
-    there = {Profile(r.dtype, r.quantization) for r in records if r.state in (pb.ONLINE, pb.JOINING)}
-    return sorted(there, key=lambda profile: (rank(profile), profile))
+def served_numerics(records: Iterable[pb.PeerRecord], n_blocks: int, profile: Profile) -> list[str]:
+    """What peers of one profile that promise exact mode call their bits, in the same order."""
+    exact = [record for record in of_profile(records, profile) if "exact" in record.features]
+    return _fullest(exact, n_blocks, lambda record: record.numerics)
+
+
+def _fullest(records: Iterable[pb.PeerRecord], n_blocks: int, key: Callable[[pb.PeerRecord], _Key]) -> list[_Key]:
+    groups: dict[_Key, list[pb.PeerRecord]] = {}
+    for record in records:
+        if record.state in (pb.ONLINE, pb.JOINING):
+            groups.setdefault(key(record), []).append(record)
+
+    def rank(group: _Key) -> tuple[int, float, _Key]:
+        supply = block_supply(groups[group], n_blocks)
+        return supply.count(0.0), -sum(supply), group
+
+    return sorted(groups, key=rank)
 
 
 def fill_gaps(records: Iterable[pb.PeerRecord], n_blocks: int, most: int) -> tuple[range, str]:

@@ -130,6 +130,8 @@ class PeerServer:
         ]
         joiner = Joiner(options, checkpoint, self.backend, free_bytes(self.backend), self._progress.note)
         self._precision = precision = joiner.precision(records)
+        joiner = await asyncio.to_thread(joiner.in_step, precision, records)
+        self.backend = joiner.backend
         self.blocks = joiner.blocks(precision, records)
         quant = "" if precision.quant == NONE else f" in {precision.quant}"
         self._progress.stage(f"loading blocks {self.blocks.start}:{self.blocks.stop} of {checkpoint.name}{quant}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...kernels.registry import backend_for
+from ...kernels.registry import NoBackend, backend_for
 from ...peer.model import Ends, load_ends, precision_of
 from ...protocol import petal_pb2 as pb
 from ...protocol.checkpoint.checkpoint import Checkpoint
@@ -56,6 +56,9 @@ class LocalEnds:
             with open_checkpoint(source) as checkpoint:
                 precision = precision_of(checkpoint, last.quantization or "none", last.dtype)
                 backend = backend_for()
+                if exact:
+                    theirs = last.numerics.rpartition("/")[2]
+                    backend = backend.in_arithmetic(theirs, precision.product_dtype) or backend
                 numerics = precision.numerics(backend)
                 if exact and numerics != last.numerics:
                     raise LocalEndsError(
@@ -63,7 +66,7 @@ class LocalEnds:
                     )
                 _check_weights(checkpoint, last)
                 return cls(load_ends(checkpoint, precision, backend))
-        except CheckpointError as error:
+        except (CheckpointError, NoBackend) as error:
             raise LocalEndsError(f"no local ends in {source}: {error}") from error
 
     def most_rows(self, row_bytes: int) -> int:

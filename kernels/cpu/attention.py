@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backend import Attend, KVStorage, LayerSpec
 from ..metadata import AttentionMetadata
-from .build import Library
+from .library import Library
 
 _CALL = struct.Struct("32q2d")  # call_t of attention.h
 _FAULTS = {1: "a visible slot has no page", 2: "parents and positions do not make a tree"}

@@ -1,4 +1,4 @@
-"""The CPU: C kernels compiled for this machine at first use."""
+"""The CPU: C kernels for the best instruction set that it has."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from ..formats.base import Format, QuantizedTensor, Shape
 from ..formats.dense import Dense
 from . import layout
 from .attention import CpuKVStorage
-from .build import Building, Library, compiled
+from .build import Building
 from .elementwise import Elementwise
+from .library import NO_COMPILER, Library, kernels
 from .linear import PackedLinear, panel_nbytes
 from .quantized import QuantizedLinear
 
 
-class NoCompiler(RuntimeError):
-    """The kernels could not be built here."""
+class NoNativeKernels(RuntimeError):
+    """There are none for this processor, and none could be compiled."""
 
 
 class CpuBackend(Elementwise, Backend):
@@ -31,12 +32,15 @@ class CpuBackend(Elementwise, Backend):
     # Host rows are its own, in the stream's dtype.
     decode, encode = staticmethod(activations.decode), staticmethod(activations.encode)
 
-    def __init__(self, building: Building | None = None) -> None:
-        """`building` hears of a build that is under way. Raises NoCompiler."""
-        path = compiled(building)
-        if path is None:
-            raise NoCompiler("the native kernels need a C compiler; install one")
-        self.library = Library(path, torch.get_num_threads())
+    def __init__(self, building: Building | None = None, arithmetic: str = "") -> None:
+        """Of the arithmetic that is named, if one is; `building` hears of a build that is under way.
+
+        Raises NoNativeKernels; NoSuchISA where PETAL_ISA names what cannot be had.
+        """
+        found = kernels(building, arithmetic)
+        if found is None:
+            raise NoNativeKernels(f"there are no kernels for this processor: {NO_COMPILER}")
+        self.isa, self.library = found.isa, Library(found.path, torch.get_num_threads())
         super().__init__(torch.device("cpu"))
 
     @property
@@ -73,7 +77,19 @@ class CpuBackend(Elementwise, Backend):
 
     def arithmetic(self, dtype: torch.dtype) -> str:
         """See `Backend`."""
-        return "amx" if dtype == torch.bfloat16 and self.library.matrix_unit() else "native"
+        own = self.isa.arithmetic
+        return "native" if own == "amx" and dtype != torch.bfloat16 else own
+
+    def in_arithmetic(self, name: str, dtype: torch.dtype) -> CpuBackend | None:
+        """See `Backend`."""
+        if self.arithmetic(dtype) == name:
+            return self
+        try:
+            other = CpuBackend(arithmetic=name)
+        except NoNativeKernels:
+            return None
+        other.threads = self.threads
+        return other if other.arithmetic(dtype) == name else None
 
     def exactness_obstacle(self, widths: Sequence[int]) -> str:
         """See `Backend`."""

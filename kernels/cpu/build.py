@@ -1,12 +1,9 @@
-"""The C kernels of this folder: compiled for this machine at first use, loaded once a process."""
+"""The C kernels of this folder, compiled for one instruction set where no file of them is at hand."""
 
 from __future__ import annotations
 
 import atexit
-import ctypes
-import functools
 import hashlib
-import logging
 import os
 import platform
 import shlex
@@ -16,101 +13,54 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-log = logging.getLogger(__name__)
+from .isa import ISA
 
 SOURCES = Path(__file__).parent / "src"
 # No -ffast-math: it would reorder sums. Contraction makes every a * b + c one fused multiply-add.
-FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-pthread", "-ffp-contract=fast"]
-
+FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-pthread", "-ffp-contract=fast"]
 
 # How many files are compiled, of how many.
 Building = Callable[[int, int], None]
 
 
-class Library:
-    """The loaded kernels: C functions with the types of their arguments, and how many threads their callers use.
-
-    Calls release the interpreter lock. Raises OSError.
-    """
-
-    def __init__(self, path: Path, threads: int) -> None:
-        loaded = ctypes.CDLL(str(path))
-        self.threads = threads
-
-        def function(name: str, pointers: int, *others: type, returns: type | None = None) -> Callable[..., Any]:
-            found = loaded[f"petal_{name}"]
-            found.argtypes, found.restype = [ctypes.c_void_p] * pointers + list(others), returns
-            return found
-
-        integer, real, status = ctypes.c_long, ctypes.c_double, ctypes.c_int
-        self.linear = function("linear", 4, *[integer] * 5, returns=status)
-        self.quantized = function("quantized", 4, *[integer] * 2, returns=status)
-        self.integer = function("integer", 4, *[integer] * 2, returns=status)
-        self.attention = function("attention", 1, returns=status)
-        self.move_rows = function("move_rows", 2, integer, *[ctypes.c_void_p] * 2, integer, returns=status)
-        self.rms_norm = function("rms_norm", 3, integer, real, *[integer] * 2)
-        self.rotate = function("rotate", 3, *[integer] * 5)
-        self.silu_gate = function("silu_gate", 3, *[integer] * 2)
-        self.topk = function("topk", 3, *[integer] * 4)
-        self.matrix_unit: Callable[[], int] = function("matrix_unit", 0, returns=status)
+def quietly(done: int, total: int) -> None:
+    """A `Building` that tells nobody."""
 
 
-@functools.cache
-def compiled(building: Building | None = None) -> Path | None:
-    """The file of the kernels, or None where `PETAL_NATIVE=0` is set, there is no C compiler or the build fails.
+def compiled(isa: ISA, building: Building = quietly) -> Path:
+    """The kernels' file for `isa`, compiled where it is not kept from another run; `building` hears of that.
 
-    `building` hears how many files are compiled, of how many, where they are not at hand.
-
-    `PETAL_NATIVE=portable` leaves the matrix unit out: bits as on any processor, for exact mode over mixed machines.
-    `PETAL_NATIVE_FLAGS` adds flags of the compiler, such as a sanitizer's. Built files are kept in
+    `CC` names the compiler, `PETAL_CFLAGS` adds flags, such as a sanitizer's. Files are kept in
     `$XDG_CACHE_HOME/petal/native` (default `~/.cache`), or for this run alone where nothing can be written there.
+    Raises FileNotFoundError where there is no compiler, OSError or SubprocessError where it fails.
     """
-    if os.environ.get("PETAL_NATIVE") == "0":
-        return None
-    try:
-        path = _built(building or (lambda done, total: None))
-        ctypes.CDLL(str(path))
-        return path
-    except FileNotFoundError:
-        log.warning(
-            "no C compiler: torch's own code computes, several times slower; install one, as with apt install gcc, "
-            "dnf install gcc or apk add build-base"
-        )
-        return None
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        log.warning("no native kernels, using slower torch code: %s", detail[0] if detail else error)
-        return None
-
-
-def _built(building: Building = lambda done, total: None) -> Path:
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    flags = [*FLAGS, *shlex.split(os.environ.get("PETAL_NATIVE_FLAGS", ""))]
-    if os.environ.get("PETAL_NATIVE") == "portable":
-        flags.append("-DPETAL_PORTABLE")
+    command = _command(isa)
     files = sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")])
-    version = _run([*compiler, "--version"])
-    identity = [*compiler, *flags, version, _cpu(), *(file.read_text() for file in files)]
-    digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
+    identity = [*command, _run([command[0], "--version"]), _cpu(), *(file.read_text() for file in files)]
     cache = _cache()
-    target = cache / f"{digest}.so"
+    target = cache / f"{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:24]}.so"
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            objects = _compile([*compiler, *flags], [file for file in files if file.suffix == ".c"], folder, building)
-            _run([*compiler, *flags, "-shared", "-o", "out.so", *objects, "-lm"], folder)
-            os.replace(Path(folder) / "out.so", target)  # atomic: several processes may build at once
+        build(isa, target, building)
     return target
 
 
-def _compile(compiler: list[str], sources: list[Path], folder: str, building: Building) -> list[str]:
-    """The object files, as many at a time as there are cores."""
+def build(isa: ISA, target: Path, building: Building = quietly) -> None:
+    """Compile the kernels for `isa` to `target`, whose folder is there, as many files at a time as there are cores."""
+    command, sources = _command(isa), sorted(SOURCES.glob("*.c"))
     building(0, len(sources))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, _ in enumerate(pool.map(lambda file: _run([*compiler, "-c", str(file)], folder), sources), 1):
-            building(done, len(sources))
-    return [f"{file.stem}.o" for file in sources]
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiling = pool.map(lambda file: _run([*command, "-c", str(file)], folder), sources)
+            for done, _ in enumerate(compiling, 1):
+                building(done, len(sources))
+        _run([*command, "-shared", "-o", "out.so", *(f"{file.stem}.o" for file in sources), "-lm"], folder)
+        os.replace(Path(folder) / "out.so", target)  # atomic: several processes may build at once
+
+
+def _command(isa: ISA) -> list[str]:
+    added = shlex.split(os.environ.get("PETAL_CFLAGS", ""))
+    return [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, *isa.flags, *added]
 
 
 def _cache() -> Path:

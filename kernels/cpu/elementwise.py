@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .build import Library
+from .library import Library
 
 MOST = 256
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backend import Linear
 from ..formats.base import Shape, padded
-from .build import Library
+from .library import Library
 
 PANEL = 32  # columns packed side by side; PANEL of tile.h
 # Steps of depth that are neighbours in a panel, and the unit that its depth is rounded up to; see linear.h.

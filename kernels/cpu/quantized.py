@@ -16,8 +16,8 @@ from ..formats.int4 import Int4
 from ..formats.int8 import Int8
 from ..formats.nf4 import BLOCK, LEVELS, Nf4
 from ..formats.spqr import Spqr, permutation
-from .build import Library
 from .layout import INTERLEAVED, pack, take_rows, unpack
+from .library import Library
 from .linear import biases
 
 # In the order of kind_t in quantized.h.

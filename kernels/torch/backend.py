@@ -66,7 +66,7 @@ class TorchBackend(Backend):
     def exactness_obstacle(self, widths: Sequence[int]) -> str:
         """See `Backend`."""
         if self.device.type == "cpu":
-            return "the native kernels need a C compiler; install one"
+            return "torch computes here, and promises no bits: install a C compiler, as with apt install gcc"
         return f"torch promises no bits on {self.device.type}"
 
     def free_bytes(self, host: int) -> int:

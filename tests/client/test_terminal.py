@@ -194,6 +194,6 @@ def test_peers_of_a_demo_join_no_other_swarm(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PETAL_INITIAL_PEERS", "192.0.2.1:1")
     monkeypatch.setenv("PETAL_JOIN", "x")
     monkeypatch.setenv("PETAL_SERVE_PORT", "1")
-    monkeypatch.setenv("PETAL_NATIVE", "portable")
+    monkeypatch.setenv("PETAL_ISA", "avx2")
     kept = demo._own_environment()
-    assert {name for name in kept if name.startswith("PETAL_")} == {"PETAL_NATIVE"}
+    assert {name for name in kept if name.startswith("PETAL_")} == {"PETAL_ISA"}

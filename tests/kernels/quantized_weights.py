@@ -6,8 +6,14 @@ import torch
 from petal.kernels.formats.aqlm import Aqlm
 from petal.kernels.formats.base import Format, Tensors
 from petal.kernels.formats.gguf import Gguf
+from petal.kernels.formats.int4 import ROW, Int4
+from petal.kernels.formats.registry import FORMATS
 from petal.kernels.formats.spqr import Spqr, join_outliers, join_words
 from torch import Generator, Tensor
+
+VARIANTS = {**FORMATS, "int4-32": Int4(32), "int4-row": Int4(ROW), "int4-192": Int4(192), "aqlm-3x5": Aqlm(3, 5)}
+# Those whose products are sums of integers.
+INTEGER = [name for name in VARIANTS if name.startswith(("int", "nf4")) or name in ("q4_0", "q4_1", "q8_0")]
 
 
 def random_tensors(format: Format, shape: tuple[int, int], seed: int = 0) -> Tensors:

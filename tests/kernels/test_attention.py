@@ -5,7 +5,7 @@ import pytest
 import torch
 from petal.kernels import ops, reference
 from petal.kernels.backend import LayerSpec
-from petal.kernels.cpu import build as native
+from petal.kernels.cpu.library import kernels
 from petal.kernels.metadata import AttentionMetadata, BatchPlan
 from petal.kernels.registry import backend_for
 from torch import Tensor
@@ -215,7 +215,7 @@ def test_pages_below_the_window_may_be_dropped():
 
 
 def test_threads_do_not_matter():
-    if native.compiled() is None:
+    if kernels() is None:
         pytest.skip("no C compiler")
     threads, results = torch.get_num_threads(), []
     batch = batch_of([*MIXED, (300, chain(40))])
@@ -320,7 +320,7 @@ def test_wrong_arguments_are_named():
 
 @pytest.mark.parametrize("page", [-1, 1000])
 def test_broken_plans_are_refused(page: int):
-    if native.compiled() is None:
+    if kernels() is None:
         pytest.skip("no C compiler")
     batch = batch_of([(40, tree(6))])
     table = batch.metadata.page_table.clone()

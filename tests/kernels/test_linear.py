@@ -10,7 +10,7 @@ SHAPES = [(64, 64), (1, 1), (37, 51), (576, 100), (2100, 33)]
 ROWS = [1, 2, 7, 16, 17, 64, 255]
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}
 
-every_code = pytest.mark.parametrize("code", ["native", "portable", "torch"], indirect=True)
+every_code = pytest.mark.parametrize("code", ["native", "other", "torch"], indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
@@ -98,7 +98,7 @@ def test_torch_alone_depends_on_the_number_of_rows():
 
 @every_dtype
 @pytest.mark.parametrize("rows", [1, 5, 200])
-@pytest.mark.parametrize("code", ["native", "portable"], indirect=True)
+@pytest.mark.parametrize("code", ["native", "other"], indirect=True)
 def test_row_does_not_depend_on_threads(code: str, rows: int, dtype: torch.dtype):
     backend, threads = backend_for(), torch.get_num_threads()
     layer = backend.linear(*_layer((576, 100), dtype))
@@ -112,7 +112,7 @@ def test_row_does_not_depend_on_threads(code: str, rows: int, dtype: torch.dtype
 
 
 @every_dtype
-@pytest.mark.parametrize("code", ["native", "portable"], indirect=True)
+@pytest.mark.parametrize("code", ["native", "other"], indirect=True)
 def test_every_output_is_written_and_nothing_else(code: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     poison = 12345.0
     # The last is written past the cache.

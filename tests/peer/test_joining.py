@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from petal.kernels.backend import LayerSpec
+from petal.kernels.cpu.isa import isas
 from petal.kernels.registry import backend_for
 from petal.peer.joining import Joiner, ServeError, cache_tokens
 from petal.peer.options import ServeOptions
@@ -13,6 +14,7 @@ from petal.peer.placement import Profile, fill_gaps, served_profiles
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.checkpoint.open import open_checkpoint
 
+from ..kernels.conftest import fresh_kernels
 from ..support.tiny import tiny_llama
 
 
@@ -76,6 +78,47 @@ def test_who_cannot_or_will_not_fit_in_is_told() -> None:
     assert "serves tiny-llama-0 in gguf (bf16), this peer in float32" in notes.pop()
     joiner(notes, quant="int4").precision([peer(0, 2)])
     assert "leave --quant and --dtype out" in notes.pop()
+
+
+def exact(numerics: str, start: int = 0, end: int = 2) -> pb.PeerRecord:
+    record = peer(start, end, dtype="bf16")
+    record.numerics = numerics
+    record.features.append("exact")
+    return record
+
+
+def in_step(notes: list[str], records: list[pb.PeerRecord], **options: Any) -> str:
+    """What a joiner calls its bits, having heard of these peers."""
+    joining = joiner(notes, **{"dtype": "bf16", "exact": True, **options})
+    precision = joining.precision([])
+    return precision.numerics(joining.in_step(precision, records).backend)
+
+
+@pytest.mark.parametrize("arithmetic", sorted({isa.arithmetic for isa in isas()}))
+def test_in_exact_mode_a_joiner_has_the_swarms_arithmetic(arithmetic: str) -> None:
+    """Each that this processor has; without exact mode routes mix them."""
+    notes: list[str] = []
+    own, wanted = in_step(notes, []), f"bf16/{arithmetic}"
+    assert in_step(notes, [exact(own, 0, 1), exact(wanted, 0, 3), exact("bf16/sm_90", 3, 4)]) == wanted
+    assert notes == ([] if own == wanted else [f"computing as the swarm's peers in exact mode do, in {wanted}"])
+    assert in_step(notes, [exact(wanted)], exact=False) == own
+    plain, gone = exact(wanted), exact(wanted)
+    del plain.features[:]
+    gone.state = pb.LEFT
+    assert in_step(notes, [plain, gone]) == own
+
+
+def test_a_joiner_that_lacks_the_swarms_arithmetic_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    own = in_step(notes, [])
+    assert in_step(notes, [exact("bf16/sm_90")]) == own
+    assert notes.pop().startswith(f"the swarm's peers in exact mode compute in bf16/sm_90, this one in {own}, which no")
+    other = next((isa for isa in isas() if f"bf16/{isa.arithmetic}" != own), None)
+    if other:
+        monkeypatch.setenv("PETAL_ISA", isas()[0].name)
+        with fresh_kernels():
+            assert in_step(notes, [exact(f"bf16/{other.arithmetic}")]) == own
+        assert notes.pop().endswith("this machine cannot do as they do while PETAL_ISA is set")
 
 
 def test_blocks_are_counted_in_the_joiners_own_profile() -> None:

@@ -5,7 +5,7 @@
 #define _GNU_SOURCE
 #include "linear.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__) && !defined(PETAL_PORTABLE)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 
 #include "amx.h"
 #include "thread_pool.h"

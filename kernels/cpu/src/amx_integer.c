@@ -1,7 +1,7 @@
 /* Products in integers on the matrix unit: registers hold a part of 16 rows of x, 16 columns of codes, or their sums. */
 #include "integer.h"
 
-#if defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__linux__) && !defined(PETAL_PORTABLE)
+#if defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__linux__)
 
 #include "amx.h"
 #include "thread_pool.h"

@@ -6,7 +6,7 @@
 #include "linear.h"
 #include "scratch.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__) && !defined(PETAL_PORTABLE)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 
 #include "amx.h"
 #include "thread_pool.h"
