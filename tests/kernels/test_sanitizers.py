@@ -15,9 +15,9 @@ from ..support.imports import ROOT
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1"
 COMPILER = shlex.split(os.environ.get("CC", "cc"))
 CALL = """
-import ctypes, torch
-from petal.kernels.cpu import build
-gate = build.function("petal_silu_gate", *[ctypes.c_void_p] * 3, *[ctypes.c_long] * 2)
+import torch
+from petal.kernels.cpu.backend import CpuBackend
+gate = CpuBackend().library.silu_gate
 y, x, up = torch.zeros(3, 4096)
 gate(y.data_ptr(), x.data_ptr() + {offset}, up.data_ptr(), {count}, 1)
 print("unnoticed")
@@ -37,7 +37,7 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         "LD_PRELOAD": " ".join(runtimes),  # the interpreter itself knows nothing of them
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, at its end
-        "PETAL_NATIVE_FLAGS": FLAGS,
+        "PETAL_CFLAGS": FLAGS,
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
