@@ -15,7 +15,7 @@ _NO_EFFECT = frozenset(
     {
         "_commit_hash", "_from_model_config", "_original_object_hash", "assistant_confidence_threshold",
         "assistant_early_exit", "assistant_lookbehind", "bos_token_id", "cache_config", "cache_implementation",
-        "compile_config", "disable_compile", "early_stopping", "is_assistant", "low_memory", "max_matching_ngram_size",
+        "compile_config", "disable_compile", "is_assistant", "low_memory", "max_matching_ngram_size",
         "num_assistant_tokens", "num_assistant_tokens_schedule", "prefill_chunk_size", "remove_invalid_values",
         "synced_gpus", "target_lookbehind", "token_type_ids", "transformers_version", "use_cache",
         "use_model_defaults",
@@ -32,15 +32,13 @@ _RULES = (
 _CANNOT: dict[str, tuple[Any, ...]] = {
     name: neutral
     for names, neutral in (
-        (("num_beams", "num_beam_groups", "num_return_sequences"), (1,)),
-        (("length_penalty", "typical_p", "encoder_repetition_penalty", "guidance_scale"), (1, 1.0)),
+        (("num_beam_groups",), (1,)),
+        (("typical_p", "encoder_repetition_penalty", "guidance_scale"), (1, 1.0)),
         (("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha", "top_h"), (0, 0.0)),
         (("encoder_no_repeat_ngram_size",), (0,)),
-        (("output_scores", "output_logits", "output_attentions", "output_hidden_states"), (False,)),
-        (("return_dict_in_generate", "token_healing"), (False,)),
-        (("renormalize_logits",), (False, True)),  # draws are the same
-        (("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "watermarking_config"), ()),
-        (("constraints", "force_words_ids", "decoder_start_token_id", "prefix_allowed_tokens_fn"), ()),
+        (("output_attentions", "output_hidden_states", "token_healing"), (False,)),
+        (("watermarking_config", "constraints", "force_words_ids", "decoder_start_token_id"), ()),
+        (("prefix_allowed_tokens_fn",), ()),
         (("inputs_embeds", "past_key_values", "position_ids", "negative_prompt_ids"), ()),
         (("negative_prompt_attention_mask", "assistant_model", "assistant_tokenizer"), ()),
         (("custom_generate", "dola_layers"), ()),
@@ -51,11 +49,8 @@ _CANNOT: dict[str, tuple[Any, ...]] = {
 _INSTEAD = {
     "assistant_model": "name a draft model with drafter=",
     "inputs_embeds": "connect with local_ends=True, which sends embeddings and takes token ids",
-    "num_beams": "a swarm draws one sequence at a time; num_return_sequences gives several",
-    "num_return_sequences": "give it to generate itself, not in a generation_config",
-    "return_dict_in_generate": "give it to generate itself, not in a generation_config",
-    "output_logits": "top_logprobs in stream() gives the likeliest tokens",
-    "output_scores": "top_logprobs in stream() gives the likeliest tokens",
+    "num_beam_groups": "num_beams alone searches without groups",
+    "prefix_allowed_tokens_fn": "a logits_processor can forbid tokens",
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
 
 from ..protocol.errors import PetalError
+from .all_or_none import all_or_none
+from .beam_answers import beam_answers
 from .config import GenerationConfig
 from .connection import TREE_ROOM
 from .generation import Generator, common_prefix
@@ -17,14 +18,12 @@ from .session.session import Session
 
 # Shorter beginnings are not worth the wait until the trunk is there.
 SHARED_PREFIX = 32
-T = TypeVar("T")
-
 
 Answer = list[OutputChunk] | PetalError
 
 
 class Batch:
-    """`n` answers to each prompt of one call; as many run at a time as fit.
+    """`num_return_sequences` answers to each prompt of one call; as many run at a time as fit.
 
     What all prompts begin with is computed once, where the peers have room for it beside; their sessions fork behind.
     `progress` hears how many answers are done, and of how many. Where one fails the others are given up; with
@@ -35,12 +34,14 @@ class Batch:
         self,
         generator: Generator,
         config: GenerationConfig,
-        n: int = 1,
         progress: Callable[[int, int], None] | None = None,
         keep_errors: bool = False,
     ) -> None:
         self._generator = generator
-        self._configs = [replace(config, sequence=i) for i in range(n)]
+        self._n = n = config.num_return_sequences
+        self._beams = config.num_beams
+        # What is computed apart for each prompt: a search finds all its answers at once.
+        self._configs = [config] if self._beams > 1 else [replace(config, sequence=i) for i in range(n)]
         self._progress = progress
         self._keep_errors = keep_errors
         self._reserve = 0
@@ -50,17 +51,18 @@ class Batch:
 
     async def answers(self, prompts: Sequence[Sequence[int]]) -> list[list[Answer]]:
         """Of each prompt. Raises SettingsError, PeerError, NoRoute."""
-        n, config = len(self._configs), self._configs[0]
+        parts, config = len(self._configs), self._configs[0]
         self._reserve = max(len(ids) + config.new_tokens(len(ids)) for ids in prompts) + TREE_ROOM
-        shared = shared_prefix(prompts) if len(prompts) * n > 1 else []
-        total = len(prompts) * n
+        shared = shared_prefix(prompts) if len(prompts) * parts > 1 else []
+        total = len(prompts) * self._n
         try:
-            await self._start(shared if len(shared) >= (1 if n > 1 else SHARED_PREFIX) else [])
+            await self._start(shared if len(shared) >= (1 if parts > 1 else SHARED_PREFIX) else [])
             found = await all_or_none(self._reported(ids, each, total) for ids in prompts for each in self._configs)
         finally:
             if self._trunk:
                 self._trunk.close()
-        return [found[i : i + n] for i in range(0, total, n)]
+        groups = [found[i : i + parts] for i in range(0, len(found), parts)]
+        return [[answer for part in group for answer in part] for group in groups]
 
     async def _start(self, shared: Sequence[int]) -> None:
         """See what fits; compute what the prompts share."""
@@ -69,29 +71,32 @@ class Batch:
             self._trunk = await self._generator.connection.open_session(self._reserve)
             await self._trunk.prefill(shared)
             fit -= 1
-        self._slots = asyncio.Semaphore(max(1, fit))
+        self._slots = asyncio.Semaphore(max(1, fit // self._beams))
 
-    async def _reported(self, ids: Sequence[int], config: GenerationConfig, total: int) -> Answer:
-        """One answer, or why there is none where that is wanted."""
-        answer: Answer
+    async def _reported(self, ids: Sequence[int], config: GenerationConfig, total: int) -> Sequence[Answer]:
+        """Answers that are found together, or why there are none where that is wanted."""
+        answers: Sequence[Answer]
         try:
-            answer = await self._answer(ids, config)
+            answers = await self._answers(ids, config)
         except PetalError as error:
             if not self._keep_errors:
                 raise
-            answer = error
-        self._done += 1
+            answers = [error] * (self._n // len(self._configs))
+        self._done += len(answers)
         if self._progress:
             self._progress(self._done, total)
-        return answer
+        return answers
 
-    async def _answer(self, ids: Sequence[int], config: GenerationConfig) -> list[OutputChunk]:
-        """One answer, as soon as there is room."""
+    async def _answers(self, ids: Sequence[int], config: GenerationConfig) -> Sequence[Answer]:
+        """One answer, or all of a search, as soon as there is room."""
         async with self._slots:
             session = await self._session()
             self._running += 1
             try:
-                return [chunk async for chunk in await self._generator.chunks(session, ids, config)]
+                if self._beams > 1:
+                    found = await beam_answers(session, ids, config, self._generator.tokenizer)
+                    return [[chunk] for chunk in found]
+                return [[chunk async for chunk in await self._generator.chunks(session, ids, config)]]
             finally:
                 self._running -= 1
                 session.close()
@@ -111,18 +116,6 @@ class Batch:
                 # The room that records promise may be gone; that of another answer will be there again.
                 if not (error.busy and self._running):
                     raise
-
-
-async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, in order; where one fails the others are cancelled, and over before the first error is raised."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:

@@ -55,7 +55,7 @@ class AsyncChat:
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         # What is refused here leaves conversation and session as they are.
-        config = self._generator.config(settings)
+        config = self._generator.config(settings).alone()
         prompt = self._tokenizer.apply_chat_template(messages)
         session = await self._session_for(len(prompt) + config.new_tokens(len(prompt)))
         self.messages[:] = messages

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
-
-import numpy as np
 
 from ..protocol.checkpoint.generation_defaults import GenerationDefaults
 from ..protocol.checkpoint.tokenizer import Tokenizer
@@ -18,13 +15,10 @@ from ..protocol.wire.sampling import SamplingParams
 from .arguments import SettingsError, honoured
 from .drafting.registry import DrafterChoice
 from .session.result import OutputOptions
+from .tensors import LogitsProcessor, StoppingCriterion, tensor
 
 if TYPE_CHECKING:
-    from .session.local_ends import LogitsProcessor
-
-
-# transformers' convention: ids [1, n] and no scores in, a truth or a tensor of one out.
-StoppingCriterion = Callable[[Any, Any], Any]
+    from .beams import EarlyStopping
 
 
 class GenerationSettings(TypedDict, total=False):
@@ -47,7 +41,17 @@ class GenerationSettings(TypedDict, total=False):
     suppress_tokens: Sequence[int] | None
     begin_suppress_tokens: Sequence[int] | None
     sequence_bias: Any
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | Sequence[int] | None
+    exponential_decay_length_penalty: tuple[int, float] | None
+    renormalize_logits: bool
     num_beams: int
+    num_return_sequences: int
+    length_penalty: float
+    early_stopping: EarlyStopping
+    return_dict_in_generate: bool
+    output_scores: bool
+    output_logits: bool
     use_cache: bool
     do_sample: bool | None
     temperature: float | None
@@ -80,9 +84,14 @@ class GenerationConfig:
     `top_logprobs`: so many of the likeliest tokens come with each token. `trace`: times of each hop come along.
     `drafter` guesses ahead: "auto", "ngram", "model", "none", a checkpoint, several with commas, or Drafter objects;
     `budget` is the number of tokens that it guesses a round, by default what pays most. Neither changes the text.
-    With local ends alone: `min_new_tokens`, `min_length`, `no_repeat_ngram_size`, `bad_words_ids`, `suppress_tokens`,
-    `begin_suppress_tokens`, `sequence_bias`, and each `logits_processor`: it gets ids [1, n] and scores [1, vocab] as
-    tensors, and returns scores.
+    For `generate` alone: `num_return_sequences` answers to each prompt; with `num_beams` above 1 they are the best that
+    a beam search finds, see BeamRules for `length_penalty` and `early_stopping`, and nothing is drawn. With
+    `return_dict_in_generate` the result is a GenerateOutput, with scores and logits where `output_scores` and
+    `output_logits` ask for them: those of the whole vocabulary come here for each token, and nothing is drafted.
+    With beams or local ends alone: `min_new_tokens`, `min_length`, `no_repeat_ngram_size`, `bad_words_ids`,
+    `suppress_tokens`, `begin_suppress_tokens`, `sequence_bias`, `forced_bos_token_id`, `forced_eos_token_id`,
+    `exponential_decay_length_penalty`, and each `logits_processor`: it gets ids [1, n] and scores [1, vocab], as
+    tensors where torch is loaded, and returns scores.
 
     Raises SamplingError for a value out of range, SettingsError for settings that contradict each other.
     """
@@ -99,6 +108,17 @@ class GenerationConfig:
     suppress_tokens: Sequence[int] | None = None
     begin_suppress_tokens: Sequence[int] | None = None
     sequence_bias: Any = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | Sequence[int] | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    renormalize_logits: bool = False
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
     do_sample: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -126,9 +146,30 @@ class GenerationConfig:
             raise SettingsError("max_time is a number of seconds above 0")
         if not all(self.stops):
             raise SettingsError("a stop string has at least one character: an empty one would stop all answers at once")
+        self._check_beams()
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbits(64))
         _ = self.sampling  # checks the values
+
+    def _check_beams(self) -> None:
+        for name in ("num_beams", "num_return_sequences"):
+            if isinstance(count := getattr(self, name), bool) or not isinstance(count, int) or count < 1:
+                raise SettingsError(f"{name} is a number of at least 1, not {count!r:.60}")
+        if self.early_stopping not in (True, False, "never"):
+            raise SettingsError(f'early_stopping is True, False or "never", not {self.early_stopping!r:.60}')
+        if self.num_beams == 1:
+            return
+        if self.num_return_sequences > self.num_beams:
+            raise SettingsError(f"{self.num_beams} beams give no {self.num_return_sequences} num_return_sequences")
+        if self.sampling.temperature:
+            raise SettingsError("num_beams takes the likeliest tokens and draws none: give do_sample=False")
+
+    def alone(self) -> GenerationConfig:
+        """The same, for one answer that comes token by token. Raises SettingsError where more is asked for."""
+        for name in ("num_beams", "num_return_sequences", "return_dict_in_generate"):
+            if (value := getattr(self, name)) not in (1, False):
+                raise SettingsError(f"{name}={value} is for generate, which gives whole answers")
+        return self
 
     def __repr__(self) -> str:
         return f"GenerationConfig({', '.join(f'{name}={value!r}' for name, value in self.said().items())})"
@@ -153,7 +194,8 @@ class GenerationConfig:
     @cached_property
     def output(self) -> OutputOptions:
         """What comes back beside tokens."""
-        return OutputOptions(top_logprobs=self.top_logprobs, trace=self.trace)
+        logits = self.return_dict_in_generate and (self.output_scores or self.output_logits)
+        return OutputOptions(top_logprobs=self.top_logprobs, trace=self.trace, logits=logits)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -211,9 +253,3 @@ def with_defaults(settings: GenerationSettings, defaults: GenerationDefaults) ->
         if filled.get(name) is None and (filled["do_sample"] or name == "repetition_penalty"):
             filled[name] = value
     return GenerationConfig(**filled)
-
-
-def tensor(ids: Any) -> Any:
-    """Ids for code that knows transformers: a tensor where this process has torch, else an array that is much alike."""
-    torch = sys.modules.get("torch")
-    return torch.tensor(ids) if torch else np.array(ids)

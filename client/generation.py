@@ -16,6 +16,7 @@ from .drafting.rounds import Speculation, Verified
 from .model_text import ModelText
 from .output import OutputChunk, OutputCutter
 from .score_rules import NEED_SCORES, score_rules
+from .session.result import StepResult
 from .session.session import Session
 
 # Text, messages as in OpenAI's API, or token ids.
@@ -60,7 +61,12 @@ class Generator:
         return with_defaults(settings, self._text.defaults)
 
     async def speculation(self, config: GenerationConfig, session: Session) -> Speculation:
-        """Drafting for one sequence, as `config` asks; what was learned about a route serves all its sessions."""
+        """Drafting for one sequence, as `config` asks; what was learned about a route serves all its sessions.
+
+        None where logits come along: those of drafted rows would be sent for nothing.
+        """
+        if config.output.logits:
+            return Speculation()
         return await self._drafters.speculation(config.drafter, config.budget, session.route)
 
     async def chunks(
@@ -92,24 +98,18 @@ async def generate(
     Leaves the session so that `session.ids` are exactly prompt and answer, but for tokens that are not cached yet.
     Raises SettingsError for an empty or too long prompt, PeerError where the route fails.
     """
-    if not prompt:
-        raise SettingsError("the prompt is empty")
-    positions = min(session.context_length, session.options.reserve_tokens)
-    room = positions - len(prompt)
-    if room < 1:
-        raise SettingsError(f"a prompt of {len(prompt)} tokens leaves no room in {positions} positions")
-    processors = [*score_rules(config, len(prompt), config.eos_ids(tokenizer)), *(config.logits_processor or ())]
-    if processors and not session.options.local_ends:
-        named = ", ".join(name for name in NEED_SCORES if getattr(config, name))
+    positions = positions_for(session, prompt)
+    limit = min(config.new_tokens(len(prompt)), positions - len(prompt) + 1)
+    session.reshape = score_rules(config, len(prompt), limit, config.eos_ids(tokenizer))
+    if session.reshape and not session.options.local_ends:
+        named = ", ".join(name for name in NEED_SCORES if getattr(config, name) not in (None, 0, (), [], {}))
         raise SettingsError(f"{named}: the scores are needed on this machine, connect with local_ends=True")
-    session.logits_processors = processors
     speculation = speculation or Speculation()
-    limit = min(config.new_tokens(len(prompt)), room + 1)
     cutter = OutputCutter(tokenizer, limit, config.eos_ids(tokenizer), config.stops, config.ending(prompt))
     kept = common_prefix(session.ids, prompt[:-1])
     session.rewind(kept)
     started = time.perf_counter()
-    done = Verified(await session.prefill(prompt[kept:], config.sampling, config.output))
+    done = Verified(await _prefill(session, prompt[kept:], config))
     speculation.start(prompt, config.sampling)
     ids = list(prompt)
     while True:
@@ -127,6 +127,24 @@ async def generate(
         started = time.perf_counter()
         room = min(positions - len(ids), session.room(len(ids))) if cutter.left > 1 else 0
         done = await speculation.round(session, ids, room, config.output)
+
+
+def positions_for(session: Session, prompt: Sequence[int]) -> int:
+    """How many tokens prompt and answer may have. Raises SettingsError where there is no room for an answer."""
+    if not prompt:
+        raise SettingsError("the prompt is empty")
+    positions = min(session.context_length, session.options.reserve_tokens)
+    if len(prompt) >= positions:
+        raise SettingsError(f"a prompt of {len(prompt)} tokens leaves no room in {positions} positions")
+    return positions
+
+
+async def _prefill(session: Session, ids: Sequence[int], config: GenerationConfig) -> StepResult:
+    """All of a prompt that the session lacks. Raises PeerError, NoRoute."""
+    if config.output.logits and len(ids) > 1:  # those of the last row are enough
+        await session.prefill(ids[:-1])
+        ids = ids[-1:]
+    return await session.prefill(ids, config.sampling, config.output)
 
 
 def messages_in(prompt: Sequence[Any]) -> list[Mapping[str, Any]] | None:

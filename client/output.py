@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint.tokenizer import Tokenizer
 from .session.failover import Failover
-from .session.result import StepResult
+from .session.result import Array, StepResult
 
 
 @dataclass
 class OutputChunk:
     """What one trip through the route brought: `nodes` were drafted in `draft_s` of its `seconds`.
 
+    `logits` [ids, vocab] are what the tokens were chosen by, where they were asked for.
     `finish_reason` of the last one: "stop" at the end of text, "stop_string", "criterion", "time" or "length".
     """
 
@@ -27,6 +28,7 @@ class OutputChunk:
     draft_s: float = 0.0
     finish_reason: str | None = None
     events: list[Failover] = field(default_factory=list)
+    logits: Array | None = None
 
 
 class OutputCutter:
@@ -73,6 +75,7 @@ class OutputCutter:
             if chunk.finish_reason:
                 break
         chunk.logprobs = chunk.logprobs[: len(chunk.ids)]
+        chunk.logits = None if result.logits is None else result.chosen_by[: len(chunk.ids)]
         if chunk.finish_reason != "stop_string":
             self._release(chunk)
         return chunk

@@ -13,16 +13,6 @@ from .output import OutputChunk
 
 
 @dataclass(frozen=True)
-class GenerateOutput:
-    """`sequences`: what `generate` returns without `return_dict_in_generate`."""
-
-    sequences: Any
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
-
-@dataclass(frozen=True)
 class Prompts:
     """`rows` without padding; `given` as they came, which is what results begin with. `like`: the tensor they were."""
 

@@ -14,13 +14,14 @@ from ..protocol.wire.codec import CODECS
 from .arguments import SettingsError
 from .batch import Answer, Batch
 from .chat import AsyncChat, Chat
-from .config import GenerationConfig, GenerationSettings, tensor
+from .config import GenerationConfig, GenerationSettings
 from .connection import SwarmConnection
 from .event_loop import EventLoopThread
+from .generate_output import generate_output
 from .generation import Generator, Prompt
 from .model_text import ModelText
 from .output import OutputChunk
-from .prompts import GenerateOutput, Prompts
+from .prompts import Prompts
 from .routing.connect import connect
 from .routing.own_weights import OwnWeights
 from .routing.peers import ConnectError, KnownPeers
@@ -28,6 +29,7 @@ from .routing.route import Route
 from .routing.trusted_ends import TrustedEnds
 from .session.options import SessionOptions
 from .session.session import Session
+from .tensors import tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,9 +50,7 @@ class GenerateArguments(GenerationSettings, total=False):
 
     input_ids: Any
     attention_mask: Any
-    num_return_sequences: int
     streamer: Streamer | None
-    return_dict_in_generate: bool
     progress: Callable[[int, int], None] | None
     return_exceptions: bool
 
@@ -143,7 +143,7 @@ class AsyncSwarmModel:
 
     def stream(self, prompt: Prompt, **settings: Unpack[GenerationSettings]) -> AsyncIterator[OutputChunk]:
         """Chunks of the answer as they come."""
-        return self.generator.stream(self.generator.encode(prompt), self.generator.config(settings))
+        return self.generator.stream(self.generator.encode(prompt), self.generator.config(settings).alone())
 
     async def generate(
         self,
@@ -151,9 +151,7 @@ class AsyncSwarmModel:
         *,
         input_ids: Any = None,
         attention_mask: Any = None,
-        num_return_sequences: int = 1,
         streamer: Streamer | None = None,
-        return_dict_in_generate: bool = False,
         progress: Callable[[int, int], None] | None = None,
         return_exceptions: bool = False,
         **settings: Unpack[GenerationSettings],
@@ -163,16 +161,13 @@ class AsyncSwarmModel:
         `inputs` or `input_ids` is one prompt or a list: text, messages, token ids, a tensor [batch, length] (then a
         tensor comes back, padded with `pad_token_id` or the end-of-text id), or what a tokenizer of transformers
         returns: padding counts by its mask, else by the pad id, and stays in the results. With `num_return_sequences`
-        above 1 every prompt gives that many results. A `streamer` gets ids as transformers' own do;
-        `return_dict_in_generate` puts the results into a GenerateOutput. `progress` is told after each answer how many
-        there are, and of how many. Where one prompt fails the others are given up and its error is raised; with
-        `return_exceptions` they go on, and a PetalError stands in the list in its place.
+        above 1 every prompt gives that many results. A `streamer` gets ids as transformers' own do. `progress` is told
+        after each answer how many there are, and of how many. Where one prompt fails the others are given up and its
+        error is raised; with `return_exceptions` they go on, and a PetalError stands in the list in its place.
         Raises SettingsError, PeerError, NoRoute, ConnectError.
         """
         if settings.get("top_logprobs") or settings.get("trace"):
             raise SettingsError("generate gives text or ids: top_logprobs and trace come with what stream() yields")
-        if num_return_sequences < 1:
-            raise SettingsError("num_return_sequences is at least 1")
         if (inputs is None) == (input_ids is None):
             raise SettingsError("give prompts once: as the first argument or as input_ids")
         config = self.generator.config(settings)
@@ -183,17 +178,16 @@ class AsyncSwarmModel:
             raise SettingsError("return_exceptions needs prompts in lists: rows of a tensor hold no errors")
         encoded = [self.generator.encode(prompt) for prompt in prompts.rows]
         if streamer is not None:
-            if len(encoded) != 1 or num_return_sequences != 1:
-                raise SettingsError("a streamer takes one prompt and one sequence")
+            if len(encoded) != 1 or config.num_return_sequences != 1 or config.num_beams != 1:
+                raise SettingsError("a streamer takes one prompt and one sequence, of one beam")
             groups: list[list[Answer]] = [[await self._stream_to(streamer, encoded[0], config)]]
         else:
-            batch = Batch(self.generator, config, num_return_sequences, progress, return_exceptions)
-            groups = await batch.answers(encoded)
+            groups = await Batch(self.generator, config, progress, return_exceptions).answers(encoded)
         pad = config.pad_token_id
         if pad is None:
             pad = min(self.generator.config({}).eos_ids(self.tokenizer), default=0)
         result = prompts.result(groups, pad)
-        return GenerateOutput(result) if return_dict_in_generate else result
+        return generate_output(result, encoded, groups, config, eos_ids) if config.return_dict_in_generate else result
 
     async def _stream_to(self, streamer: Streamer, ids: list[int], config: GenerationConfig) -> list[OutputChunk]:
         """As transformers does: the prompt [1, length] first, then each token [1]."""

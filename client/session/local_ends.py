@@ -7,8 +7,7 @@ gets embeddings, the last returns hidden states. That hides nothing from a peer 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,12 +23,9 @@ from ...protocol.checkpoint.open import open_checkpoint
 from ...protocol.errors import PetalError
 from ...protocol.wire.codec import encode
 from ...protocol.wire.limits import PART_BYTES
-from ...protocol.wire.sampling import Floats, SamplingParams
+from ...protocol.wire.sampling import SamplingParams
 from ...protocol.wire.tree import DraftTree, RowTree, chain
 from ...protocol.wire.verification import Reshape, TokenHistory, VerificationResult, draw_after_prefill, verify
-
-# transformers' convention: ids [1, n] and scores [1, vocab] in, scores out.
-LogitsProcessor = Callable[[Any, Any], Any]
 
 _DTYPES = ("float32", "bf16")
 
@@ -88,20 +84,21 @@ class LocalEnds:
         params: SamplingParams,
         history: TokenHistory,
         top_logprobs: int,
-        processors: Sequence[LogitsProcessor],
-    ) -> VerificationResult:
+        reshape: Reshape | None,
+    ) -> tuple[VerificationResult, Sequence[NDArray[np.float32]]]:
         """What the last stage would say of its hidden states [rows, d], of a tree or of a prompt's last chunk.
 
-        Raises SamplingError.
+        With the logits of each row, [vocab]; of a chunk those of its last row. Raises SamplingError.
         """
-        reshape = _reshape(processors) if processors else None
 
-        def work() -> VerificationResult:
+        def work() -> tuple[VerificationResult, Sequence[NDArray[np.float32]]]:
             rows = hidden[-1:] if tree is None else hidden
             logits = self._ends.scores(torch.tensor(rows))
             if tree is None:
-                return draw_after_prefill(logits[0], params, history, top_logprobs, reshape)
-            return verify(tree, logits, params, history, len(history.ids), top_logprobs, reshape)
+                verdict = draw_after_prefill(logits[0], params, history, top_logprobs, reshape)
+            else:
+                verdict = verify(tree, logits, params, history, len(history.ids), top_logprobs, reshape)
+            return verdict, logits
 
         return await asyncio.to_thread(work)
 
@@ -113,17 +110,3 @@ def _check_weights(checkpoint: Checkpoint, last: pb.PeerRecord) -> None:
             raise LocalEndsError(
                 f"the {part} of {checkpoint.name} here differs from that of the peers; take their file"
             )
-
-
-def _reshape(processors: Sequence[LogitsProcessor]) -> Reshape:
-    def reshape(ids: Sequence[int], values: Floats) -> Floats:
-        said, scores = torch.tensor([list(ids)]), torch.from_numpy(values).float()[None]
-        for processor in processors:
-            scores = processor(said, scores)
-        if scores.shape != (1, len(values)):
-            raise ValueError(
-                f"a logits processor returned scores of shape {list(scores.shape)}, not [1, {len(values)}]"
-            )
-        return scores[0].double().numpy()
-
-    return reshape

@@ -50,6 +50,12 @@ class StepResult:
         """Tokens that the accepted path emitted before `next_token`."""
         return [self.tree.ids[row] for row in self.accepted[1:]] if self.tree else []
 
+    @property
+    def chosen_by(self) -> Array:
+        """Logits of the rows behind which a token was emitted, [emitted, vocab]."""
+        assert self.logits is not None
+        return self.logits[self.accepted or [-1]]
+
 
 class ResultReader:
     """Puts the answer to `asked` together from its parts; `last` is the record of the peer that sends them."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from ...protocol import petal_pb2 as pb
 from ...protocol.wire.sampling import SamplingParams
-from ...protocol.wire.tree import chain
-from .result import OutputOptions
+from ...protocol.wire.tree import DraftTree, chain
+from .result import OutputOptions, StepResult
 
 
 @dataclass
@@ -44,6 +44,11 @@ class SequenceState:
         before, self.extent = self.extent, length
         return not self.ids or all((length > border) == (before > border) for border in borders)
 
+    def take(self, tree: DraftTree, result: StepResult) -> None:
+        """Go on from what was accepted of a tree."""
+        self.commit, result.tree = result.accepted, tree
+        self.ids.extend([tree.ids[row] for row in result.accepted])
+
     def resumed(self) -> None:
         """The peers hold `ids`, and nothing is left to tell."""
         self.commit, self.rewind = [], None
@@ -73,7 +78,7 @@ class SequenceState:
             sample=sample and not client_draws,
             want=pb.Want(
                 top_logprobs=0 if client_draws else output.top_logprobs,
-                logits=output.logits,
+                logits=output.logits and not (sample and client_draws),
                 hidden=output.hidden or (sample and client_draws),
             ),
             trace=output.trace,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ...protocol.trust.channels import Channels
 from ...protocol.wire.codec import row_bytes
 from ...protocol.wire.sampling import SamplingParams
 from ...protocol.wire.tree import DraftTree
-from ...protocol.wire.verification import TokenHistory
+from ...protocol.wire.verification import Reshape, TokenHistory
 from ..arguments import SettingsError
 from ..routing.route import Route, context_of
 from .failover import Failover, PeerFinder, RouteKeeper
@@ -19,9 +20,6 @@ from .result import OutputOptions, StepResult, joined
 from .sequence import SequenceState
 from .steps import StepStream
 
-if TYPE_CHECKING:
-    from .local_ends import LogitsProcessor
-
 # Bytes of a prompt's chunks that may be on their way at a time; two chunks always may.
 PREFILL_BYTES = 8 << 20
 
@@ -29,7 +27,7 @@ PREFILL_BYTES = 8 << 20
 class Session:
     """Sends steps along a route. Where a peer fails, another takes its place and the session goes on.
 
-    `logits_processors` are applied before each draw, where this machine draws.
+    `reshape` changes scores before each draw, where this machine draws.
     """
 
     def __init__(
@@ -41,7 +39,7 @@ class Session:
         sequence: SequenceState | None = None,
     ) -> None:
         self.options = options
-        self.logits_processors: Sequence[LogitsProcessor] = ()
+        self.reshape: Reshape | None = None
         self._finder = finder
         self._channels = channels
         self._sequence = sequence or SequenceState()
@@ -177,8 +175,7 @@ class Session:
         result = await self._steps.result(self._sequence.step)
         if self.options.local_ends:
             await self._draw(result, tree, output)
-        self._sequence.commit, result.tree = result.accepted, tree
-        self._sequence.ids.extend([tree.ids[row] for row in result.accepted])
+        self._sequence.take(tree, result)
         return result
 
     async def _send(
@@ -210,14 +207,15 @@ class Session:
         """Say here what the last stage would have said."""
         assert self.options.local_ends
         assert result.hidden is not None
-        verdict = await self.options.local_ends.draw(
+        verdict, logits = await self.options.local_ends.draw(
             result.hidden,
             tree,
             self._sequence.sampling or SamplingParams(),
             TokenHistory(self.ids, self._sequence.prompt_length),
             output.top_logprobs,
-            self.logits_processors,
+            self.reshape,
         )
+        result.logits = np.stack(logits) if output.logits else None
         result.accepted, result.next_token = verdict.accepted, verdict.next_token
         result.logprobs = [row.message() for row in verdict.logprobs]
 

@@ -64,8 +64,8 @@ def test_what_asks_for_nothing_is_taken(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"num_beams": 4}, "num_beams=4 is not supported: .*num_return_sequences"),
-        ({"num_beams": True}, "num_beams=True is not supported"),
+        ({"num_beam_groups": 2}, "num_beam_groups=2 is not supported: num_beams alone"),
+        ({"num_beams": True}, "num_beams is a number of at least 1, not True"),
         ({"force_words_ids": [[1]]}, r"force_words_ids=\[\[1\]\] is not supported"),
         ({"generation_config": TheirConfig(typical_p=0.5)}, "typical_p=0.5 is not supported"),
         ({"assistant_model": object()}, "assistant_model=.* is not supported: name a draft model with drafter="),
@@ -151,7 +151,7 @@ async def test_a_padded_batch_by_its_mask(model: AsyncSwarmModel) -> None:
     [
         ({}, "give prompts once"),
         ({"inputs": PROMPT, "input_ids": PROMPT}, "give prompts once"),
-        ({"inputs": PROMPT, "num_return_sequences": 0}, "num_return_sequences is at least 1"),
+        ({"inputs": PROMPT, "num_return_sequences": 0}, "num_return_sequences is a number of at least 1, not 0"),
     ],
 )
 async def test_wrong_calls(model: AsyncSwarmModel, arguments: dict[str, Any], sentence: str) -> None:
@@ -227,7 +227,7 @@ async def local() -> AsyncIterator[AsyncSwarmModel]:
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("drafter", ["none", "ngram"])
 @pytest.mark.parametrize(
-    "name", ["min_new_tokens", "min_length", "no_repeat", "bad", "bias", "biases", "never", "begin"]
+    "name", ["min_new_tokens", "min_length", "no_repeat", "bad", "bias", "biases", "never", "begin", "last", "hurry"]
 )
 async def test_rules_of_the_scores(local: AsyncSwarmModel, theirs: Any, name: str, drafter: str) -> None:
     """As transformers has it, where the rule changes the text; `free` is what is said without."""
@@ -242,6 +242,8 @@ async def test_rules_of_the_scores(local: AsyncSwarmModel, theirs: Any, name: st
         "biases": {"sequence_bias": [[[free[0]], -50.0], [[9, 11], 50.0]]},
         "never": {"suppress_tokens": [free[0], free[4]]},
         "begin": {"begin_suppress_tokens": [free[0]]},
+        "last": {"forced_eos_token_id": 9},
+        "hurry": {"exponential_decay_length_penalty": (2, 4.0), "eos_token_id": 77},
     }[name]
     wanted = {"eos_token_id": None, **settings, **rule}
     expected = theirs.generate(torch.tensor([prompt]), **wanted)[0].tolist()

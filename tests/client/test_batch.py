@@ -72,7 +72,8 @@ class Swarm:
 
 
 async def said(swarm: Swarm, prompts: list[list[int]], n: int = 1, **options: Any) -> list[list[list[int]]]:
-    found: Any = await Batch(swarm, GenerationConfig(), n, **options).answers(prompts)  # type: ignore[arg-type]
+    config = GenerationConfig(num_return_sequences=n)
+    found: Any = await Batch(swarm, config, **options).answers(prompts)  # type: ignore[arg-type]
     return [[[token for chunk in chunks for token in chunk.ids] for chunks in group] for group in found]
 
 

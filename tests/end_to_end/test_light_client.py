@@ -42,6 +42,9 @@ async def check(said: dict[str, Any], client: AsyncSwarmModel) -> None:
     assert client.tokenizer.decode(said["ids"][len(client.tokenizer.encode(PROMPT)) :]) == expected
     assert said["sampled"] == await client.generate(PROMPT, **SAMPLED) != expected
     assert said["drafted"] > 0, "without torch n-grams draft"
+    beams, tokens = {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True}, SETTINGS["max_new_tokens"]
+    theirs = await client.generate(PROMPT, **beams, **SETTINGS)
+    assert said["beams"] == [theirs.sequences, pytest.approx(theirs.sequences_scores.tolist(), abs=1e-4), tokens]
     assert all(said["chat"])
     assert "pip install 'petal-swarm[models]'" in said["no drafter"]
     assert "pip install 'petal-swarm[peer]'" in said["no DHT"]

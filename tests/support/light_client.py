@@ -54,6 +54,8 @@ def converse(address: str) -> dict[str, Any]:
         said["drafted"] = sum(piece.nodes for piece in pieces)
         said["ngram"] = model.generate(PROMPT, drafter="ngram", budget=4, **SETTINGS)
         said["sampled"] = model.generate(PROMPT, **SAMPLED)
+        beams = model.generate(PROMPT, num_beams=3, return_dict_in_generate=True, output_scores=True, **SETTINGS)
+        said["beams"] = [beams.sequences, [float(score) for score in beams.sequences_scores], len(beams.scores)]
         said["ids"] = model.generate(model.tokenizer.encode(PROMPT), **SETTINGS)
         talk = model.chat(system="You are brief.")
         said["chat"] = ["".join(piece.text for piece in talk.send(text, **SETTINGS)) for text in ("Hi!", "Why?")]
