@@ -10,6 +10,7 @@ from ..protocol.checkpoint.generation_defaults import GenerationDefaults
 from ..protocol.checkpoint.layout import CheckpointError
 from ..protocol.checkpoint.open import open_checkpoint
 from ..protocol.checkpoint.tokenizer import Tokenizer
+from ..protocol.directory.own_weights import OwnWeights
 from ..protocol.wire.codec import CODECS
 from .arguments import SettingsError
 from .batch import Answer, Batch
@@ -23,7 +24,6 @@ from .model_text import ModelText
 from .output import OutputChunk
 from .prompts import Prompts
 from .routing.connect import connect
-from .routing.own_weights import OwnWeights
 from .routing.peers import ConnectError, KnownPeers
 from .routing.route import Route
 from .routing.trusted_ends import TrustedEnds

@@ -29,6 +29,7 @@ from .engine.engine import Engine
 from .engine.kv_cache import KVCache
 from .engine.scheduler import Budget
 from .engine.watchdog import STALL_S, Watchdog
+from .fellows import fellows
 from .identity import Claim
 from .joining import Joiner, ServeError, cache_tokens
 from .limits.admission import Admission
@@ -123,11 +124,9 @@ class PeerServer:
     async def _load(self) -> None:
         """Choose a span, load it off the loop, and measure it."""
         checkpoint, options = self.checkpoint, self.options
-        records = [
-            record
-            for record in await self.directory.list(checkpoint.name)
-            if record.model_digest == self._model_digest() and record.peer_id != self.identity.peer_id
-        ]
+        self._name, records = await fellows(
+            self.directory, self.identity.peer_id, checkpoint, options.model, self._progress.note
+        )
         joiner = Joiner(options, checkpoint, self.backend, free_bytes(self.backend), self._progress.note)
         self._precision = precision = joiner.precision(records)
         joiner = await asyncio.to_thread(joiner.in_step, precision, records)
@@ -151,7 +150,7 @@ class PeerServer:
         self.announcement = Announcement(self.directory, self.identity, self.trust, self._served(), self.admission)
         info = ServiceInfo(
             peer_id=self.identity.peer_id,
-            model=self.checkpoint.name,
+            model=self._name,
             model_digest=self._model_digest(),
             start=self.blocks.start,
             end=self.blocks.stop,
@@ -217,7 +216,7 @@ class PeerServer:
         """What never changes of the record."""
         return pb.PeerRecord(
             peer_id=self.identity.peer_id,
-            model=self.checkpoint.name,
+            model=self._name,
             model_digest=self._model_digest(),
             n_blocks=self.checkpoint.n_blocks,
             start=self.blocks.start,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...protocol import petal_pb2 as pb
+from ...protocol.directory.digests import by_weights
 from ...protocol.directory.directory import Directory, Pong, ping_all
 from ...protocol.trust.trust import Trust, member_name
 from ..routing.profile import ComputeProfile, by_profile
-from ..routing.route import by_model, describe_blocks, missing_blocks
+from ..routing.route import describe_blocks, missing_blocks
 
 PING_S = 2.0
 # Columns that the table needs with lines and bars.
@@ -24,10 +26,13 @@ SHORT = 12
 
 
 async def swarm_status(directory: Directory, trust: Trust) -> dict[str, Any]:
-    """Models with coverage and peers. Peers that do not answer a ping count for nothing, but are shown."""
+    """Models, told apart by their weights, with coverage and peers.
+
+    Peers that do not answer a ping count for nothing, but are shown.
+    """
     records = await directory.list()
     pongs = await ping_all(records, trust, timeout=PING_S)
-    models = [_model(group, pongs) for group in by_model(records).values()]
+    models = [_model(group, pongs) for group in by_weights(records)]
     return {"models": sorted(models, key=lambda model: model["name"])}
 
 
@@ -37,8 +42,10 @@ def _model(records: list[pb.PeerRecord], pongs: dict[str, Pong | None]) -> dict[
     n_blocks = records[0].n_blocks
     profiles = [_coverage(profile, hosts, n_blocks) for profile, hosts in by_profile(reachable).items()]
     profiles.sort(key=lambda profile: -profile["covered"])
+    first, *others = [name for name, _ in Counter(record.model for record in records).most_common()]
     return {
-        "name": records[0].model,
+        "name": first,
+        "other_names": others,
         "digest": records[0].model_digest.hex(),
         "n_blocks": n_blocks,
         # What one route can take: routes do not mix profiles.
@@ -86,7 +93,10 @@ def print_status(report: dict[str, Any], console: Console) -> None:
     if not report["models"]:
         console.print("The swarm answers, but nobody serves a model: start one with [cyan]petal-serve MODEL[/cyan].")
     for model in report["models"]:
-        console.print(f"[b]{escape(model['name'])}[/b]  [dim]{model['digest'][:16]}[/dim]", soft_wrap=True)
+        also = f"  also called {escape(', '.join(model['other_names']))}" if model["other_names"] else ""
+        console.print(f"[b]{escape(model['name'])}[/b]  [dim]{model['digest'][:16]}[/dim]{also}", soft_wrap=True)
+        if sum(other["digest"] == model["digest"] for other in report["models"]) > 1:
+            console.print("[yellow]built as another model here is, with other weights[/yellow]", soft_wrap=True)
         console.print(_table(model, console.width))
         for line in _coverage_lines(model):
             console.print(line, highlight=False, soft_wrap=True)

@@ -8,11 +8,11 @@ import shlex
 from collections.abc import Callable, Sequence
 
 from ...protocol import petal_pb2 as pb
+from ...protocol.directory.digests import agreeing, weights_of
 from ...protocol.directory.directory import Directory, DirectoryError, ping_all
+from ...protocol.directory.own_weights import OwnWeights
 from ...protocol.errors import PetalError
 from ...protocol.trust.trust import Trust
-from .digests import agreeing, weights_of
-from .own_weights import OwnWeights
 from .pins import Pins
 from .route import NoRoute, Route, by_model, missing_blocks
 

@@ -8,6 +8,7 @@ import pytest
 from petal.kernels.backend import LayerSpec
 from petal.kernels.cpu.isa import isas
 from petal.kernels.registry import backend_for
+from petal.peer.fellows import common_name
 from petal.peer.joining import Joiner, ServeError, cache_tokens
 from petal.peer.options import ServeOptions
 from petal.peer.placement import Profile, fill_gaps, served_profiles
@@ -53,6 +54,12 @@ def test_the_profile_that_lacks_least_is_served_first() -> None:
     assert served_profiles(records, 4)[0] == Profile("float32", "none")
     assert served_profiles([*records, peer(2, 4, "gguf", "bf16")], 4)[0] == Profile("bf16", "gguf")
     assert served_profiles([pb.PeerRecord(end=4, dtype="bf16", state=pb.LEFT)], 4) == []
+
+
+def test_a_joiner_calls_weights_as_others_do() -> None:
+    named = [pb.PeerRecord(model=name) for name in ("b", "a", "a")]
+    assert [common_name(named, own) for own in ("b", "c")] == ["b", "a"]
+    assert common_name([], "c") == "c"
 
 
 def joiner(notes: list[str], **options: Any) -> Joiner:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from petal.client.routing import pins
-from petal.client.routing.digests import agreeing, weights_of
 from petal.client.routing.peers import ConnectError, KnownPeers
 from petal.client.routing.pins import Pins, forget
 from petal.client.routing.route import NoRoute, Stop
 from petal.protocol import petal_pb2 as pb
+from petal.protocol.directory.digests import agreeing, by_weights, weights_of
 from petal.protocol.trust.trust import PublicTrust
 
 from ...support.routing import Book, Network, names
@@ -31,7 +31,7 @@ def held(*digests: bytes, start: int = 0, **fields: object) -> dict:
 
 
 def records(**spans: dict) -> list[pb.PeerRecord]:
-    return [pb.PeerRecord(peer_id=name, model_digest=b"m", **fields) for name, fields in spans.items()]
+    return [pb.PeerRecord(peer_id=name, **{"model_digest": b"m", **fields}) for name, fields in spans.items()]
 
 
 def agreed(found: Sequence[pb.PeerRecord], pinned: dict[str, str] | None = None) -> set[str]:
@@ -161,3 +161,16 @@ def test_where_nothing_can_be_written_it_says_so_and_goes_on(
     kept.keep(b"m", {"1": "aa"})
     assert kept.digests["1"] == "aa"
     assert "for as long as this runs only: read-only" in caplog.text
+
+
+def test_weights_tell_models_apart_and_names_only_where_weights_say_nothing() -> None:
+    def groups(**spans: dict) -> list[str]:
+        return ["".join(sorted(r.peer_id for r in group)) for group in by_weights(records(**spans))]
+
+    half, rest, whole = held(GOOD, GOOD, model="x"), held(GOOD, start=2, model="y"), held(GOOD, GOOD, GOOD, model="z")
+    assert groups(a=half, b=rest) == ["a", "b"]
+    assert groups(a=half, b={**rest, "model": "x"}) == ["ab"]
+    assert groups(a=half, b=rest, c=whole) == ["abc"]
+    assert sorted(groups(a=half, b=held(GOOD, BAD, model="x"))) == ["a", "b"]
+    assert groups(a=half, b=held(BAD, model="x"), c=whole) == ["ac", "b"]
+    assert sorted(groups(a=half, b={**half, "model_digest": b"n"})) == ["a", "b"]

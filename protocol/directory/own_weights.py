@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ...protocol import petal_pb2 as pb
-from ...protocol.checkpoint.layout import CheckpointError
-from ...protocol.checkpoint.open import open_checkpoint
+from .. import petal_pb2 as pb
+from ..checkpoint.layout import CheckpointError
+from ..checkpoint.open import open_checkpoint
 from .digests import weights_of
 
 
@@ -27,13 +27,26 @@ class OwnWeights:
             return []
         return await asyncio.to_thread(lambda: [record for record in records if self._holds(record, pinned)])
 
-    def _holds(self, record: pb.PeerRecord, pinned: Mapping[str, str]) -> bool:
+    async def fellows(self, records: Iterable[pb.PeerRecord], name: str) -> list[pb.PeerRecord]:
+        """The peers of this model: those that provably hold these weights; where nothing can be compared, by `name`."""
+
+        def is_fellow(record: pb.PeerRecord) -> bool:
+            held = self._holds(record, {})
+            return record.model == name if held is None else held
+
+        return await asyncio.to_thread(lambda: [record for record in records if is_fellow(record)])
+
+    def _holds(self, record: pb.PeerRecord, pinned: Mapping[str, str]) -> bool | None:
+        """Whether the peer holds these weights; None where that cannot be told."""
         said = weights_of(record)
         if not all(said.values()):
-            return False
+            return None
         if not said.keys() <= {*pinned, *self._known}:
             self._read(record)
-        return said.items() <= {**pinned, **self._known}.items()
+        known = {**pinned, **self._known}
+        if any(known.get(part, digest) != digest for part, digest in said.items()):
+            return False
+        return True if said.keys() <= known.keys() else None
 
     def _read(self, record: pb.PeerRecord) -> None:
         """Digest the parts that this peer hosts, named as `weights_of` names them."""

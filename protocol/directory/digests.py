@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from ...protocol import petal_pb2 as pb
+from .. import petal_pb2 as pb
 
 
 def weights_of(record: pb.PeerRecord) -> dict[str, str]:
@@ -35,3 +35,32 @@ def agreeing(records: Sequence[pb.PeerRecord], pinned: Mapping[str, str]) -> lis
             expected |= parts
             agreed.add(peer_id)
     return [record for record in records if record.peer_id in agreed]
+
+
+def by_weights(records: Iterable[pb.PeerRecord]) -> list[list[pb.PeerRecord]]:
+    """Records grouped by the weights that they hold, the largest group first: names are labels.
+
+    Whoever holds a part alike is of one group, and so is whoever shares a name, unless another part differs.
+    """
+    groups: list[list[pb.PeerRecord]] = []
+    for record in sorted(records, key=lambda record: (record.start - record.end, record.peer_id)):
+        together = [record]
+        for group in list(groups):
+            if _are_one(together, group):
+                groups.remove(group)
+                together = [*group, *together]
+        groups.append(together)
+    return sorted(groups, key=lambda group: -len(group))
+
+
+def _are_one(records: Sequence[pb.PeerRecord], others: Sequence[pb.PeerRecord]) -> bool:
+    mine, theirs = _known(records), _known(others)
+    if any(theirs.get(part, digest) != digest for part, digest in mine.items()):
+        return False
+    if records[0].model_digest != others[0].model_digest:
+        return False
+    return bool(mine.keys() & theirs.keys() or {r.model for r in records} & {r.model for r in others})
+
+
+def _known(records: Sequence[pb.PeerRecord]) -> dict[str, str]:
+    return {part: digest for record in records for part, digest in weights_of(record).items() if digest}
