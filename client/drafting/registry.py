@@ -26,12 +26,16 @@ DrafterChoice = str | Drafter | Sequence[str | Drafter]
 # How soon an automatic drafter that failed is tried again.
 AGAIN_S = 60.0
 
+# What petal-drafter brings, and a checkout has.
 SHIPPED = Path(__file__).parent.parent / "drafters"
 
 
 def shipped_drafter(model_digest: bytes) -> Path | None:
-    """The drafter that comes with Petal for this model, if there is one."""
-    registry = json.loads((SHIPPED / "registry.json").read_text())
+    """The drafter that Petal has for this model, if there is one and petal-drafter is installed."""
+    try:
+        registry = json.loads((SHIPPED / "registry.json").read_text())
+    except FileNotFoundError:
+        return None
     found = registry.get(model_digest.hex())
     return SHIPPED / found if found else None
 
@@ -70,7 +74,7 @@ class DrafterRegistry:
     async def drafters(self, choice: DrafterChoice) -> list[Drafter]:
         """Fresh drafters for one sequence. Raises DrafterError for a model that does not fit.
 
-        "auto" is `ngram`, joined by the drafter that comes with Petal for this model as soon as it is loaded.
+        "auto" is `ngram`, joined by the drafter that Petal has for this model as soon as it is loaded.
         """
         if isinstance(choice, str):
             choice = [part.strip() for part in choice.split(",")]
@@ -89,7 +93,10 @@ class DrafterRegistry:
             return [NgramDrafter(), *self._once_loaded(default)]
         if name == "model":
             if default is None:
-                raise DrafterError("no drafter comes with Petal for this model; `petal distill` makes one")
+                raise DrafterError(
+                    "there is no drafter for this model here: pip install 'petal-swarm[drafter]' brings that of the "
+                    "demo's model, `petal distill` makes others"
+                )
             name = str(default)
         return [(await self._models.get(name, self._load(name))).fresh()]
 

