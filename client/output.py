@@ -16,7 +16,8 @@ class OutputChunk:
     """What one trip through the route brought: `nodes` were drafted in `draft_s` of its `seconds`.
 
     `logits` [ids, vocab] are what the tokens were chosen by, where they were asked for.
-    `finish_reason` of the last one: "stop" at the end of text, "stop_string", "criterion", "time" or "length".
+    `finish_reason` of the last one: "stop" at the end of text, "stop_string", "criterion", "time" or "length";
+    `stop_string` is the one that was met.
     """
 
     ids: list[int]
@@ -27,6 +28,7 @@ class OutputChunk:
     nodes: int = 0
     draft_s: float = 0.0
     finish_reason: str | None = None
+    stop_string: str | None = None
     events: list[Failover] = field(default_factory=list)
     logits: Array | None = None
 
@@ -85,9 +87,10 @@ class OutputCutter:
             return False
         # An answer that ends here says what is pending, too.
         said = self._held + (self._detokenizer.pending if self._detokenizer else "")
-        found = [at for stop in self._stops if (at := said.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := said.find(stop)) >= 0]
         if found:
-            chunk.text += said[: min(found)]
+            first, chunk.stop_string = min(found)
+            chunk.text += said[:first]
         return bool(found)
 
     def _release(self, chunk: OutputChunk) -> None:

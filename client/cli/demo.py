@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -10,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +27,7 @@ from ...protocol.private import ENVIRONMENT
 from ..routing.peers import ConnectError
 from ..swarm import SwarmModel
 from .conversation import Conversation, reader
+from .gateway import curl_line, need_packages, run_until_stopped
 from .report import plain_report
 from .terminal import peer_program, show
 
@@ -31,11 +35,13 @@ MODEL = "demo"
 # Of the variables that `petal-serve` reads.
 PREFIX = "PETAL_SERVE_"
 N_BLOCKS = 30
+LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
 NEXT = """
 What to try next, here (after [cyan]source .venv/bin/activate[/cyan], where make set Petal up):
   [cyan]petal demo --chat[/cyan]          talk with it
+  [cyan]petal demo --serve[/cyan]         keep its URL up, for editors, agents and libraries
   [cyan]petal-serve demo[/cyan]           start a peer that stays; it prints the line for the next machine\
 """
 
@@ -206,7 +212,52 @@ def run_demo(prompt: str, peers: int, settings: dict[str, Any], chatting: bool, 
         console.print(f"[b cyan]you>[/b cyan] {prompt}", highlight=False)
         chunks = show(swarm.chat().send(prompt, trace=True, **settings))
         console.print(plain_report(chunks, len(children)), highlight=False)
+        asyncio.run(_ask_over_http(children[0].address, console))
     console.print(NEXT, highlight=False)
+
+
+def serve_demo(peers: int, port: int, console: Console) -> None:
+    """Start the peers and a gateway to them, and keep both up until Ctrl-C. Raises ConnectError, GatewayError."""
+    need_packages()
+    from ..gateway.program import GatewayServer, served_model
+
+    async def announced(server: GatewayServer, url: str) -> None:
+        print(url, flush=True)
+        console.print(f"Three APIs at {url}, until Ctrl-C. Try:", highlight=False)
+        console.print(curl_line(url, MODEL), highlight=False, soft_wrap=True, markup=False)
+
+    console.print(f"Starting {peers} peers that share SmolLM2-135M-Instruct …")
+    with local_swarm(peers, console) as children, _watched(children):
+        console.print(_hosts(children))
+        address = children[0].address
+        asyncio.run(
+            run_until_stopped(lambda: GatewayServer([served_model(MODEL, [address])]), LOOPBACK, port, announced)
+        )
+
+
+async def _ask_over_http(address: str, console: Console) -> None:
+    """Once more through a gateway, as any program would ask; nothing where its packages are missing."""
+    with contextlib.suppress(ValueError):
+        need_packages()
+        from ..gateway.program import GatewayServer, served_model
+
+        server = GatewayServer([served_model(MODEL, [address])])
+        running = asyncio.ensure_future(server.run(LOOPBACK, 0))
+        url = await server.started()
+        console.print("\nThe same over HTTP, as OpenAI's clients ask:", highlight=False)
+        console.print(curl_line(url, MODEL), style="cyan", highlight=False, soft_wrap=True, markup=False)
+        print(await asyncio.to_thread(_said_by, url), flush=True)
+        server.stop()
+        await running
+
+
+def _said_by(url: str) -> str:
+    """What the curl line's request is answered."""
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}]}).encode()
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+    # This machine's own, whatever proxy the environment names.
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        return str(json.load(answer)["choices"][0]["message"]["content"])
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ..routing.connect import connect
 from ..swarm import SwarmModel
 from .conversation import Conversation, reader
 from .explain import CAVEAT, explain, table
+from .gateway import PORT, gateway, keys_app
 from .memberships import commands as memberships
 from .options import (
     AllowMixed,
@@ -63,6 +64,7 @@ def _program(
 app.add_typer(swarm_app, name="swarm")
 swarm_app.add_typer(private_swarms)
 swarm_app.add_typer(memberships)
+app.add_typer(keys_app, name="keys")
 
 
 def _connected(
@@ -209,6 +211,9 @@ def status(
         print_status(report, Console())
 
 
+app.command()(gateway)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
@@ -235,6 +240,8 @@ def quantize(context: typer.Context) -> None:
 def demo(
     prompt: Annotated[str, typer.Argument(help="What to ask.")] = "Explain how a bicycle stays upright.",
     chatting: Annotated[bool, typer.Option("--chat", help="Open a conversation instead.")] = False,
+    serving: Annotated[bool, typer.Option("--serve", help="Keep a gateway up instead, until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the gateway; 0 takes any that is free.")] = PORT,
     peers: Annotated[int, typer.Option(min=1, max=30, help="Local peers to split the model over.")] = 3,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -242,8 +249,11 @@ def demo(
     drafter: Drafter = "auto",
 ) -> None:
     """Start three local peers that share one small model, and let them answer."""
-    from .demo import run_demo
+    from .demo import run_demo, serve_demo
 
+    if serving:
+        serve_demo(peers, port, console)
+        return
     settings = settings_of(max_new_tokens, temperature, 0, 1.0, 0.0, 1.0, seed, drafter, None)
     run_demo(prompt, peers, settings, chatting, console)
 

@@ -1,0 +1,87 @@
+"""Sessions that outlive a request: a conversation that grows finds its own, and only what is new is computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..connection import TREE_ROOM, SwarmConnection
+from ..generation import common_prefix
+from ..session.peer_error import PeerError
+from ..session.session import Session
+
+# Sessions that wait for their conversation to go on, and for how long.
+MOST_IDLE = 32
+IDLE_S = 300.0
+# What a new session keeps room for beyond its request, where the peers have it to spare.
+SPARE_TOKENS = 4096
+# Shorter beginnings are not worth a session's while.
+WORTH = 32
+
+
+@dataclass
+class _Idle:
+    owner: str
+    session: Session
+    since: float
+
+
+class SessionPool:
+    """Sessions of one model. Whose text a session has seen is known by its `owner`: nobody else gets it, since how
+    fast an answer begins would tell what others have said."""
+
+    def __init__(self, connection: SwarmConnection) -> None:
+        self._connection = connection
+        self._idle: list[_Idle] = []
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    async def take(self, owner: str, ids: Sequence[int], reserve_tokens: int, wait_s: float) -> Session:
+        """A session for a text that begins with `ids`: one that holds its beginning, or a new one.
+
+        Where peers have no room, those that wait here give way, the oldest first. Raises PeerError, NoRoute.
+        """
+        self._expire()
+        if found := self._best(owner, ids, reserve_tokens):
+            self._idle.remove(found)
+            return found.session
+        reserve_tokens += TREE_ROOM
+        spare = max(0, SPARE_TOKENS - reserve_tokens)
+        while self._idle:
+            try:
+                return await self._connection.open_session(reserve_tokens, wait_s=0, spare_tokens=spare)
+            except PeerError as error:
+                if not error.busy:
+                    raise
+                self._idle.pop(0).session.close()
+        return await self._connection.open_session(reserve_tokens, wait_s=wait_s, spare_tokens=spare)
+
+    def give_back(self, owner: str, session: Session) -> None:
+        """Keep a session whose answer is complete, for what may come next."""
+        self._idle.append(_Idle(owner, session, time.monotonic()))
+        self._expire()
+
+    def close(self) -> None:
+        for idle in self._idle:
+            idle.session.close()
+        self._idle.clear()
+
+    def _best(self, owner: str, ids: Sequence[int], reserve_tokens: int) -> _Idle | None:
+        """The session with the longest common beginning; none where it would lose more than it brings."""
+        best, most = None, 0
+        for idle in self._idle:
+            held = idle.session.ids
+            room = min(idle.session.context_length, idle.session.options.reserve_tokens)
+            if idle.owner != owner or min(reserve_tokens, idle.session.context_length) > room:
+                continue
+            shared = common_prefix(held, ids)
+            if shared > most and shared >= min(WORTH, len(held)) and 2 * shared >= len(held):
+                best, most = idle, shared
+        return best
+
+    def _expire(self) -> None:
+        limit = time.monotonic() - IDLE_S
+        while self._idle and (len(self._idle) > MOST_IDLE or self._idle[0].since < limit):
+            self._idle.pop(0).session.close()
