@@ -43,7 +43,7 @@ def test_the_drafters_distribution_is_the_one_that_the_extra_names():
     assert Requirement(needed).specifier.contains(version)
     assert version == PROJECT["version"]
     assert DRAFTERS["project"]["license"] == PROJECT["license"]
-    assert {"petal-swarm[drafter,peer]"} < {*PROJECT["optional-dependencies"]["demo"]}
+    assert {"petal-swarm[drafter,gateway,peer]"} < {*PROJECT["optional-dependencies"]["demo"]}
 
 
 def test_every_folder_says_that_it_is_typed():

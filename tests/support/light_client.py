@@ -14,7 +14,8 @@ PROMPT = "One, two, three, one, two, three, one, two,"
 # What the client stands on; it finds its own way on any system.
 LIBRARIES = (
     *("asyncio", "cryptography.hazmat.primitives.asymmetric.rsa", "cryptography.x509", "google.protobuf", "grpc.aio"),
-    *("jinja2.sandbox", "jwt", "numpy", "platformdirs", "rich.progress", "rich.table", "tokenizers", "typer"),
+    *("jinja2.sandbox", "jwt", "numpy", "platformdirs", "pydantic.main", "rich.progress", "rich.table", "tokenizers"),
+    *("starlette.applications", "typer", "uvicorn", "uvicorn.protocols.http.h11_impl"),
 )
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": -1}
 SAMPLED = {**SETTINGS, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
