@@ -33,6 +33,7 @@ from .fellows import fellows
 from .identity import Claim
 from .joining import Joiner, ServeError, cache_tokens
 from .limits.admission import Admission
+from .limits.memory import give_back
 from .model.precision import NONE
 from .options import ServeOptions
 from .ports import Ports
@@ -170,7 +171,7 @@ class PeerServer:
         self.engine.start()
         await self._grpc.start()
         watchdog = Watchdog(self.engine.thread, self.engine.call, self._stall_s(), self._fall)
-        self._watching = asyncio.create_task(watchdog.run())
+        self._background = [asyncio.create_task(work) for work in (watchdog.run(), give_back())]
         await self.announcement.start(self.options.publish_s, self.service.sweep)
 
     def _stall_s(self) -> float:
@@ -194,7 +195,8 @@ class PeerServer:
 
     async def stop(self) -> None:
         """Take no new sessions, withdraw the record, end what runs, leave the DHT."""
-        self._watching.cancel()
+        for task in self._background:
+            task.cancel()
         self.service.sessions.draining = True
         await self.announcement.stop()
         await self.service.close()

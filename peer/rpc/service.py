@@ -52,7 +52,7 @@ class PeerService(PeerServicer):
             frame = await first_of(requests)
             if frame is None or not frame.HasField("open"):
                 raise invalid("a session starts with an open frame")
-            session = self.sessions.open(frame.open, context.auth_context(), writer.put)
+            session = self.sessions.open(frame.open, context.auth_context(), writer)
         except SessionFailed as failure:
             await abort(context, failure)
             return
@@ -63,6 +63,7 @@ class PeerService(PeerServicer):
         finally:
             # Also when the client vanished and gRPC cancels this handler: its pages are free at once.
             self.sessions.close(session)
+            writer.close()
         if ended:
             await abort(context, ended)
 

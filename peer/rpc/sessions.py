@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Callable
 
 from ...protocol import petal_pb2 as pb
 from ...protocol.trust.trust import AuthContext, Principal, Trust, TrustError, client_id_of
-from ...protocol.wire.limits import PROTOCOL, WINDOW_BYTES
+from ...protocol.wire.limits import ALL_ANSWER_BYTES, PROTOCOL, WINDOW_BYTES
 from ..engine.engine import Engine
 from ..engine.fair_queue import Tenant
 from ..limits.admission import Admission
+from ..limits.answers import in_the_way
 from ..limits.quotas import Quotas, QuotaUsage, QuotaUsages
 from ..limits.refused import Refused
 from ..session.replay import ReplayBudget
-from ..session.session import PeerSession
+from ..session.session import FrameWriter, PeerSession
 from ..session.spec import SessionFailed, SessionSpec
 from .open_checks import ServiceInfo, Status, check_former, check_open, check_parent, spec_of
 
@@ -26,6 +26,10 @@ DRAIN_IDLE_S = 3.0
 _REVOKED = SessionFailed(Status.PERMISSION_DENIED, "your membership of this swarm was revoked or has run out")
 _LEAVING = SessionFailed(Status.UNAVAILABLE, "this peer is shutting down")
 _GAVE_WAY = SessionFailed(Status.ABORTED, "this session gave way to others; resume it where there is room")
+_UNREAD = SessionFailed(
+    Status.RESOURCE_EXHAUSTED,
+    "answers that nobody has read fill this peer's memory; read, ask for less, or retry in 2 s",
+)
 _OPENED_ANEW = SessionFailed(Status.ABORTED, "this session was opened anew on another stream")
 
 
@@ -45,7 +49,7 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._running)
 
-    def open(self, message: pb.Open, context: AuthContext, send: Callable[[pb.PeerFrame], int]) -> PeerSession:
+    def open(self, message: pb.Open, context: AuthContext, writer: FrameWriter) -> PeerSession:
         """Admit a session, and say so to its client. Raises SessionFailed."""
         if self.draining:
             raise SessionFailed(Status.UNAVAILABLE, "this peer is leaving and takes no new sessions")
@@ -59,7 +63,7 @@ class Sessions:
         if former:
             self.close(former)
             former.fail(_OPENED_ANEW)
-        session = self._admit(message, spec, usage, parent, send)
+        session = self._admit(message, spec, usage, parent, writer)
         try:
             if parent:
                 session.adopt(parent)
@@ -72,7 +76,7 @@ class Sessions:
         forked = parent.key if parent else None
         self._engine.open(session.key, tenant, spec.codec, spec.blocks, message.priority, forked)
         self._running[spec.session_id] = session
-        send(pb.PeerFrame(opened=self._opened(session)))
+        writer.put(pb.PeerFrame(opened=self._opened(session)))
         return session
 
     def linked(self, hello: pb.LinkHello, context: AuthContext) -> tuple[PeerSession, Principal]:
@@ -142,14 +146,16 @@ class Sessions:
         spec: SessionSpec,
         usage: QuotaUsage,
         parent: PeerSession | None,
-        send: Callable[[pb.PeerFrame], int],
+        writer: FrameWriter,
     ) -> PeerSession:
         try:
             self._reserve(spec, usage, parent)
         except Refused as error:
             code = Status.FAILED_PRECONDITION if error.final else Status.RESOURCE_EXHAUSTED
             raise SessionFailed(code, str(error)) from error
-        return PeerSession(spec, usage, self._engine, self.replay_budget, message.route_epoch, send)
+        return PeerSession(
+            spec, usage, self._engine, self.replay_budget, message.route_epoch, writer, self._bound_answers
+        )
 
     def _reserve(self, spec: SessionSpec, usage: QuotaUsage, parent: PeerSession | None) -> None:
         usage.open(spec.session_id, spec.reserve_tokens)
@@ -173,6 +179,12 @@ class Sessions:
             self.close(session)
             session.fail(_GAVE_WAY)
         return bool(leaving)
+
+    def _bound_answers(self, asking: PeerSession) -> None:
+        """End sessions where what all clients have not read would be too much."""
+        owed = {session_id: session.owed for session_id, session in self._running.items()}
+        for session_id in in_the_way(owed, asking.spec.session_id, ALL_ANSWER_BYTES):
+            self._running[session_id].fail(_UNREAD)
 
     def _release(self, spec: SessionSpec, usage: QuotaUsage) -> None:
         self._admission.release(spec.session_id)

@@ -26,15 +26,26 @@ class Writer:
         self._context = context
         self._frames: deque[pb.PeerFrame | pb.LinkReply] = deque()
         self._wake = asyncio.Event()
-        self._queued = 0
+        # Bytes that wait.
+        self.queued = 0
         self._writing_since = math.inf
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which the other end has read nothing of what waits."""
+        return max(0.0, time.monotonic() - self._writing_since)
 
     def put(self, frame: pb.PeerFrame | pb.LinkReply) -> int:
         """Queue a frame; returns the bytes that wait."""
         self._frames.append(frame)
-        self._queued += frame.ByteSize()
+        self.queued += frame.ByteSize()
         self._wake.set()
-        return self._queued
+        return self.queued
+
+    def close(self) -> None:
+        """Nobody reads any more: what waits is let go at once, not when garbage is collected."""
+        self._frames.clear()
+        self.queued = 0
 
     async def run(self) -> None:
         while True:
@@ -43,13 +54,13 @@ class Writer:
                 self._writing_since = time.monotonic()
                 await self._context.write(frame)
                 self._writing_since = math.inf
-                self._queued -= frame.ByteSize()
+                self.queued -= frame.ByteSize()
             self._wake.clear()
             await self._wake.wait()
 
     async def watch(self) -> None:
         """Raises SessionFailed once the other end has not read for too long."""
-        while time.monotonic() - self._writing_since < UNREAD_S:  # noqa: ASYNC110 (a frame must not pay for a timer)
+        while self.stalled_s < UNREAD_S:  # noqa: ASYNC110 (a frame must not pay for a timer)
             await asyncio.sleep(UNREAD_S / 4)
         raise SessionFailed(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing was read for {UNREAD_S:g} s")
 

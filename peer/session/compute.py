@@ -28,6 +28,7 @@ class SessionCompute:
         self._fail = fail
         self._loop = asyncio.get_running_loop()
         self._running = self._resuming = 0
+        self._closed = False
 
     @property
     def idle_s(self) -> float:
@@ -58,10 +59,12 @@ class SessionCompute:
         self._engine.resume(self._key, length, commit, done)
 
     def close(self) -> None:
+        """What is still under way comes to nothing."""
+        self._closed = True
         self._engine.close(self._key)
 
     def _hand_over(self, result: StepOutput | StepFailed, finished: Callable[[StepOutput], None]) -> None:
-        if self._resuming:
+        if self._resuming or self._closed:
             return
         self._running -= 1
         self.last_used = time.monotonic()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterator
@@ -29,17 +31,27 @@ class NextHop:
         # Frames that go before all others, and the first of them.
         self._replay: Iterator[pb.LinkFrame] = iter(())
         self._replayed: pb.LinkFrame | None = None
-        self._credit = self._queued = 0
+        self._credit = 0
+        # Bytes that wait, and since when none of them was taken, where several do.
+        self.queued = 0
+        self._waiting_since = math.inf
         self._call: grpc.aio.StreamStreamCall | None = None
         self._reader: asyncio.Task[None] | None = None
         self._writer: asyncio.Task[None] | None = None
 
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which the next peer has taken nothing of what waits."""
+        return max(0.0, time.monotonic() - self._waiting_since)
+
     def send(self, frame: pb.LinkFrame) -> int:
         """Queue a frame; returns the bytes that wait."""
+        if self._frames and self._waiting_since == math.inf:
+            self._waiting_since = time.monotonic()
         self._frames.append(frame)
-        self._queued += frame.ByteSize()
+        self.queued += frame.ByteSize()
         self._write_on()
-        return self._queued
+        return self.queued
 
     async def attach(self, peer_id: str, channel: grpc.aio.Channel, hello: pb.LinkHello) -> None:
         """Open the stream and show the token; frames that wait are sent. Raises LinkFailed."""
@@ -65,7 +77,7 @@ class NextHop:
         """Drop the link and what waits for it. The next one begins with `replay`, which is asked as credit allows."""
         self.close()
         self._frames.clear()
-        self._queued = 0
+        self.queued, self._waiting_since = 0, math.inf
         self._replay, self._replayed = replay, next(replay, None)
 
     def close(self) -> None:
@@ -99,7 +111,8 @@ class NextHop:
             self._replayed = next(self._replay, None)
         else:
             self._frames.popleft()
-            self._queued -= size
+            self.queued -= size
+            self._waiting_since = time.monotonic() if self._frames else math.inf
         return frame
 
     async def _read(self, peer_id: str, call: grpc.aio.StreamStreamCall) -> None:

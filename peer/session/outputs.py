@@ -8,14 +8,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import grpc
+
 from ...protocol import petal_pb2 as pb
 from ...protocol.wire.limits import PART_BYTES
 from ...protocol.wire.step import StepHeader, put_header
 from ..engine.step import StepOutput
 from .next_hop import NextHop
 from .replay import ReplayBudget, ReplayLog
-from .spec import SessionSpec
+from .spec import SessionFailed, SessionSpec
 from .state import StepRecord
+
+# Frames of an answer that is kept for a repeat: what a decode step brings, whole logits hardly.
+MOST_KEPT = 4
 
 
 class Outputs(ABC):
@@ -47,16 +52,24 @@ class Outputs(ABC):
 
 
 class ToClient(Outputs):
-    """Those of the last stage. The client alone gets them, so nothing is kept but the newest answer."""
+    """Those of the last stage. The client alone gets them, so nothing is kept but the newest answer, if it is small."""
 
     def __init__(self, send: Callable[[pb.PeerFrame], int]) -> None:
         self._send = send
 
     def finished(self, record: StepRecord, output: StepOutput, hops: Iterable[pb.Hop], epoch: int) -> int:
         record.answer = result_frames(record.header, output, hops)
-        return self.answer(record, epoch)
+        queued = self.answer(record, epoch)
+        if len(record.answer) > MOST_KEPT:
+            record.answer = ()
+        return queued
 
     def answer(self, record: StepRecord, epoch: int) -> int:
+        if record.finished and not record.answer:
+            raise SessionFailed(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the answer to step {record.header.step} is not kept; go back before that step by a resume frame",
+            )
         return max((self._send(frame) for frame in record.answer if isinstance(frame, pb.PeerFrame)), default=0)
 
 
@@ -145,17 +158,21 @@ def replay_frames(
 
 def result_frames(header: StepHeader, result: StepOutput, hops: Iterable[pb.Hop]) -> list[pb.PeerFrame]:
     """Frames for the client: what was accepted in the first, large payloads in parts."""
-    first = pb.Result(step=header.step, hops=hops)
+    frames = [pb.PeerFrame(result=pb.Result(step=header.step, hops=hops))]
+    first = frames[0].result
     if result.verification:
         first.sampled = True
         first.accepted.extend(result.verification.accepted)
         first.next_token = result.verification.next_token
         first.logprobs.extend(row.message() for row in result.verification.logprobs)
-    results = [first]
-    results += [pb.Result(step=header.step, logits=part) for part in _parts(result.logits)]
-    results += [pb.Result(step=header.step, hidden=part) for part in _parts(result.hidden)]
-    results[-1].last_part = True
-    return [pb.PeerFrame(result=part) for part in results]
+    for name, payload in (("logits", result.logits), ("hidden", result.hidden)):
+        for part in _parts(payload):
+            frame = pb.PeerFrame()
+            frame.result.step = header.step
+            setattr(frame.result, name, part)
+            frames.append(frame)
+    frames[-1].result.last_part = True
+    return frames
 
 
 def whole_rows(chunks: Iterable[bytes], row_bytes: int, most: int) -> Iterator[bytes]:
@@ -172,5 +189,5 @@ def whole_rows(chunks: Iterable[bytes], row_bytes: int, most: int) -> Iterator[b
         yield bytes(waiting)
 
 
-def _parts(payload: bytes) -> list[bytes]:
-    return [payload[start : start + PART_BYTES] for start in range(0, len(payload), PART_BYTES)]
+def _parts(payload: bytes) -> Iterator[bytes]:
+    return (payload[start : start + PART_BYTES] for start in range(0, len(payload), PART_BYTES))

@@ -10,13 +10,15 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import grpc
 
 from ...protocol import petal_pb2 as pb
-from ...protocol.wire.limits import UNREAD_BYTES
+from ...protocol.wire.limits import PART_BYTES
 from ..engine.engine import Engine
 from ..engine.step import Step, StepOutput
+from ..limits.answers import Owed
 from ..limits.quotas import QuotaUsage
 from ..limits.refused import Refused
 from .compute import SessionCompute
@@ -27,10 +29,17 @@ from .partial_steps import PartialSteps, client_step
 from .replay import ReplayBudget
 from .spec import SessionFailed, SessionSpec, invalid
 from .state import SequenceState, StepRecord, not_between_steps
+from .unread import Reader, Unread
+
+
+class FrameWriter(Reader, Protocol):
+    """Takes frames to the client; `put` returns the bytes that wait."""
+
+    def put(self, frame: pb.PeerFrame) -> int: ...
 
 
 class PeerSession:
-    """One session on this peer. `send` hands frames to the client; `failed` is set when the session must end."""
+    """One session on this peer. `failed` is set when the session must end."""
 
     def __init__(
         self,
@@ -39,8 +48,10 @@ class PeerSession:
         engine: Engine,
         budget: ReplayBudget,
         epoch: int,
-        send: Callable[[pb.PeerFrame], int],
+        writer: FrameWriter,
+        owes: Callable[[PeerSession], None],
     ) -> None:
+        """`writer` takes frames to the client; `owes` is called where answers of this session need much room."""
         self.spec = spec
         self.usage = usage
         # The engine's name for it: a session that is opened anew shares nothing with the one before.
@@ -50,10 +61,11 @@ class PeerSession:
         self.failed: asyncio.Future[SessionFailed] = asyncio.get_running_loop().create_future()
         self.next_hop = NextHop(self._link_fault)
         self.state = SequenceState(spec)
-        self.send = send
+        self.send = writer.put
+        self._unread = Unread(spec, (writer, self.next_hop), lambda: owes(self))
         self._credit_upstream: Callable[[int], None] | None = None
         self._compute = SessionCompute(engine, self.key, self.fail)
-        self._outputs: Outputs = ToClient(send) if spec.is_last else ToNextHop(spec, self.next_hop, budget)
+        self._outputs: Outputs = ToClient(writer.put) if spec.is_last else ToNextHop(spec, self.next_hop, budget)
         self._partial = PartialSteps(spec)
         self._from_client, self._from_link = CreditWindow(), CreditWindow()
 
@@ -61,6 +73,11 @@ class PeerSession:
     def idle_s(self) -> float:
         """Seconds since anything happened."""
         return self._compute.idle_s
+
+    @property
+    def owed(self) -> Owed:
+        """Answers that are in the making or unread."""
+        return self._unread.owed
 
     # Frames from the client and from the peer before.
 
@@ -142,8 +159,9 @@ class PeerSession:
 
     def close(self) -> None:
         self._compute.close()
-        self.next_hop.close()
+        self.next_hop.restart(iter(()))
         self._outputs.close()
+        self.state.newest = None
 
     def fail(self, failure: SessionFailed) -> None:
         if not self.failed.done():
@@ -169,7 +187,10 @@ class PeerSession:
                     self.usage.spend(step.header.rows)
             except Refused as error:
                 raise SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
-            self._compute.run(step, lambda output: self._finished(record, step, output))
+            if step.header.want_logits or step.header.want_hidden:
+                self._unread.promise(record)
+            if not self.failed.done():
+                self._compute.run(step, lambda output: self._finished(record, step, output))
         elif self.state.newest:
             self._check_unread(self._outputs.answer(self.state.newest, self.epoch))
 
@@ -191,11 +212,11 @@ class PeerSession:
         self._return_credit()
 
     def _check_unread(self, queued: int) -> None:
-        """What nobody takes must not pile up."""
-        if queued > UNREAD_BYTES:
-            self.fail(SessionFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{queued} bytes of answers wait to be read"))
+        if queued > PART_BYTES and (failure := self._unread.too_much(queued)):
+            self.fail(failure)
 
     def _resumed(self, message: pb.Resume) -> None:
+        self._unread.forget_promises()
         self.state.resume(message.step, message.length, missing=message.length if message.replayed else 0)
         lost = self._outputs.resume(message, self.epoch)
         resumed = pb.Resumed(route_epoch=message.route_epoch, link_token=self.link_token, log_lost=lost)

@@ -10,6 +10,7 @@ import grpc
 from ...protocol import petal_pb2 as pb
 from ...protocol.wire.codec import row_bytes
 from ...protocol.wire.limits import MAX_ROWS, WINDOW_BYTES
+from ...protocol.wire.step import StepHeader
 
 
 class SessionFailed(Exception):
@@ -51,6 +52,11 @@ class SessionSpec:
     @cached_property
     def row_bytes(self) -> int:
         return row_bytes(self.codec, self.hidden_size)
+
+    def answer_bytes(self, header: StepHeader) -> int:
+        """Of logits and hidden states that a step asks the last stage for."""
+        logits = header.rows * self.vocab_size * 4 if header.want_logits else 0
+        return (logits + header.rows * self.row_bytes if header.want_hidden else logits) if self.is_last else 0
 
     @cached_property
     def max_rows(self) -> int:

@@ -15,6 +15,8 @@ WINDOW_BYTES = 16 << 20
 # An answer with logits or hidden states; and answers that a client or the next peer may leave unread.
 ANSWER_BYTES = 128 << 20
 UNREAD_BYTES = 144 << 20
+# Answers that are in the making or unread, of all sessions of a peer.
+ALL_ANSWER_BYTES = 512 << 20
 # Rows of one step.
 MAX_ROWS = 2048
 TOP_LOGPROBS = 64

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 import pytest_asyncio
-from petal.peer.rpc import streams
+from petal.peer.limits import answers
+from petal.peer.rpc import sessions, streams
+from petal.peer.session import outputs
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.trust.identity import Identity
 from petal.protocol.trust.trust import PublicTrust
@@ -95,6 +97,37 @@ async def test_who_reads_slowly_is_not_cut(wire: Wire, monkeypatch: pytest.Monke
         assert len((await session.result()).logits) == 4 * ROWS * VOCAB
         await asyncio.sleep(0.05)
     session.close()
+
+
+async def test_all_that_nobody_reads_is_bounded_and_who_reads_is_served(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three that stall fill what all sessions may hold together, none of them its own bound."""
+    monkeypatch.setattr(answers, "STALLED_S", 0.3)
+    reader, _ = await wire.session(reserve_tokens=512)
+    await reader.step(1, [7] * ROWS, prefill=True, sample=True, want=pb.Want(logits=True))
+    alone = await reader.result()
+    monkeypatch.setattr(sessions, "ALL_ANSWER_BYTES", 24 << 20)
+    stalling = [await asking_much(wire) for _ in range(3)]
+    await reader.step(2, [7] * ROWS, rewind=0, prefill=True, sample=True, want=pb.Want(logits=True))
+    again = await reader.result()
+    assert (again.logits, again.next_token) == (alone.logits, alone.next_token)
+    left = wire.peer.service.sessions._running.values()
+    assert sum(session.owed.size for session in left) <= 24 << 20
+    assert 1 <= len(left) < 4
+    await stalling[0].refused(Code.RESOURCE_EXHAUSTED, "answers that nobody has read fill this peer's memory")
+    wire.close_streams()
+    await released(wire.peer)
+
+
+async def test_a_large_answer_is_not_kept_for_a_repeat(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "MOST_KEPT", 1)
+    session, _ = await wire.session(reserve_tokens=512)
+    step = {"ids": [7] * ROWS, "prefill": True, "sample": True, "want": pb.Want(logits=True)}
+    await session.step(1, **step)
+    await session.result()
+    await session.step(1, **step)
+    await session.refused(Code.FAILED_PRECONDITION, "the answer to step 1 is not kept")
 
 
 async def test_a_stranger_hears_of_tight_bounds_before_it_says_anything(wire: Wire) -> None:

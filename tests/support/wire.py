@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import pytest
 from petal.peer.server import PeerServer
 from petal.protocol import petal_pb2 as pb
-from petal.protocol.petal_pb2_grpc import PeerStub
+from petal.protocol.directory.records import verify_record
+from petal.protocol.petal_pb2_grpc import DirectoryStub, PeerStub
 from petal.protocol.trust.trust import PublicTrust
+from petal.protocol.wire.limits import DIRECTORY_OPTIONS
 
 # Who calls unless a test says otherwise.
 CALLER = PublicTrust()
@@ -88,13 +91,31 @@ class RawSession(RawStream):
         return whole
 
 
+@dataclass
+class ListedPeer:
+    """A peer of another process, as the directory knows it."""
+
+    address: str
+    listed: pb.PeerRecord
+
+    @classmethod
+    async def at(cls, address: str) -> ListedPeer:
+        async with CALLER.dial(address, DIRECTORY_OPTIONS) as channel:
+            reply = await DirectoryStub(channel).List(pb.ListRequest(), timeout=ANSWER_S)
+        records = map(verify_record, reply.records)
+        return cls(address, next(record for record in records if address in record.addresses))
+
+    def record(self) -> pb.PeerRecord:
+        return self.listed
+
+
 class Wire:
     """A channel of its own to one peer."""
 
-    def __init__(self, peer: PeerServer) -> None:
+    def __init__(self, peer: PeerServer | ListedPeer, options: Sequence[tuple[str, Any]] = ()) -> None:
         self.peer = peer
         self.record = peer.record()
-        self.channel = CALLER.channel(self.record, peer.address, [("grpc.use_local_subchannel_pool", 1)])
+        self.channel = CALLER.channel(self.record, peer.address, [("grpc.use_local_subchannel_pool", 1), *options])
         self._stub = PeerStub(self.channel)
         self._streams: list[RawStream] = []
 
