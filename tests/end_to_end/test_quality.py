@@ -26,10 +26,14 @@ def test_k_quants_are_the_bytes_that_the_public_package_reads(name):
     assert (ours - weight).norm() / weight.norm() < {"q4_k": 0.09, "q5_k": 0.045, "q6_k": 0.022}[name]
 
 
-def test_formats_in_the_order_of_their_bits(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("steps", "tokens", "text_bytes"), [(8, 1024, 3000), pytest.param(20, 2048, 6000, marks=pytest.mark.full)]
+)
+def test_formats_in_the_order_of_their_bits(monkeypatch, capsys, tmp_path, steps, tokens, text_bytes):
     formats = ["int8", "q6_k", "q5_k", "q4_k", "nf4", "int4 g64 nearest", "int4"]
-    small = ["--width", "256", "--blocks", "1", "--steps", "8", "--tokens", "1024", "--length", "256"]
-    (tmp_path / "short.txt").write_bytes(quality.EVALUATION.read_bytes()[:3000])
+    small = ["--width", "256", "--blocks", "1", "--steps", str(steps), "--tokens", str(tokens)]
+    small += ["--length", "256"]
+    (tmp_path / "short.txt").write_bytes(quality.EVALUATION.read_bytes()[:text_bytes])
     monkeypatch.setattr(quality, "EVALUATION", tmp_path / "short.txt")
     work = ["--work", str(tmp_path), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["quality", "--json", "--unquantized", *small, *work, "--formats", *formats])
