@@ -50,8 +50,12 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_kernel() -> None:
-    tests = ("-m", "not full", "-p", "no:xdist", "-p", "no:cacheprovider", "--capture", "no", "tests/kernels")
+FILES = sorted(path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != Path(__file__).name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kernel(name: str) -> None:
+    tests = ("-m", "not full", "-p", "no:xdist", "-p", "no:cacheprovider", "--capture", "no", f"tests/kernels/{name}")
     done = sanitized("-m", "pytest", *tests)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
