@@ -36,7 +36,8 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.skip("this compiler has no sanitizers")
     environment = {
         "LD_PRELOAD": " ".join(runtimes),  # the interpreter itself knows nothing of them
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, at its end
+        # Leaks are Python's own, at its end; a kernel that gets no memory says so, and a test asks for too much.
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "PETAL_CFLAGS": FLAGS,
         "OMP_NUM_THREADS": "1",
     }
