@@ -39,6 +39,7 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
         "LD_PRELOAD": " ".join(runtimes),  # the interpreter itself knows nothing of them
         # Leaks are Python's own, at its end; a kernel that gets no memory says so, and a test asks for too much.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "CC": shlex.join(["env", "-u", "LD_PRELOAD", *COMPILER]),  # the compiler knows nothing of them, and is fast
         "PETAL_CFLAGS": FLAGS,
         "OMP_NUM_THREADS": "1",
     }
