@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -52,9 +53,18 @@ async def test_a_route_goes_round_the_peer_that_contradicts_two_others(tmp_path:
         local_swarm(altered(model, tmp_path), [range(0, 4)], join=swarm.address) as others,
         swarm.connect() as client,
     ):
-        await others.peers[0].directory.list()
+        await all_are_known(client, peers=4)
         assert len(await client.connection.known.look()) == 3
         assert others.peers[0].identity.peer_id not in {stop.peer.peer_id for stop in await client.route()}
+
+
+async def all_are_known(client: AsyncSwarmModel, peers: int) -> None:
+    """Records take a moment to go round."""
+    for _ in range(100):
+        if len(await client.connection._directory.list()) == peers:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{peers} records have not come round")
 
 
 def changed(model: Path, folder: Path, name: str) -> Path:

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from petal.protocol.checkpoint.gguf import GgufFile
@@ -16,7 +18,7 @@ from petal.protocol.checkpoint.tokenizer import Tokenizer
 from petal.protocol.checkpoint.tokenizer_chat import ChatTemplateError, render_chat
 from petal.protocol.checkpoint.tokenizer_files import folder_tokenizer
 from petal.protocol.checkpoint.tokenizer_gguf import gguf_tokenizer
-from tokenizers import pre_tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GemmaTokenizer, Qwen2Tokenizer
 
 from .gguf_maker import write_tables
@@ -115,6 +117,50 @@ def test_qwen2_cut_equals_transformers():
     wanted = Qwen2Tokenizer(vocab={token: id for id, token in enumerate(tokens)}, merges=merges)
     for text in TEXTS[:-1]:
         assert qwen.encode(text) == wanted(text)["input_ids"], text
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny Qwen2 tokenizer as its makers store it, and as a GGUF file; accents come composed and apart."""
+    words = "café naïve Å é 한국어"
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trained.train_from_iterator([words, unicodedata.normalize("NFD", words)] * 20, trainer)
+    table = json.loads(trained.to_str())["model"]
+    tokens = [*sorted(table["vocab"], key=table["vocab"].__getitem__), "<|endoftext|>", "<|im_end|>"]
+    merges = [tuple(merge) for merge in table["merges"]]
+    stored, packed = tmp_path_factory.mktemp("qwen"), tmp_path_factory.mktemp("qwen-gguf") / "tiny.gguf"
+    Qwen2Tokenizer({token: id for id, token in enumerate(tokens)}, merges).save_pretrained(stored)
+    fields = {
+        "model": "gpt2",
+        "pre": "qwen2",
+        "tokens": tokens,
+        "token_type": np.array([3 if token.startswith("<|") else 1 for token in tokens], np.int32),
+        "merges": [" ".join(merge) for merge in merges],
+    }
+    write_tables(packed, "qwen2", {f"tokenizer.ggml.{name}": value for name, value in fields.items()})
+    return stored, packed
+
+
+def test_qwen_composes_accents_as_its_own_tokenizer_does(qwen):
+    """A GGUF file does not say so, and transformers forgets it there; the model was trained on tokenizer.json."""
+    stored, packed = qwen
+    original, forgetful = (
+        AutoTokenizer.from_pretrained(stored),
+        AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name),
+    )
+    readers = gguf_tokenizer(GgufFile(packed).metadata, "q"), folder_tokenizer(LocalFolder(stored), {})
+    for text in (
+        "café naïve",
+        "cafe\u0301 nai\u0308ve",
+        unicodedata.normalize("NFD", "한국어"),
+        "\u212b \ufb01 \u00bd",
+    ):
+        wanted = original(text)["input_ids"]
+        assert [reader.encode(text) for reader in readers] == [wanted, wanted], text
+    apart = "cafe\u0301"
+    assert original(apart)["input_ids"] != forgetful(apart)["input_ids"]
 
 
 def test_llama3_cut_groups_digits_and_begins_with_bos():
