@@ -26,6 +26,7 @@ RUN = 64  # depth that the kernels take at once, where groups allow it
 MIDDLE = 128  # zero of codes of a byte, which the kernels read without a sign
 SIDE_BY_SIDE = ("q4_0", "q4_1", "q8_0")  # types whose codes are whole nibbles or bytes behind their scales
 SHARE = 32  # depth whose four-bit codes pair up
+PIECE = 64  # strips that are interleaved at a time
 
 
 def interleaved(format: Format, shape: Shape) -> bool:
@@ -71,15 +72,27 @@ def pack(matrix: QuantizedTensor) -> Tensors:
             absmax = interleave(tensors["absmax"].view(shape[0], -1))
             return tensors | {"weight": interleave(pair(codes), DEPTH), "absmax": absmax}
         case Gguf() if interleaved(format, shape):
-            blocks, head = tensors["blocks"].view(shape[0], -1, format.size), 2 * len(format.halves)
-            codes = blocks[..., head:].flatten(1) ^ (MIDDLE if format.signed else 0)
-            return {"codes": interleave(codes, DEPTH), "scales": interleave(blocks[..., :head].flatten(1), 2)}
+            return _pack_blocks(format, tensors["blocks"])
         case Spqr():
             # Words as rows, [padded out, tiles of columns], the way that kernels walk, and the tiles' numbers apart.
             tiles = format.tiles(tensors, shape)
             words = tiles.transpose(1, 2).flatten(0, 1).contiguous()
             return tensors | {"dense_weights": words, "numbers": tile_numbers(tiles).contiguous()}
     return tensors
+
+
+def _pack_blocks(format: Gguf, blocks: Tensor) -> Tensors:
+    """Some rows at a time: an embedding is most of a small model, and is not held a third time meanwhile."""
+    head, strips = 2 * len(format.halves), -(-len(blocks) // INTERLEAVED)
+    count = blocks.shape[1] // format.size
+    codes = blocks.new_empty(strips, count * (format.size - head) // DEPTH, INTERLEAVED, DEPTH)
+    scales = blocks.new_empty(strips, count * head // 2, INTERLEAVED, 2)
+    for first in range(0, strips, PIECE):
+        some = slice(first, first + PIECE)
+        rows = blocks[first * INTERLEAVED : (first + PIECE) * INTERLEAVED].view(-1, count, format.size)
+        codes[some] = interleave(rows[..., head:].flatten(1) ^ (MIDDLE if format.signed else 0), DEPTH)
+        scales[some] = interleave(rows[..., :head].flatten(1), 2)
+    return {"codes": codes, "scales": scales}
 
 
 def unpack(format: Format, packed: Mapping[str, Tensor], shape: Shape) -> QuantizedTensor:

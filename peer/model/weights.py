@@ -80,7 +80,9 @@ def fill(
             filler.put(name, value)
         trim()
     for name in filler.missing():
-        filler.put(name, reader.read(_tied(meta, checkpoint, plan, name), name))
+        origin = _tied(meta, checkpoint, plan, name)
+        if not filler.share(name, next((target for target, stored in plan.stored.items() if stored == origin), "")):
+            filler.put(name, reader.read(origin, name))
 
 
 def _tensor_names(module: nn.Module) -> Iterator[str]:
@@ -213,6 +215,18 @@ class _Filler:
             self._set(name, module, value.dense() if isinstance(value, QuantizedTensor) else value)
         if not any(f"{path}.{other}" in self._wanted for other in _tensor_names(module)):
             self._finish(path, module)
+
+    def share(self, name: str, origin: str) -> bool:
+        """Let the LM head's `name` be the token matrix `origin`, where that is held as it is stored: once for both."""
+        path = name.rpartition(".")[0]
+        module, table = self._wanted[name], dict(self._model.named_modules()).get(origin.rpartition(".")[0])
+        if not isinstance(table, Embedding) or type(module) is not nn.Linear or module.bias is not None:
+            return False
+        parent, _, leaf = path.rpartition(".")
+        setattr(self._model.get_submodule(parent), leaf, table.matrix)
+        module._parameters.clear()  # somebody may hold the module still
+        del self._wanted[name]
+        return True
 
     def missing(self) -> list[str]:
         """Parameters that nothing filled; buffers keep what initialization gave them."""

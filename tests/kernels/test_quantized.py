@@ -6,6 +6,7 @@ import pytest
 import torch
 from petal.kernels.adapter import LowRank
 from petal.kernels.backend import Linear
+from petal.kernels.cpu.layout import INTERLEAVED, PIECE
 from petal.kernels.cpu.library import kernels
 from petal.kernels.formats.aqlm import Aqlm
 from petal.kernels.formats.base import Format, QuantizedTensor
@@ -91,6 +92,16 @@ def test_integer_products_are_closer_than_bf16(name: str):
         expected = reference(layer, x)
         assert error(layer(x), expected) < (3e-4 if name in ("int8", "q8_0") else 1.6e-3)
         assert error(rounded(layer)(x), expected) > error(layer(x), expected)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0"])
+@pytest.mark.parametrize("out", [INTERLEAVED * PIECE, 2 * INTERLEAVED * PIECE + 5])
+def test_a_matrix_that_is_laid_out_in_pieces_is_whole(name: str, out: int):
+    tensors = random_tensors(FORMATS[name], (out, 64))
+    layer = backend_for().linear(QuantizedTensor(FORMATS[name], tensors, (out, 64)))
+    assert torch.equal(layer.dense(), FORMATS[name].dequantize(tensors, (out, 64), torch.float32))
+    x = torch.randn(3, 64)
+    assert error(layer(x), x.double() @ layer.dense(torch.float64).T) <= TOLERANCE
 
 
 @every_code

@@ -19,6 +19,7 @@ from petal.kernels.registry import backend_for
 from petal.kernels.torch.backend import TorchBackend
 from petal.peer.model import Span, load_span
 from petal.peer.model.precision import choose_precision, fitting_blocks, precision_of, span_bytes
+from petal.peer.model.quantized_checkpoint import Storage
 from petal.peer.options import QUANTS
 from petal.protocol.checkpoint.layout import CheckpointError
 from petal.protocol.checkpoint.open import open_checkpoint
@@ -136,6 +137,26 @@ def test_a_gguf_file_stays_packed_with_embedding_and_head(tmp_path: Path):
     for kept in ([whole], [first, last]):
         assert (served_logits(kept) - expected).abs().max() <= TOLERANCE * expected.abs().max()
     assert torch.equal(served_logits([whole]), served_logits([first, last]))
+
+
+def test_a_tied_matrix_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is most of a small model: read for the embedding and for the head it would be held twice meanwhile."""
+    read: list[str] = []
+    real = Storage.read
+    monkeypatch.setattr(
+        Storage, "read", lambda self, c, name, wanted: (read.append(name), real(self, c, name, wanted))[1]
+    )
+    write_gguf(
+        tmp_path / "tiny.gguf", LlamaForCausalLM.from_pretrained(tiny_llama(tied=True)), gguf.GGMLQuantizationType.Q8_0
+    )
+    with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
+        precision = precision_of(checkpoint, "gguf")
+        whole = load_span(checkpoint, 0, 4, precision=precision)
+        assert len(read) == len(set(read)) == 4 * 7 + 1
+        read.clear()
+        load_span(checkpoint, 1, 4, precision=precision)
+        assert "model.embed_tokens.weight" in read, "a last stage reads it for its head alone"
+    assert whole.model.get_input_embeddings().matrix is whole.model.get_output_embeddings()
 
 
 @pytest.mark.parametrize("kind", ["Q5_0", "Q5_1"])

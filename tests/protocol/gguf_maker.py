@@ -27,10 +27,22 @@ def write_gguf(
     `parts`: into so many files, NAME-00001-of-0000N.gguf and so on.
     """
     config = model.config
+    limit = -(-(len(model.state_dict()) - config.tie_word_embeddings) // parts) if parts else 0
+    writer = writer_for(path, config, fields, tokens, limit)
+    names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    for hf_name, tensor in model.state_dict().items():
+        if hf_name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        write_tensor(writer, names.get_name(hf_name, (".weight", ".bias")), converted(hf_name, tensor, config), kind)
+    finish(writer, path)
+
+
+def writer_for(
+    path: Path, config, fields: dict | None = None, tokens: list[str] | None = None, limit: int = 0
+) -> gguf.GGUFWriter:
+    """A writer that has all that such a model's file says before its tensors."""
     arch = ARCHITECTURES[config.model_type]
     name = gguf.MODEL_ARCH_NAMES[arch]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    limit = -(-(len(model.state_dict()) - config.tie_word_embeddings) // parts) if parts else 0
     writer = gguf.GGUFWriter(path, name, split_max_tensors=limit)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -51,10 +63,10 @@ def write_gguf(
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
     writer.add_token_types([1] * len(tokens))
-    for hf_name, tensor in model.state_dict().items():
-        if hf_name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        write_tensor(writer, names.get_name(hf_name, (".weight", ".bias")), converted(hf_name, tensor, config), kind)
+    return writer
+
+
+def finish(writer: gguf.GGUFWriter, path: Path) -> None:
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
