@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 64
+_NOT_FINITE = "activations hold a value that is not finite"
 
 
 class ActivationError(ValueError):
@@ -25,13 +26,15 @@ def encode(codec: str, rows: Tensor) -> memoryview:
 
     codec: "float32", "bf16" or "int8".
     """
-    if codec == "int8":
-        encoded = _quantized(rows.float())
-    else:
-        # numpy has no bf16.
-        encoded = rows.float() if codec == "float32" else rows.to(torch.bfloat16).view(torch.int16)
-    array: Any = encoded.contiguous().cpu().numpy()
+    array: Any = encoded(codec, rows).cpu().numpy()
     return memoryview(array).cast("B")
+
+
+def encoded(codec: str, rows: Tensor) -> Tensor:
+    """What `encode` gives, on the rows' device: a contiguous tensor of a dtype that numpy has."""
+    if codec == "int8":
+        return _quantized(rows.float())
+    return (rows.float() if codec == "float32" else rows.to(torch.bfloat16).view(torch.int16)).contiguous()
 
 
 def decode(codec: str, data: bytearray, width: int) -> Tensor:
@@ -41,8 +44,7 @@ def decode(codec: str, data: bytearray, width: int) -> Tensor:
     """
     groups = -(-width // GROUP)
     size = {"float32": 4 * width, "bf16": 2 * width, "int8": width + 4 * groups}[codec]
-    if not data or len(data) % size:
-        raise ActivationError(f"{len(data)} bytes are no rows of {size}")
+    _check_length(data, size)
     if codec == "int8":
         rows = _dequantized(torch.frombuffer(data, dtype=torch.uint8).view(-1, size), groups, width)
     else:
@@ -50,8 +52,23 @@ def decode(codec: str, data: bytearray, width: int) -> Tensor:
         rows = torch.frombuffer(data, dtype=dtype).view(-1, width).float()
     # A sum is finite only where every value is (short of an overflow, which is as bad): one pass, no mask.
     if not math.isfinite(rows.sum(dtype=torch.float64).item()):
-        raise ActivationError("activations hold a value that is not finite")
+        raise ActivationError(_NOT_FINITE)
     return rows
+
+
+def decode_bf16(data: bytearray, width: int) -> Tensor:
+    """`decode` of bf16 where it stays so: [n, width] on `data` itself."""
+    _check_length(data, 2 * width)
+    bits = torch.frombuffer(data, dtype=torch.int16)
+    # An exponent of ones is NaN or infinite.
+    if bool(((bits & 0x7F80) == 0x7F80).any()):
+        raise ActivationError(_NOT_FINITE)
+    return bits.view(torch.bfloat16).view(-1, width)
+
+
+def _check_length(data: bytearray, row: int) -> None:
+    if not data or len(data) % row:
+        raise ActivationError(f"{len(data)} bytes are no rows of {row}")
 
 
 def _quantized(rows: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ To add one: subclass `Backend`, and name it in `registry`. Nothing else changes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from torch import Tensor, nn
 from .activations import HostRows, decode, encode
 from .formats.base import Format, QuantizedTensor, Shape
 from .metadata import AttentionMetadata, BatchPlan
+
+if TYPE_CHECKING:
+    from .llama import Blocks, LlamaParts
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class KVStorage(ABC):
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward: token ids [N] or hidden states [N, d] on the device, where they lie, the blocks to apply."""
+    """One forward: token ids [N] or hidden states [N, d], on the host or not, where they lie, the blocks to apply."""
 
     rows: Tensor
     plan: BatchPlan
@@ -188,6 +191,14 @@ class Backend(ABC):
     stream: torch.dtype = torch.float32
     """Of hidden states between blocks."""
     kv_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    dense_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    """Of dense weights; the first where nobody says."""
+    weights_share: float = 0.6
+    """Of the memory that is free: the rest is for the cache, activations and whoever else is at the machine."""
+    memory_share = 1.0
+    """Of a device's own memory, what this process may fill."""
+    row_sizes: tuple[int, ...] = ()
+    """Numbers of rows that a forward is padded to, where it is; each costs time when it first comes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -245,10 +256,21 @@ class Backend(ABC):
         """What runs a span's batches; group_of: which of a plan's page tables a layer reads."""
         return EagerRunner(self, forward, storage, group_of)
 
+    def blocks(self, parts: Sequence[LlamaParts]) -> Blocks | None:
+        """Blocks of the Llama kind computed whole; None where they go part by part.
+
+        Handles of the parts may share memory from then on, and go on to work.
+        """
+        return None
+
+    def rowwise(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A function of rows [n, d] on the device -> [n, m], each row by itself; it may be captured and replayed."""
+        return function
+
     # Both ends of a hop.
 
     def decode(self, codec: str, data: bytearray, width: int) -> Tensor:
-        """Activations as they came -> rows [n, width] on the device, in the stream's dtype.
+        """Activations as they came -> rows [n, width] in the stream's dtype, for a batch.
 
         They may lie on `data`. Raises ActivationError for a wrong length or values that are not finite.
         """
@@ -296,4 +318,4 @@ class EagerRunner:
         """See `BatchRunner`."""
         groups = batch.plan.metadata(self._device)
         attend = self._storage.attention([groups[g] for g in self._group_of])
-        return self._forward(batch.rows, groups[0].positions.long(), attend, batch.blocks)
+        return self._forward(batch.rows.to(self._device), groups[0].positions.long(), attend, batch.blocks)

@@ -12,7 +12,7 @@ import typer
 from ..protocol.directory.addresses import check_address, check_peer
 from ..protocol.host import numeric
 from ..protocol.private import ENVIRONMENT
-from .options import DEVICES, DTYPES, QUANTS
+from .options import DTYPES, QUANTS, check_device
 
 T = TypeVar("T")
 # Every option is an environment variable, too.
@@ -94,7 +94,11 @@ Relay = Annotated[bool, _option("Pass libp2p traffic of others on, and be reache
 IdentityFile = Annotated[
     Path | None, _option("Identity file, made if missing; by default the first of yours that no peer runs as.")
 ]
-Device = Annotated[str, _option("Where to compute.", callback=_choice("device", DEVICES))]
+Device = Annotated[
+    str,
+    _option("Where to compute: cpu, cuda, cuda:1, …; auto: a GPU if there is one.", callback=_checked(check_device)),
+]
+GpuMemory = Annotated[float, _option("Share of a GPU's memory that this peer may fill.", min=0.05, max=1.0)]
 Dtype = Annotated[
     str | None,
     _option(

@@ -12,7 +12,7 @@ from ..protocol import program
 from ..protocol.host import numeric
 from . import arguments as a
 from .limits.quotas import NO_QUOTAS, Quotas
-from .options import DEVICES, ServeOptions
+from .options import ServeOptions
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings={"auto_envvar_prefix": a.PREFIX})
 
@@ -30,7 +30,8 @@ def serve(
     dht_port: a.DhtPort = 0,
     relay: a.Relay = False,
     identity: a.IdentityFile = None,
-    device: a.Device = DEVICES[0],
+    device: a.Device = "auto",
+    gpu_memory: a.GpuMemory = 0.9,
     dtype: a.Dtype = None,
     quant: a.Quant = None,
     cache_tokens: a.CacheTokens = None,
@@ -57,6 +58,7 @@ def serve(
         join=join,
         identity=identity,
         device=device,
+        gpu_memory=gpu_memory,
         dtype=dtype,
         quant=quant,
         cache_tokens=cache_tokens,

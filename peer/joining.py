@@ -6,19 +6,27 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..kernels.backend import Backend, LayerSpec
 from ..kernels.cpu.isa import VARIABLE
 from ..protocol import petal_pb2 as pb
 from ..protocol.checkpoint.checkpoint import Checkpoint
 from ..protocol.checkpoint.layout import CheckpointError
 from .model import Span, load_span
-from .model.precision import TORCH_DTYPES, WeightPrecision, choose_precision, fitting_blocks, precision_of, span_bytes
+from .model.precision import (
+    NONE,
+    TORCH_DTYPES,
+    WeightPrecision,
+    choose_precision,
+    dense_name,
+    fitting_blocks,
+    precision_of,
+    span_bytes,
+)
 from .options import DEFAULT_CACHE_TOKENS, ServeOptions
 from .placement import Profile, choose_span, fill_gaps, of_profile, served_numerics, served_profiles
-from .throughput import MEMORY_SHARE
 
-# Keys and values are kept in float32.
-_KV_BYTES = 4
 # Of the memory that is left beside the weights, what the cache may take; activations and the replay log have the rest.
 _CACHE_SHARE = 0.6
 # With less no conversation is possible.
@@ -63,7 +71,7 @@ class Joiner:
         return chosen
 
     def _in(self, profile: Profile) -> WeightPrecision | None:
-        if profile.dtype not in TORCH_DTYPES:
+        if TORCH_DTYPES.get(profile.dtype) not in self.backend.dense_dtypes:
             return None
         try:
             return precision_of(self.checkpoint, profile.quantization or "none", profile.dtype)
@@ -71,9 +79,15 @@ class Joiner:
             return None
 
     def _own(self) -> WeightPrecision:
-        options = self.options
+        options, kinds = self.options, self.backend.dense_dtypes
+        if options.dtype is not None and TORCH_DTYPES[options.dtype] not in kinds:
+            raise ServeError(
+                f"the device {self.backend.device} computes in {dense_name(self.backend)}, not in {options.dtype}; "
+                "leave --dtype out, or give --device cpu"
+            )
         if options.quant is not None:
-            return precision_of(self.checkpoint, options.quant, options.dtype)
+            dtype = dense_name(self.backend) if options.quant == NONE else None
+            return precision_of(self.checkpoint, options.quant, options.dtype or dtype)
         wanted = len(options.blocks) if options.blocks else options.num_blocks
         return choose_precision(self.checkpoint, options.dtype, wanted, self.free, self.backend)
 
@@ -123,7 +137,7 @@ class Joiner:
 
         What cannot fit is refused early: the system would end the process in the midst of it.
         """
-        if span_bytes(self.checkpoint, precision, blocks, self.backend) > self.free / MEMORY_SHARE:
+        if span_bytes(self.checkpoint, precision, blocks, self.backend) > self.free / self.backend.weights_share:
             fits = self.what_fits(precision)
             raise ServeError(f"blocks {blocks.start}:{blocks.stop} do not fit the memory: {fits}")
         parts = self.checkpoint.span_tensors(blocks.start, blocks.stop)
@@ -148,9 +162,11 @@ class Joiner:
         return f"of {self.checkpoint.n_blocks} blocks fit {fits}; ask for fewer with --num-blocks"
 
 
-def cache_tokens(asked: int | None, layers: Sequence[LayerSpec], free: int, note: Callable[[str], None]) -> int:
-    """Tokens of the KV cache: as asked for, if they fit `free` bytes; else as many as do. Raises ServeError."""
-    token = sum(spec.kv_heads * (spec.key_width + spec.value_width) for spec in layers) * _KV_BYTES
+def cache_tokens(
+    asked: int | None, layers: Sequence[LayerSpec], dtype: torch.dtype, free: int, note: Callable[[str], None]
+) -> int:
+    """Tokens of a cache of `dtype`: as asked for, if they fit `free` bytes; else as many as do. Raises ServeError."""
+    token = sum(spec.kv_heads * (spec.key_width + spec.value_width) for spec in layers) * dtype.itemsize
     most = int(free * _CACHE_SHARE // max(1, token))
     wanted = asked or DEFAULT_CACHE_TOKENS
     if wanted <= most:

@@ -10,10 +10,19 @@ from ..protocol.host import WILDCARDS, outward_host, with_port
 from .limits.quotas import NO_QUOTAS, Quotas
 
 # What a person may choose; which backend that is, `kernels/registry.py` says.
-DEVICES = ("cpu",)
+DEVICES = ("auto", "cpu", "cuda", "rocm", "mps", "xpu")
 DTYPES = ("float32", "bf16")
 DEFAULT_CACHE_TOKENS = 16384
 QUANTS = ("none", "int8", "int4", "nf4", "gguf", "aqlm", "spqr")
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for what is no device's name."""
+    kind, colon, index = device.partition(":")
+    if kind not in DEVICES or (colon and not (index.isascii() and index.isdigit() and kind in DEVICES[2:])):
+        raise ValueError(
+            f"there is no device {device!r}; choose {', '.join(DEVICES)}, or one of several such as cuda:1"
+        )
 
 
 @dataclass(frozen=True)
@@ -21,8 +30,9 @@ class ServeOptions:
     """One peer. `blocks` and `num_blocks` override the span that the peer would choose.
 
     quant: one of QUANTS, or None for what swarm, checkpoint and memory suggest; dtype: one of DTYPES, of what stays
-    dense. host: an IP address. identity: a file, or None for this user's first that no peer runs as. cache_tokens:
-    None for as many as DEFAULT_CACHE_TOKENS where memory allows.
+    dense. device: one of DEVICES, one of several with its number ("cuda:1"). gpu_memory: the share of a card's memory
+    that this peer may fill. host: an IP address. identity: a file, or None for this user's first that no peer runs as.
+    cache_tokens: None for as many as DEFAULT_CACHE_TOKENS where memory allows.
     """
 
     model: str
@@ -36,7 +46,8 @@ class ServeOptions:
     initial_peers: tuple[str, ...] = ()
     join: str | None = None
     identity: Path | None = None
-    device: str = DEVICES[0]
+    device: str = "cpu"
+    gpu_memory: float = 0.9
     dtype: str | None = None
     quant: str | None = "none"
     cache_tokens: int | None = None

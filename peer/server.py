@@ -100,6 +100,7 @@ class PeerServer:
             self.backend = backend_for(self.options.device, self._building)
         except NoBackend as error:
             raise ServeError(str(error)) from error
+        self.backend.memory_share = self.options.gpu_memory
         set_up_threads(self.options, self.backend, self.checkpoint)
 
     def _building(self, done: int, total: int) -> None:
@@ -139,13 +140,18 @@ class PeerServer:
         if options.exact and (obstacle := self.span.exactness_obstacle()):
             raise ServeError(f"--exact cannot be promised here: {obstacle}")
         free = self.backend.free_bytes(available_bytes())
-        self._cache_tokens = cache_tokens(options.cache_tokens, self.span.layers, free, self._progress.note)
+        self._cache_tokens = cache_tokens(
+            options.cache_tokens, self.span.layers, self.backend.kv_dtypes[0], free, self._progress.note
+        )
         cache = KVCache(self.backend, self.span.layers, self._cache_tokens)
         self._throughput = await asyncio.to_thread(decode_tokens_per_s, self.span)
         digests = await asyncio.to_thread(checkpoint.block_digests, self.blocks.start, self.blocks.stop)
         self._digests = {part: bytes.fromhex(digest) for part, digest in digests.items()}
         self.admission = Admission(cache.n_pages, options.max_sessions)
         self.engine = Engine(self.span, cache)
+        if self.backend.row_sizes:
+            self._progress.stage("preparing the device")
+            await asyncio.to_thread(self.engine.warm_up)
 
     async def _serve(self) -> None:
         self.announcement = Announcement(self.directory, self.identity, self.trust, self._served(), self.admission)

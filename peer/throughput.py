@@ -13,13 +13,10 @@ from .engine.kv_cache import KVCache
 from .engine.runner import ModelRunner, Segment
 from .model import Span
 
-# The rest is left to the cache, the activations and the person at the machine.
-MEMORY_SHARE = 0.6
-
 
 def free_bytes(backend: Backend) -> int:
     """Memory that weights may take."""
-    return int(backend.free_bytes(available_bytes()) * MEMORY_SHARE)
+    return int(backend.free_bytes(available_bytes()) * backend.weights_share)
 
 
 def decode_tokens_per_s(span: Span, rounds: int = 5) -> float:
@@ -31,7 +28,7 @@ def decode_tokens_per_s(span: Span, rounds: int = 5) -> float:
     times = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        runner.run([Segment(table, row, chain(1), range(span.start, span.end))])
+        runner.run([Segment(table, row, chain(1), range(span.start, span.end))])[0].cpu()
         times.append(time.perf_counter() - started)
         cache.commit(table, [0])
     return 1 / sorted(times[1:])[rounds // 2]

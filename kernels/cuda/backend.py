@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..backend import Backend, BatchRunner, EagerRunner, Forward, KVStorage, LayerSpec
+from ..activations import HostRows, decode, decode_bf16, encoded
+from ..backend import Backend, BatchRunner, Forward, KVStorage, LayerSpec
 from ..formats.base import Format, QuantizedTensor, Shape
-from ..metadata import AttentionMetadata, BatchPlan
+from ..llama import Blocks, LlamaParts
 from .attention import Attention
-from .elementwise import MOST_NORMED, Elementwise
+from .blocks import CudaBlocks, NotWhole
+from .elementwise import Elementwise
 from .layout import nbytes
 from .linear import Linear as Products
+from .norm import RMSNorm
 from .nvrtc import NvrtcError
-from .runner import CudaRunner, uploaded
+from .runner import ROWS, CudaRunner, Graphs, RowGraphs
 from .runtime import OLDEST, runtime
 from .storage import CudaKVStorage
 from .weights import CudaLinear
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 8 << 20  # bytes of logits that are fetched though not all may be asked for
 
 
 class NoKernels(RuntimeError):
@@ -34,6 +43,9 @@ class CudaBackend(Backend):
     native = True
     stream = torch.bfloat16
     kv_dtypes = (torch.bfloat16,)
+    dense_dtypes = (torch.bfloat16,)
+    weights_share = 0.85
+    row_sizes = ROWS
 
     def __init__(self, device: torch.device) -> None:
         """Raises NoKernels."""
@@ -49,6 +61,7 @@ class CudaBackend(Backend):
             raise NoKernels(str(error).rstrip(".")) from error
         self._products, self._attention = Products(self._runtime), Attention(self._runtime)
         self._small = Elementwise(self._runtime)
+        self._graphs = Graphs(self._products, device)
 
     def linear(
         self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
@@ -62,7 +75,7 @@ class CudaBackend(Backend):
 
     def rms_norm(self, weight: Tensor, epsilon: float) -> nn.Module:
         """See `Backend`."""
-        return _RMSNorm(self._small, weight.to(self.device), epsilon)
+        return RMSNorm(self._small, weight.to(self.device), epsilon)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """See `Backend`."""
@@ -89,15 +102,36 @@ class CudaBackend(Backend):
             raise ValueError(f"a card keeps keys and values in bfloat16, not {dtype}")
         return CudaKVStorage(self._attention, self._small, self.device, layers, n_pages, page_size)
 
-    def metadata(self, plan: BatchPlan) -> list[AttentionMetadata]:
-        """See `Backend`."""
-        return uploaded(plan, self.device)
-
     def runner(self, forward: Forward, storage: KVStorage, group_of: Sequence[int]) -> BatchRunner:
         """See `Backend`."""
         assert isinstance(storage, CudaKVStorage)
-        eager = EagerRunner(self, forward, storage, group_of)
-        return CudaRunner(eager, self._products, forward, storage, group_of)
+        return CudaRunner(self._graphs, forward, storage, group_of)
+
+    def blocks(self, parts: Sequence[LlamaParts]) -> Blocks | None:
+        """See `Backend`."""
+        try:
+            return CudaBlocks(self._runtime, parts)
+        except NotWhole as error:
+            log.info("blocks are computed part by part: %s", error)
+            return None
+
+    def rowwise(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """See `Backend`."""
+        return RowGraphs(self._graphs, function)
+
+    def decode(self, codec: str, data: bytearray, width: int) -> Tensor:
+        """See `Backend`: on the host, from where a batch goes up in one transfer."""
+        return decode_bf16(data, width) if codec == "bf16" else decode(codec, data, width).bfloat16()
+
+    def encode(self, codec: str, rows: Tensor) -> memoryview:
+        """See `Backend`."""
+        array: Any = on_host(encoded(codec, rows)).numpy()
+        return memoryview(array).cast("B")
+
+    def scores(self, logits: Tensor) -> Sequence[Any]:
+        """See `Backend`: few rows come over at once, of many those that are asked for."""
+        at_once = logits.nbytes <= AT_ONCE
+        return HostRows(list(on_host(logits) if at_once else logits))
 
     def arithmetic(self, dtype: torch.dtype) -> str:
         """See `Backend`: whatever `dtype`, factors are bfloat16; a matrix unit's order of sums is its generation's."""
@@ -109,25 +143,16 @@ class CudaBackend(Backend):
         return ""
 
     def free_bytes(self, host: int) -> int:
-        """See `Backend`."""
-        return torch.cuda.mem_get_info(self.device)[0]
+        """See `Backend`: what the card has free, or less where this process may fill but a share of it."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return max(0, min(free, int(total * self.memory_share) - torch.cuda.memory_reserved(self.device)))
 
 
-class _RMSNorm(nn.Module):
-    """See `Backend.rms_norm`."""
-
-    weight: Tensor
-
-    def __init__(self, small: Elementwise, weight: Tensor, epsilon: float) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self._small, self.epsilon = small, epsilon
-        self._plain = len(weight) % 8 == 0 and len(weight) <= MOST_NORMED
-        self._float = weight.float().contiguous()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> the same shape."""
-        if not self._plain or x.dtype != torch.bfloat16 or not x.is_contiguous():
-            return ops.rms_norm(x.float(), self._float, self.epsilon).to(x.dtype)
-        rows = x.view(-1, x.shape[-1])
-        return self._small.norm(rows, self._float, self.epsilon, torch.empty_like(rows)).view(x.shape)
+def on_host(rows: Tensor) -> Tensor:
+    """A copy in pinned memory, finished; waiting releases the interpreter."""
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    host.copy_(rows, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    done.synchronize()
+    return host

@@ -31,6 +31,9 @@ class BlockWeights:
     gate_up: Weights
     """As `layout.interleave` makes them."""
     down: Weights
+    qkv_bias: Tensor | None = None
+    out_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,11 @@ class Block:
         """
         b, s, rows = buffers, self.shape, len(h)
         self._small.norm(h, weights.norm, s.epsilon, b.normed, add=add, tile=b.tile, overlap=True)
-        self._linear.product(weights.qkv, b.normed, rows, b.qkv, overlap=True)
+        self._linear.product(weights.qkv, b.normed, rows, b.qkv, bias=weights.qkv_bias, overlap=True)
         self._small.rotate_and_store(b.qkv, b.queries, *pages, *angles, queries, overlap=True)
         self._attention.attend(b.queries, *pages, queries, b.seen, scale=s.head_width**-0.5, window=window, tile=b.tile)
-        self._linear.product(weights.out, b.seen, rows, b.attended, overlap=True)
+        self._linear.product(weights.out, b.seen, rows, b.attended, bias=weights.out_bias, overlap=True)
         self._small.norm(h, weights.between, s.epsilon, b.normed, add=b.attended, tile=b.tile, overlap=True)
         self._linear.product(weights.gate_up, b.normed, rows, b.gated, gated=True, overlap=True)
-        self._linear.product(weights.down, b.gated, rows, b.fed, overlap=True)
+        self._linear.product(weights.down, b.gated, rows, b.fed, bias=weights.down_bias, overlap=True)
         return b.fed

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,18 @@ def interleave(gate: Fields, up: Fields) -> Fields:
         return pair.unflatten(1, (-1, 8)).transpose(0, 1).flatten(0, 2).view(-1, *gate.rows[name].shape[1:])
 
     return Fields(gate.layout, gate.width, {name: both(name) for name in gate.rows}, gate.codebooks)
+
+
+def beside(parts: Sequence[Fields]) -> Fields:
+    """Outputs of several matrices of one width, one after another: each but the last fills whole blobs."""
+    first = parts[0]
+    if any(part.layout is not first.layout or part.width != first.width for part in parts):
+        raise FormatError("matrices have different layouts or widths.")
+    if any(part.codebooks is not None or part.extension for part in parts):
+        raise FormatError("matrices with codebooks or outlier columns of their own are products of their own.")
+    if any(part.outputs % BLOB for part in parts[:-1]):
+        raise FormatError(f"a matrix of {[part.outputs for part in parts]} outputs ends within a blob.")
+    return Fields(first.layout, first.width, {name: torch.cat([p.rows[name] for p in parts]) for name in first.rows})
 
 
 def _padded_fields(rows: Tensors, depth: int, layout: Layout) -> Tensors:

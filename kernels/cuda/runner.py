@@ -13,17 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..backend import Batch, EagerRunner, Forward
+from ..backend import Batch, Forward
 from ..metadata import AttentionMetadata, BatchPlan
+from ..slow_work import slow_work
 from .attention import Extent
 from .linear import Linear as Products
 from .storage import CudaKVStorage, Prepared
 
 log = logging.getLogger(__name__)
 
+CAPTURE_S = 120.0  # seconds that a capture may take, compiling included
 ROWS = (8, 16, 32, 64, 128, 256)
 CONTEXTS = (1024, 8192, 32768)
 _WIDEST = (1, 4, 32)
@@ -67,19 +71,27 @@ class Size:
     def numbers(self) -> int:
         return 3 * self.segments + 2 * self.rows + self.tables * self.segments * self.table_width
 
-    def flat(self, plan: BatchPlan) -> list[int]:
-        """A plan's numbers, padded: segments without rows behind the last, rows of no segment, pages that are none."""
-        starts = list(accumulate(plan.counts, initial=0))[:-1]
-        flat: list[int] = []
-        for values in (starts, plan.counts, plan.bases):
-            flat += [*values, *[0] * (self.segments - len(values))]
-        for values in (plan.positions, plan.parents):
-            flat += [*values, *[0] * (self.rows - len(values))]
-        for group in plan.tables:
-            for table in group:
-                flat += [*table[: self.table_width], *[-1] * (self.table_width - len(table))]
-            flat += [-1] * (self.table_width * (self.segments - len(group)))
+    def flat(self, plan: BatchPlan) -> NDArray[np.int32]:
+        """A plan's numbers, padded."""
+        flat = np.empty(self.numbers, np.int32)
+        self.write(plan, flat)
         return flat
+
+    def write(self, plan: BatchPlan, into: NDArray[np.int32]) -> None:
+        """`flat`, in place: segments without rows behind the last, rows of no segment, pages that are none."""
+        s, n = self.segments, self.rows
+        starts = list(accumulate(plan.counts, initial=0))[:-1]
+        tables = into[3 * s + 2 * n :].reshape(self.tables, s, self.table_width)
+        into[: 3 * s + 2 * n] = 0
+        tables.fill(-1)
+        for at, values in zip((0, s, 2 * s), (starts, plan.counts, plan.bases), strict=True):
+            into[at : at + len(values)] = values
+        for at, values in zip((3 * s, 3 * s + n), (plan.positions, plan.parents), strict=True):
+            into[at : at + len(values)] = values
+        for group, pages in zip(tables, plan.tables, strict=True):
+            for row, table in zip(group, pages, strict=False):
+                used = table[: self.table_width]
+                row[: len(used)] = used
 
     def metadata(self, flat: Tensor) -> list[AttentionMetadata]:
         """Views of a device's flat numbers, one for each group of layers."""
@@ -94,11 +106,66 @@ class Size:
         return found
 
 
-def uploaded(plan: BatchPlan, device: torch.device) -> list[AttentionMetadata]:
-    """A plan on the card in one transfer that nobody waits for."""
-    size = Size.exactly(plan)
-    flat = torch.tensor(size.flat(plan), dtype=torch.int32, pin_memory=True)
-    return size.metadata(flat.to(device, non_blocking=True))
+class Staging:
+    """What a forward reads, numbers and rows, in memory of the card that one transfer fills.
+
+    Two buffers of the host take turns, so that one may be written while the other is still on its way.
+    """
+
+    def __init__(self, size: Size, rows: Tensor, device: torch.device) -> None:
+        """rows: any of the batches', for width and dtype."""
+        row_bytes = rows[:1].nbytes
+        self._size, self._start = size, -(-4 * size.numbers // 256) * 256
+        nbytes = self._start + size.rows * row_bytes
+        self._hosts = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._sent = [torch.cuda.Event() for _ in self._hosts]
+        self._turn = 0
+        self._held = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        self.flat = self._held[: 4 * size.numbers].view(torch.int32)
+        self.rows = self._held[self._start :].view(rows.dtype).view(size.rows, *rows.shape[1:])
+
+    def send(self, batch: Batch) -> None:
+        """On the current stream. Nobody waits, but for a buffer whose transfer is two batches old."""
+        self._turn ^= 1
+        host, sent, rows = self._hosts[self._turn], self._sent[self._turn], batch.rows
+        sent.synchronize()
+        self._size.write(batch.plan, host[: 4 * self._size.numbers].view(torch.int32).numpy())
+        end = self._start
+        if rows.is_cpu:
+            end += rows.nbytes
+            host[self._start : end].view(rows.dtype).view(rows.shape).copy_(rows)
+        self._held[:end].copy_(host[:end], non_blocking=True)
+        sent.record()
+        if not rows.is_cpu:
+            self.rows[: len(rows)].copy_(rows)
+
+
+class Graphs:
+    """Captured functions of one card; they share memory, since they never run side by side."""
+
+    def __init__(self, products: Products, device: torch.device) -> None:
+        self._products, self._device = products, device
+        self._pool = torch.cuda.graph_pool_handle()
+        # Memory that no graph uses any more is gone for good: one graph always does.
+        self._first = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(self._first, pool=self._pool):
+            self._kept = torch.zeros(1, device=device)
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph of `run`, and where its result lies. Raises RuntimeError where it cannot be captured."""
+        with slow_work(CAPTURE_S), self._products.patience():
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                run()  # compiles, and takes the memory that lasts
+                with _no_waiting():
+                    run()
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                out = run()
+        return graph, out
 
 
 class Captured:
@@ -108,48 +175,59 @@ class Captured:
         self,
         size: Size,
         batch: Batch,
-        products: Products,
+        graphs: Graphs,
         forward: Forward,
         storage: CudaKVStorage,
         group_of: Sequence[int],
     ) -> None:
         """Raises RuntimeError where the forward cannot be captured."""
-        self._size = size
-        device = batch.rows.device
-        self._flat = torch.zeros(size.numbers, dtype=torch.int32, device=device)
-        self._rows = torch.zeros(size.rows, *batch.rows.shape[1:], dtype=batch.rows.dtype, device=device)
-        self._load(batch)
+        self._staging = staging = Staging(size, batch.rows, storage.device)
+        staging.send(batch)
 
         def run() -> Tensor:
-            metadata = size.metadata(self._flat)  # planned anew each time, so that the graph plans, too
+            metadata = size.metadata(staging.flat)  # planned anew each time, so that the graph plans, too
             attend = storage.attention([metadata[g] for g in group_of])
-            return forward(self._rows, metadata[0].positions.long(), attend, batch.blocks)
+            return forward(staging.rows, metadata[0].positions.long(), attend, batch.blocks)
 
-        with products.patience():
-            self._capture(run, device)
-
-    def _capture(self, run: Callable[[], Tensor], device: torch.device) -> None:
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            run()  # compiles, and takes the memory that lasts
-            with _no_waiting():
-                run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.synchronize(device)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._out = run()
+        self._graph, self._out = graphs.capture(run)
 
     def __call__(self, batch: Batch) -> Tensor:
-        self._load(batch)
+        self._staging.send(batch)
         self._graph.replay()
         return self._out[: len(batch.rows)].clone()
 
-    def _load(self, batch: Batch) -> None:
-        numbers = torch.tensor(self._size.flat(batch.plan), dtype=torch.int32, pin_memory=True)
-        self._flat.copy_(numbers, non_blocking=True)
-        self._rows[: len(batch.rows)].copy_(batch.rows, non_blocking=True)
+
+class RowGraphs:
+    """A function of rows, each by itself, as graphs for a few numbers of rows."""
+
+    def __init__(self, graphs: Graphs, function: Callable[[Tensor], Tensor]) -> None:
+        self._graphs, self._function = graphs, function
+        self._captured: dict[tuple[object, ...], tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
+        self._capturable = True
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        size = next((size for size in ROWS if len(rows) <= size), None)
+        if size is None or not self._capturable:
+            return self._function(rows)
+        key = (size, rows.dtype, rows.shape[1:])
+        if key not in self._captured:
+            static = torch.zeros(size, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+            try:
+                self._captured[key] = (static, *self._graphs.capture(lambda: self._function(static)))
+            except RuntimeError as error:
+                self._capturable = False
+                return _without_graphs(error, rows.device, lambda: self._function(rows))
+        static, graph, out = self._captured[key]
+        static[: len(rows)].copy_(rows)
+        graph.replay()
+        return out[: len(rows)].clone()
+
+
+def _without_graphs(error: RuntimeError, device: torch.device, run: Callable[[], Tensor]) -> Tensor:
+    """Say so once, and run as it comes."""
+    log.warning("this model runs without captured graphs: %s", str(error).splitlines()[0])
+    torch.cuda.synchronize(device)
+    return run()
 
 
 @contextmanager
@@ -166,35 +244,33 @@ def _no_waiting() -> Iterator[None]:
 class CudaRunner:
     """Runs a span's batches: graphs where they fit, else as they come."""
 
-    def __init__(
-        self,
-        eager: EagerRunner,
-        products: Products,
-        forward: Forward,
-        storage: CudaKVStorage,
-        group_of: Sequence[int],
-    ) -> None:
-        self._eager, self._products = eager, products
-        self._forward, self._storage, self._group_of = forward, storage, group_of
+    def __init__(self, graphs: Graphs, forward: Forward, storage: CudaKVStorage, group_of: Sequence[int]) -> None:
+        self._makes, self._forward, self._storage, self._group_of = graphs, forward, storage, group_of
         self._graphs: dict[tuple[object, ...], Captured] = {}
         self._pages = storage.n_pages
         self._capturable = True
 
     def run(self, batch: Batch) -> Tensor:
-        """See `BatchRunner`."""
+        """See `BatchRunner`. The result is under way: whoever reads it waits."""
         size = Size.of(batch.plan) if self._capturable else None
         if size is None:
-            return self._eager.run(batch)
+            return self._as_it_comes(batch)
         if self._storage.n_pages != self._pages:
             self._graphs.clear()
             self._pages = self._storage.n_pages
         key = (size, batch.blocks.start, batch.blocks.stop, batch.rows.dtype, batch.rows.shape[1:])
         if key not in self._graphs:
             try:
-                self._graphs[key] = Captured(size, batch, self._products, self._forward, self._storage, self._group_of)
+                self._graphs[key] = Captured(size, batch, self._makes, self._forward, self._storage, self._group_of)
             except RuntimeError as error:
-                log.warning("this model runs without captured graphs: %s", str(error).splitlines()[0])
                 self._capturable = False
-                torch.cuda.synchronize(batch.rows.device)
-                return self._eager.run(batch)
+                return _without_graphs(error, self._storage.device, lambda: self._as_it_comes(batch))
         return self._graphs[key](batch)
+
+    def _as_it_comes(self, batch: Batch) -> Tensor:
+        size = Size.exactly(batch.plan)
+        staging = Staging(size, batch.rows, self._storage.device)
+        staging.send(batch)
+        metadata = size.metadata(staging.flat)
+        attend = self._storage.attention([metadata[g] for g in self._group_of])
+        return self._forward(staging.rows, metadata[0].positions.long(), attend, batch.blocks)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..backend import Attend, KVStorage, LayerSpec
+from ..backend import KVStorage, LayerSpec
 from ..metadata import AttentionMetadata
 from .attention import Attention, Extent, Queries
 from .elementwise import Elementwise
@@ -44,7 +44,7 @@ class CudaKVStorage(KVStorage):
         page_size: int,
     ) -> None:
         self.layers, self.n_pages, self.page_size = layers, n_pages, page_size
-        self._attention, self._small, self._device = attention, small, device
+        self.kernels, self.small, self.device = attention, small, device
         kinds = {(s.kv_heads, s.key_width, s.value_width): 0 for s in layers}
         self._place: list[tuple[tuple[int, int, int], int]] = []
         for s in layers:
@@ -65,38 +65,14 @@ class CudaKVStorage(KVStorage):
         keys, values = self._pools[kind]
         return keys[index], values[index]
 
-    def attention(self, metadata: Sequence[AttentionMetadata]) -> Attend:
+    def attention(self, metadata: Sequence[AttentionMetadata]) -> CudaAttend:
         """See `KVStorage`. A slot without a page is left out: what does not fit touches nothing else."""
         for one in metadata:
             if one.prepared is None:
                 one.check()
                 one.prepared = prepare(one)
 
-        def attend(
-            layer: int,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            *,
-            scale: float,
-            window: int | None = None,
-            softcap: float | None = None,
-            sinks: Tensor | None = None,
-        ) -> Tensor:
-            pages = self.pages(layer)
-            q, k, v = (self._rows(x, name) for name, x in (("query", query), ("key", key), ("value", value)))
-            if q.shape[1] % k.shape[1] or k.shape[1:] != pages[0].shape[2:] or v.shape[1:] != pages[1].shape[2:]:
-                raise ValueError(f"heads {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)} do not fit the cache")
-            queries = self._planned(metadata[layer], q.shape[1] // k.shape[1])
-            if len(q) != queries.extent.queries:
-                raise ValueError(f"{len(q)} rows ask, {queries.extent.queries} were planned")
-            self._small.store(k, v, *pages, queries)
-            out = torch.empty(*q.shape[:2], v.shape[2], dtype=torch.bfloat16, device=q.device)
-            sinks = None if sinks is None else sinks.float().contiguous()
-            self._attention.attend(q, *pages, queries, out, scale=scale, window=window, softcap=softcap, sinks=sinks)
-            return out.to(query.dtype)
-
-        return attend
+        return CudaAttend(self, metadata)
 
     def copy_page(self, layers: Sequence[int], source: int, target: int) -> None:
         """See `KVStorage`."""
@@ -111,7 +87,7 @@ class CudaKVStorage(KVStorage):
         places = [*sources, *targets]
         if min(places) < 0 or max(places) >= self.n_pages * self.page_size:
             raise IndexError("a slot has no page")
-        at = torch.tensor([list(sources), list(targets)], pin_memory=True).to(self._device, non_blocking=True)
+        at = torch.tensor([list(sources), list(targets)], pin_memory=True).to(self.device, non_blocking=True)
         for kind, which in self._by_kind(layers):
             for pool in self._pools[kind]:
                 rows = pool.flatten(1, 2)
@@ -119,13 +95,13 @@ class CudaKVStorage(KVStorage):
 
     def read(self, layer: int, places: Tensor) -> tuple[Tensor, Tensor]:
         """See `KVStorage`."""
-        keys, values = (pages.flatten(0, 1)[places.to(self._device)].float() for pages in self.pages(layer))
+        keys, values = (pages.flatten(0, 1)[places.to(self.device)].float() for pages in self.pages(layer))
         return keys, values
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """See `KVStorage`."""
         for pages, rows in zip(self.pages(layer), (keys, values), strict=True):
-            pages.flatten(0, 1)[places.to(self._device)] = rows.to(self._device, torch.bfloat16)
+            pages.flatten(0, 1)[places.to(self.device)] = rows.to(self.device, torch.bfloat16)
 
     def grow(self, n_pages: int) -> None:
         """See `KVStorage`. Graphs that were captured before must be captured anew."""
@@ -142,7 +118,7 @@ class CudaKVStorage(KVStorage):
             raise ValueError(f"heads of {key_width} and {value_width} values on {kv_heads} do not fill 16 bytes")
         try:
             keys, values = (
-                torch.zeros(count, n_pages, self.page_size, kv_heads, width, dtype=torch.bfloat16, device=self._device)
+                torch.zeros(count, n_pages, self.page_size, kv_heads, width, dtype=torch.bfloat16, device=self.device)
                 for width in (key_width, value_width)
             )
         except torch.OutOfMemoryError as error:
@@ -160,21 +136,61 @@ class CudaKVStorage(KVStorage):
         for layer in layers:
             kind, index = self._place[layer]
             found.setdefault(kind, []).append(index)
-        return [(kind, torch.tensor(which, device=self._device)) for kind, which in found.items()]
+        return [(kind, torch.tensor(which, device=self.device)) for kind, which in found.items()]
 
-    def _planned(self, metadata: AttentionMetadata, heads: int) -> Queries:
-        """The plan; groups of layers share it but for the page table."""
-        prepared: Prepared = metadata.prepared
+
+class CudaAttend:
+    """One forward's attention: see `Attend`; blocks that are computed whole ask for its parts."""
+
+    def __init__(self, storage: CudaKVStorage, metadata: Sequence[AttentionMetadata]) -> None:
+        self._storage, self._metadata = storage, metadata
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values: [P, page, Hkv, width]."""
+        return self._storage.pages(layer)
+
+    def window(self, layer: int) -> int | None:
+        return self._storage.layers[layer].window
+
+    def queries(self, layer: int, heads: int) -> Queries:
+        """The plan for so many query heads on a kv head; groups of layers share it but for the page table."""
+        m = self._metadata[layer]
+        prepared: Prepared = m.prepared
         if heads not in prepared.plans:
-            m = metadata
-            prepared.plans[heads] = self._attention.plan(
+            prepared.plans[heads] = self._storage.kernels.plan(
                 prepared.extent, heads, m.row_start, m.row_count, m.base, m.positions, m.parents, m.page_table, m.stored
             )
-        return replace(prepared.plans[heads], table=metadata.page_table)
+        plan = prepared.plans[heads]
+        return plan if plan.table is m.page_table else replace(plan, table=m.page_table)
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        pages = self.pages(layer)
+        q, k, v = (self._rows(x, name) for name, x in (("query", query), ("key", key), ("value", value)))
+        if q.shape[1] % k.shape[1] or k.shape[1:] != pages[0].shape[2:] or v.shape[1:] != pages[1].shape[2:]:
+            raise ValueError(f"heads {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)} do not fit the cache")
+        queries = self.queries(layer, q.shape[1] // k.shape[1])
+        if len(q) != queries.extent.queries:
+            raise ValueError(f"{len(q)} rows ask, {queries.extent.queries} were planned")
+        self._storage.small.store(k, v, *pages, queries)
+        out = torch.empty(*q.shape[:2], v.shape[2], dtype=torch.bfloat16, device=q.device)
+        sinks = None if sinks is None else sinks.float().contiguous()
+        self._storage.kernels.attend(q, *pages, queries, out, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        return out.to(query.dtype)
 
     def _rows(self, x: Tensor, name: str) -> Tensor:
-        if x.dim() != 3 or x.device.type != self._device.type:
+        if x.dim() != 3 or x.device.type != self._storage.device.type:
             raise ValueError(
-                f"a {name} of {tuple(x.shape)} on {x.device}: [rows, heads, width] on {self._device} is needed"
+                f"a {name} of {tuple(x.shape)} on {x.device}: [rows, heads, width] on {self._storage.device} is needed"
             )
         return x.to(torch.bfloat16).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,24 +96,29 @@ class Tiling:
         return None
 
     def program(self, card: Card, layout: Layout) -> Program:
-        choices: dict[str, str | int] = {
-            "FORMAT": layout.name,
-            "TILE_ROWS": self.rows,
-            "GROUPS_OUT": self.groups_out,
-            "GROUPS_K": self.groups_k,
-            "BLOCKS": self.blocks,
-            "DEPTH": self.depth,
-            "UNROLL": self.unroll,
-            "STAGES": self.stages,
-            "SPLIT": int(self.split),
-            "GATED": int(self.gated),
-            "TOTALS_IN_SHARED": int(self.totals_in_shared),
-            "REGISTERS": self.registers,
-            "RESIDENT": self.resident,
-            "WGMMA": int(self.wgmma),
-            "NF4_LEVELS": nf4_levels(),
-        }
-        return Program("linear.cu", tuple(choices.items()))
+        return _program(self, layout.name)
+
+
+@functools.cache
+def _program(tiling: Tiling, format: str) -> Program:
+    choices: dict[str, str | int] = {
+        "FORMAT": format,
+        "TILE_ROWS": tiling.rows,
+        "GROUPS_OUT": tiling.groups_out,
+        "GROUPS_K": tiling.groups_k,
+        "BLOCKS": tiling.blocks,
+        "DEPTH": tiling.depth,
+        "UNROLL": tiling.unroll,
+        "STAGES": tiling.stages,
+        "SPLIT": int(tiling.split),
+        "GATED": int(tiling.gated),
+        "TOTALS_IN_SHARED": int(tiling.totals_in_shared),
+        "REGISTERS": tiling.registers,
+        "RESIDENT": tiling.resident,
+        "WGMMA": int(tiling.wgmma),
+        "NF4_LEVELS": nf4_levels(),
+    }
+    return Program("linear.cu", tuple(choices.items()))
 
 
 def row_tile(rows: int, card: Card) -> int:
@@ -210,6 +216,7 @@ def candidates(
     return sorted(found, key=found.__getitem__)
 
 
+@functools.cache
 def choose(card: Card, layout: Layout, outputs: int, depth_blobs: int, rows: int, gated: bool = False) -> Tiling:
     """The tiling of a product of a shape."""
     return candidates(card, layout, outputs, depth_blobs, rows, gated)[0]

@@ -24,14 +24,17 @@ def forward(
     Their slots, the last len(rows) pending ones of `table`, receive keys and values.
     """
     base = table.length + table.pending - len(rows)
-    result = rows.new_empty(len(rows), span.hidden_size, dtype=torch.float32)
+    dtype = rows.dtype if rows.is_floating_point() else torch.float32
+    backend, rows = span.backend, rows.to(span.backend.device)
+    result = rows.new_empty(len(rows), span.hidden_size, dtype=backend.stream)
     layers = range(blocks.start - span.start, blocks.stop - span.start)
     for batch, past in _batches(parents, base):
-        seen = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in (cache.read(table, at, past) for at in layers)]
+        read = (cache.read(table, at, past) for at in layers)
+        seen = [(k.transpose(1, 2).to(dtype), v.transpose(1, 2).to(dtype)) for k, v in read]
         hidden, made = span.forward_cached(rows[batch], seen, blocks, extent)
         for layer, (keys, values) in zip(layers, made, strict=True):
             cache.write(table, layer, base + batch, keys.transpose(1, 2), values.transpose(1, 2))
-        result[batch] = hidden
+        result[batch] = hidden.to(backend.stream)
     return result
 
 

@@ -114,7 +114,7 @@ class CachedSequence:
 
     def _rows(self, step: Step) -> Tensor:
         if self.blocks.start == 0 and step.ids:
-            return torch.tensor(step.ids, device=self.span.backend.device)
+            return torch.tensor(step.ids)
         return self.span.backend.decode(CODEC_NAMES[self.codec], step.hidden, self.span.hidden_size)
 
     def _commit(self, rows: Sequence[int]) -> None:

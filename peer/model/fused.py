@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.backend import Attend, Backend
+from ...kernels.llama import Blocks, LlamaParts
 
 # Families that were read: theirs is what is written here, in one way or the other.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
@@ -28,18 +29,15 @@ _CALLED = ("apply_rotary_pos_emb", "rotate_half")
 
 
 class FusedBlock:
-    """Norm, attention, norm, gated MLP (arXiv 2307.09288); heads may have norms of their own (arXiv 2505.09388)."""
+    """One block, part by part."""
 
-    def __init__(self, layer: Any, window: int | None, backend: Backend) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self._window = window
-        self._width: int = attention.head_dim
-        self._scale: float = attention.scaling
-        self._before, self._between = layer.input_layernorm.forward, layer.post_attention_layernorm.forward
-        self._q, self._k, self._v = (p.forward for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-        self._q_norm, self._k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        self._out = attention.o_proj.forward
-        self._gate, self._up, self._down = (p.forward for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    def __init__(self, parts: LlamaParts, window: int | None, backend: Backend) -> None:
+        self._window, self._width, self._scale = window, parts.width, parts.scale
+        self._before, self._between = parts.before.forward, parts.between.forward
+        self._q, self._k, self._v = (p.forward for p in (parts.query, parts.key, parts.value))
+        self._q_norm, self._k_norm = parts.query_norm, parts.key_norm
+        self._out = parts.out.forward
+        self._gate, self._up, self._down = (p.forward for p in (parts.gate, parts.up, parts.down))
         self._rotate, self._silu_gate = backend.rotate, backend.silu_gate
 
     def __call__(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -57,15 +55,21 @@ class FusedBlock:
 
 
 class FusedSpan:
-    """`forward` as `Span.forward`, of a base model's blocks from `start` on; windows are those of the blocks."""
+    """`forward` as `Span.forward`, of a base model's blocks from `start` on; windows are those of the blocks.
 
-    def __init__(self, base: Any, start: int, windows: list[int | None], backend: Backend) -> None:
+    whole: what the backend made of the blocks, if it computes them whole.
+    """
+
+    def __init__(
+        self, base: Any, start: int, windows: list[int | None], backend: Backend, whole: Blocks | None = None
+    ) -> None:
         """Raises AttributeError for a model that has other parts than a Llama."""
+        self.whole = whole
         self._start, self._stream = start, backend.stream
         self._embed: Callable[[Tensor], Tensor] = base.embed_tokens
         self._rotary: Callable[..., tuple[Tensor, Tensor]] = base.rotary_emb
-        layers = base.layers[start : start + len(windows)]
-        blocks = [FusedBlock(layer, window, backend) for layer, window in zip(layers, windows, strict=True)]
+        parts = llama_parts(base, range(start, start + len(windows)))
+        blocks = [FusedBlock(part, window, backend) for part, window in zip(parts, windows, strict=True)]
         self._blocks = range(start, start + len(blocks))
         # A forward asks for each block when its turn has come; who keeps blocks elsewhere brings them then.
         self.block_at: Callable[[int], FusedBlock] = blocks.__getitem__
@@ -73,12 +77,21 @@ class FusedSpan:
     @torch.inference_mode()
     def forward(self, rows: Tensor, positions: Tensor, attend: Attend, blocks: range | None = None) -> Tensor:
         x = rows if rows.is_floating_point() else self._embed(rows).to(self._stream)
-        cos, sin = self._rotary(x[None], positions[None])
+        # Angles come in the dtype of what they are asked for: in 16 bits those of far positions would be coarse.
+        cos, sin = self._rotary(x[None, :1].float(), positions[None])
         cos, sin = cos[0].contiguous(), sin[0].contiguous()
-        for block in blocks or self._blocks:
+        chosen = blocks or self._blocks
+        if self.whole is not None:
+            return self.whole(x, (cos, sin), attend, range(chosen.start - self._start, chosen.stop - self._start))
+        for block in chosen:
             layer = block - self._start
             x = self.block_at(layer)(layer, x, cos, sin, attend)
         return x
+
+
+def llama_parts(base: Any, blocks: range) -> list[LlamaParts]:
+    """Of a base model's blocks. Raises AttributeError for a model that has other parts than a Llama."""
+    return [LlamaParts.of(base.layers[block]) for block in blocks]
 
 
 def written_alike(model: nn.Module) -> bool:
@@ -124,7 +137,8 @@ def _code(forward: Callable[..., Any]) -> str:
 
 def _bare(source: str) -> str:
     function = ast.parse(textwrap.dedent(source)).body[0]
-    assert isinstance(function, ast.FunctionDef)
+    if not isinstance(function, ast.FunctionDef):
+        raise TypeError("no function of its own")
     function.decorator_list, function.returns = [], None
     if ast.get_docstring(function) is not None:
         function.body = function.body[1:]

@@ -13,6 +13,7 @@ from ...kernels.registry import backend_for
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.layout import CheckpointError
 from .ends import Ends
+from .fused import llama_parts, written_alike
 from .meta_model import MetaModel, build
 from .precision import DENSE, WeightPrecision
 from .span import Span
@@ -46,6 +47,8 @@ def load_span(
         _share_tied(meta)
     _swap_norms(meta, start, end, backend)
     span = Span(meta.model, start, end, n_blocks, backend)
+    if written_alike(meta.model):
+        span.whole = backend.blocks(llama_parts(meta.model.base_model, range(start, end)))
     verify(span, [span.model.get_submodule(path) for path in sorted(meta.before)], precision.product_dtype)
     return span
 

@@ -18,6 +18,7 @@ from .quantized_checkpoint import storage_of
 NONE = "none"
 # What can be made of any weights in one pass over them.
 AT_LOAD = ("int8", "int4", "nf4")
+_DENSE = {torch.float32: FORMATS["fp32"], torch.bfloat16: FORMATS["bf16"]}
 TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -65,6 +66,11 @@ def precision_of(checkpoint: Checkpoint, quant: str, dtype: str | None = None) -
     raise CheckpointError(f"{checkpoint.name} does not store {quant} weights: choose --quant {ways}.")
 
 
+def dense_name(backend: Backend) -> str:
+    """Of the dtype that a backend's dense weights have unless told."""
+    return next(name for name, dtype in TORCH_DTYPES.items() if dtype == backend.dense_dtypes[0])
+
+
 def choose_precision(
     checkpoint: Checkpoint, dtype: str | None, blocks: int | None, free: int, backend: Backend
 ) -> WeightPrecision:
@@ -75,7 +81,8 @@ def choose_precision(
     stored = storage_of(checkpoint).quant
     if stored != NONE and backend.native and dtype is None:
         return precision_of(checkpoint, stored)
-    ways = [precision_of(checkpoint, quant, dtype) for quant in (NONE, "int8", "int4")]
+    dense = precision_of(checkpoint, NONE, dtype or dense_name(backend))
+    ways = [dense, *(precision_of(checkpoint, quant, dtype) for quant in ("int8", "int4"))]
     wanted = blocks or checkpoint.n_blocks
     return next((way for way in ways if fitting_blocks(checkpoint, way, free, backend) >= wanted), ways[-1])
 
@@ -107,8 +114,9 @@ def held_bytes(
         shape = storage.shape(checkpoint, name)
         if precision.keep and name in storage.matrices:
             total += storage.nbytes(checkpoint, name)
-        elif len(shape) == 2 and inside and precision.format is not None:
-            total += backend.nbytes(precision.format, (shape[0], shape[1]))
+        elif len(shape) == 2 and inside:
+            format = precision.format or _DENSE[precision.dtype]
+            total += backend.nbytes(format, (shape[0], shape[1]))
         else:
             total += math.prod(shape) * (precision.dtype.itemsize if len(shape) > 1 else 4)
     return total

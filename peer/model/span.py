@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ...kernels.backend import Attend, Backend, Forward, LayerSpec
+from ...kernels.llama import Blocks
 from .fused import FusedSpan
 from .hooks import ForwardContext, within
 from .rope import by_sequence
@@ -44,10 +45,13 @@ class Span:
         self.layers: list[LayerSpec] = []
         self.ragged = False
         self.fused: FusedSpan | None = None
+        self.whole: Blocks | None = None
+        """The blocks as the backend computes them whole, for `fused`."""
         self.model, self.backend = model, backend
         # A sequence that is longer than one of these has other rotary angles in all its rows.
         self.rope_borders = by_sequence(model)
         self._base = model.base_model
+        self._scored = backend.rowwise(self._logits)
         one = torch.zeros(1, 1, dtype=torch.long, device=backend.device)
         self._entry_width: int = model.get_input_embeddings()(one).shape[-1]
         # transformers' name for its cache from 5.24 on, and until then.
@@ -128,10 +132,13 @@ class Span:
             raise NoKeysValues("a block does not cache keys and values of its own")
         return hidden, [(layer.keys[:, :, length:], layer.values[:, :, length:]) for layer in made]
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: [n, d] -> [n, vocab]."""
         assert self.end == self.n_blocks
+        return self._scored(hidden)
+
+    @torch.inference_mode()
+    def _logits(self, hidden: Tensor) -> Tensor:
         with within(ForwardContext(range(0), hidden[None])):
             return self.model(inputs_embeds=self._entry(hidden[None]), use_cache=False).logits[0]
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ...kernels.backend import Attend, LayerSpec
+from ...kernels.backend import Attend, Batch, EagerRunner, LayerSpec
+from ...kernels.metadata import BatchPlan
 from ...protocol.checkpoint.layout import CheckpointError
 from .fused import FusedSpan, written_alike
 from .hooks import EAGER, RAGGED, ForwardContext, choose_attention, current, ragged_attention
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _PROBE = "petal-probe"
 _ROWS = 6
+_PAGE = 16
 # Largest difference as a share of what the blocks change. Wrong attention differs by tenths.
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
 _MASKED = -1e30
@@ -126,8 +128,8 @@ class _Sample:
         span = self.span
         if self.plain and not span.rope_borders and written_alike(span.model):
             windows = [spec.window for spec in span.layers]
-            span.fused = FusedSpan(span.model.base_model, span.start, windows, span.backend)
-            self._check_rows()
+            span.fused = FusedSpan(span.model.base_model, span.start, windows, span.backend, span.whole)
+            (self._check_pages if span.whole else self._check_rows)()
 
     def _check_rows(self) -> None:
         """Rows in any order, and a stranger far away in the same forward."""
@@ -138,6 +140,16 @@ class _Sample:
         hidden = self.span.forward(self.rows[order], positions, _attention(session, positions), extent=self.extent)
         if self._differs(hidden[order[:-1].argsort()]):
             raise _NotRagged("rows of a ragged row differ from transformers' own attention")
+
+    def _check_pages(self) -> None:
+        """Rows of a sequence over pages, and a stranger in the same forward."""
+        span, sequence = self.span, range(_ROWS)
+        storage = span.backend.kv_storage(span.layers, 2, _PAGE, span.backend.kv_dtypes[0])
+        plan = BatchPlan([_ROWS, 1], [0, 0], [*sequence, 0], [*(i - 1 for i in sequence), -1], [[[0], [1]]], _PAGE)
+        runner = EagerRunner(span.backend, span.forward_at(self.extent), storage, [0] * len(span.layers))
+        hidden = runner.run(Batch(self.rows[[*sequence, 0]], plan, range(span.start, span.end)))
+        if self._differs(hidden[:_ROWS]):
+            raise _NotRagged("blocks computed whole differ from transformers' own")
 
     def _rows(self, seed: int) -> Tensor:
         noise = torch.Generator().manual_seed(seed)
@@ -171,7 +183,7 @@ class _Sample:
                 raise _NotRagged("a row sees positions in pieces")
             distance = self.positions[:, None] - self.positions
             seen = (distance >= 0) & (distance < (window or _ROWS))
-            if not torch.equal(mask == 0, seen.expand_as(mask)):
+            if not torch.equal(mask == 0, seen.cpu().expand_as(mask)):
                 raise _NotRagged("a block adds a bias to its scores")
             self.plain &= options.get("softcap") is None and options.get("s_aux") is None
             found[block] = LayerSpec(key.shape[1], key.shape[2], value.shape[2], window)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from petal.kernels.backend import LayerSpec
 from petal.kernels.cpu.isa import isas
 from petal.kernels.registry import backend_for
@@ -149,13 +150,13 @@ LAYERS = [LayerSpec(32, 128, 128, None)] * 32  # Llama-2-7B: a mebibyte a token
 
 def test_the_cache_fits_beside_the_weights() -> None:
     notes: list[str] = []
-    assert cache_tokens(None, LAYERS, 64 << 30, notes.append) == 16384
-    assert cache_tokens(20000, LAYERS, 64 << 30, notes.append) == 20000
+    assert cache_tokens(None, LAYERS, torch.float32, 64 << 30, notes.append) == 16384
+    assert cache_tokens(20000, LAYERS, torch.float32, 64 << 30, notes.append) == 20000
     assert notes == []
-    shrunk = cache_tokens(None, LAYERS, 4 << 30, notes.append)
+    shrunk = cache_tokens(None, LAYERS, torch.float32, 4 << 30, notes.append)
     assert 1000 < shrunk < 4096
     assert f"the cache holds {shrunk} tokens, not 16384" in notes[0]
     with pytest.raises(ServeError, match=r"--cache-tokens 1000000000 needs 976562\.5 GiB, and 4\.0 GiB"):
-        cache_tokens(1_000_000_000, LAYERS, 4 << 30, notes.append)
+        cache_tokens(1_000_000_000, LAYERS, torch.float32, 4 << 30, notes.append)
     with pytest.raises(ServeError, match="only 153 tokens of cache fit"):
-        cache_tokens(None, LAYERS, 256 << 20, notes.append)
+        cache_tokens(None, LAYERS, torch.float32, 256 << 20, notes.append)
