@@ -23,17 +23,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .activations import HostRows, decode, encode
 from .formats.base import Format, QuantizedTensor, Shape
+from .llama import LlamaParts
 from .metadata import AttentionMetadata, BatchPlan
-
-if TYPE_CHECKING:
-    from .llama import Blocks, LlamaParts
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,15 @@ class Forward(Protocol):
     """A span: token ids [N] or hidden states [N, d], positions int64 [N] -> hidden states [N, d] behind `blocks`."""
 
     def __call__(self, rows: Tensor, positions: Tensor, attend: Attend, blocks: range) -> Tensor: ...
+
+
+class Blocks(Protocol):
+    """Blocks of the Llama kind, computed whole: hidden states [N, d], angles, the span's layers to apply -> [N, d].
+
+    angles: cosines and sines, float32 [N, width]. attend: of the backend's own storage, whose windows hold.
+    """
+
+    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, layers: range) -> Tensor: ...
 
 
 class Linear(nn.Module, ABC):

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
-
-from .backend import Attend
 
 
 @dataclass(frozen=True)
@@ -52,9 +47,3 @@ class LlamaParts:
             attention.head_dim,
             attention.scaling,
         )
-
-
-Blocks = Callable[[Tensor, tuple[Tensor, Tensor], Attend, range], Tensor]
-"""Hidden states [N, d], angles as cosines and sines [N, width] float32, attention, layers of the span -> [N, d].
-
-Windows are those of the storage that attention is over."""

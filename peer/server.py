@@ -100,8 +100,7 @@ class PeerServer:
             self.backend = backend_for(self.options.device, self._building)
         except NoBackend as error:
             raise ServeError(str(error)) from error
-        self.backend.memory_share = self.options.gpu_memory
-        set_up_threads(self.options, self.backend, self.checkpoint)
+        set_up(self.options, self.backend, self.checkpoint)
 
     def _building(self, done: int, total: int) -> None:
         self._progress.stage(f"compiling the kernels, once on this machine: {done} of {total} files")
@@ -139,19 +138,16 @@ class PeerServer:
         self.span = await asyncio.to_thread(joiner.load, precision, self.blocks, self._progress.loading)
         if options.exact and (obstacle := self.span.exactness_obstacle()):
             raise ServeError(f"--exact cannot be promised here: {obstacle}")
-        free = self.backend.free_bytes(available_bytes())
-        self._cache_tokens = cache_tokens(
-            options.cache_tokens, self.span.layers, self.backend.kv_dtypes[0], free, self._progress.note
-        )
-        cache = KVCache(self.backend, self.span.layers, self._cache_tokens)
+        free, layers, kind = self.backend.free_bytes(available_bytes()), self.span.layers, self.backend.kv_dtypes[0]
+        self._cache_tokens = cache_tokens(options.cache_tokens, layers, kind, free, self._progress.note)
+        cache = KVCache(self.backend, layers, self._cache_tokens)
         self._throughput = await asyncio.to_thread(decode_tokens_per_s, self.span)
         digests = await asyncio.to_thread(checkpoint.block_digests, self.blocks.start, self.blocks.stop)
         self._digests = {part: bytes.fromhex(digest) for part, digest in digests.items()}
         self.admission = Admission(cache.n_pages, options.max_sessions)
         self.engine = Engine(self.span, cache)
-        if self.backend.row_sizes:
-            self._progress.stage("preparing the device")
-            await asyncio.to_thread(self.engine.warm_up)
+        self._progress.stage("warming up")
+        await asyncio.to_thread(self.engine.warm_up)
 
     async def _serve(self) -> None:
         self.announcement = Announcement(self.directory, self.identity, self.trust, self._served(), self.admission)
@@ -253,15 +249,17 @@ class PeerServer:
         return bytes.fromhex(self.checkpoint.digest())
 
 
-def set_up_threads(options: ServeOptions, backend: Backend, checkpoint: Checkpoint) -> None:
-    """In exact mode torch's own operations keep to one thread: where it cuts a tensor would show in the bits.
+def set_up(options: ServeOptions, backend: Backend, checkpoint: Checkpoint) -> None:
+    """Threads and memory.
+
+    In exact mode torch's own operations keep to one thread: where it cuts a tensor would show in the bits.
 
     Raises ServeError.
     """
     threads = options.threads or torch.get_num_threads()
     if options.exact and (obstacle := backend.exactness_obstacle(layer_widths(checkpoint))):
         raise ServeError(f"--exact cannot be promised here: {obstacle}")
-    backend.threads = threads
+    backend.threads, backend.memory_share = threads, options.gpu_memory
     torch.set_num_threads(1 if options.exact else threads)
 
 

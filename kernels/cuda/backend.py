@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..activations import HostRows, decode, decode_bf16, encoded
-from ..backend import Backend, BatchRunner, Forward, KVStorage, LayerSpec
+from ..backend import Backend, BatchRunner, Blocks, Forward, KVStorage, LayerSpec
 from ..formats.base import Format, QuantizedTensor, Shape
-from ..llama import Blocks, LlamaParts
+from ..llama import LlamaParts
 from .attention import Attention
 from .blocks import CudaBlocks, NotWhole
 from .elementwise import Elementwise

@@ -23,7 +23,7 @@ class NotWhole(ValueError):
 
 
 class CudaBlocks:
-    """See `llama.Blocks`. Products of the same rows become one, block by block: never is more than one held twice."""
+    """See `backend.Blocks`. Products of the same rows become one, block by block: never is more than one held twice."""
 
     def __init__(self, runtime: Runtime, parts: Sequence[LlamaParts]) -> None:
         """Raises NotWhole, where some parts may have been joined; they work on."""
@@ -37,7 +37,7 @@ class CudaBlocks:
             raise NotWhole(str(error)) from error
 
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, layers: range) -> Tensor:
-        """See `llama.Blocks`."""
+        """See `backend.Blocks`."""
         assert isinstance(attend, CudaAttend)
         block, shape = self._block, self._block.shape
         h, buffers, add = x.to(torch.bfloat16, copy=True), block.buffers(len(x)), None

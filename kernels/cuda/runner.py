@@ -8,14 +8,14 @@ same kernels: a row's bits are the same either way.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backend import Batch, Forward
@@ -31,6 +31,7 @@ CAPTURE_S = 120.0  # seconds that a capture may take, compiling included
 ROWS = (8, 16, 32, 64, 128, 256)
 CONTEXTS = (1024, 8192, 32768)
 _WIDEST = (1, 4, 32)
+_NONE = array("i", [-1])
 
 
 @dataclass(frozen=True)
@@ -71,27 +72,28 @@ class Size:
     def numbers(self) -> int:
         return 3 * self.segments + 2 * self.rows + self.tables * self.segments * self.table_width
 
-    def flat(self, plan: BatchPlan) -> NDArray[np.int32]:
+    def flat(self, plan: BatchPlan) -> array[int]:
         """A plan's numbers, padded."""
-        flat = np.empty(self.numbers, np.int32)
-        self.write(plan, flat)
+        flat = array("i", bytes(4 * self.numbers))
+        self.write(plan, memoryview(flat))
         return flat
 
-    def write(self, plan: BatchPlan, into: NDArray[np.int32]) -> None:
+    def write(self, plan: BatchPlan, into: memoryview) -> None:
         """`flat`, in place: segments without rows behind the last, rows of no segment, pages that are none."""
-        s, n = self.segments, self.rows
+        s, n, width = self.segments, self.rows, self.table_width
+        first = 3 * s + 2 * n
+        into[:first] = array("i", bytes(4 * first))
+        into[first:] = _NONE * (len(into) - first)
         starts = list(accumulate(plan.counts, initial=0))[:-1]
-        tables = into[3 * s + 2 * n :].reshape(self.tables, s, self.table_width)
-        into[: 3 * s + 2 * n] = 0
-        tables.fill(-1)
-        for at, values in zip((0, s, 2 * s), (starts, plan.counts, plan.bases), strict=True):
-            into[at : at + len(values)] = values
-        for at, values in zip((3 * s, 3 * s + n), (plan.positions, plan.parents), strict=True):
-            into[at : at + len(values)] = values
-        for group, pages in zip(tables, plan.tables, strict=True):
-            for row, table in zip(group, pages, strict=False):
-                used = table[: self.table_width]
-                row[: len(used)] = used
+        parts = zip((0, s, 2 * s), (starts, plan.counts, plan.bases), strict=True)
+        rows = zip((3 * s, 3 * s + n), (plan.positions, plan.parents), strict=True)
+        pages = (
+            (first + (g * s + i) * width, table[:width])
+            for g, group in enumerate(plan.tables)
+            for i, table in enumerate(group)
+        )
+        for at, values in chain(parts, rows, pages):
+            into[at : at + len(values)] = array("i", values)
 
     def metadata(self, flat: Tensor) -> list[AttentionMetadata]:
         """Views of a device's flat numbers, one for each group of layers."""
@@ -129,7 +131,8 @@ class Staging:
         self._turn ^= 1
         host, sent, rows = self._hosts[self._turn], self._sent[self._turn], batch.rows
         sent.synchronize()
-        self._size.write(batch.plan, host[: 4 * self._size.numbers].view(torch.int32).numpy())
+        numbers: Any = host[: 4 * self._size.numbers].numpy()
+        self._size.write(batch.plan, memoryview(numbers).cast("i"))
         end = self._start
         if rows.is_cpu:
             end += rows.nbytes

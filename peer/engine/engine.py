@@ -11,19 +11,16 @@ import time
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
-import torch
-
 from ...kernels.activations import ActivationError
 from ...protocol.petal_pb2 import Codec
 from ...protocol.wire.sampling import SamplingError
-from ...protocol.wire.tree import chain
 from ..model import Span
 from . import sampler
 from .batching_window import BatchingWindow
 from .fair_queue import Tenant
 from .kv_cache import KVCache
 from .page_table import CacheExhausted, RewindRefused
-from .runner import ModelRunner, Segment
+from .runner import ModelRunner
 from .scheduler import Budget, Ready, Scheduler
 from .sequence import CachedSequence
 from .step import BadStep, DeadlinePassed, Done, Step, StepFailed, StepOutput
@@ -45,6 +42,7 @@ class Engine:
         self.span = span
         self.cache = cache
         self._runner = ModelRunner(span, cache)
+        self.warm_up = self._runner.warm_up  # before `start`
         self._draws = span.end == span.n_blocks
         self._scheduler: Scheduler[bytes] = Scheduler(budget or Budget())
         self._sequences: dict[bytes, CachedSequence] = {}
@@ -57,22 +55,6 @@ class Engine:
 
     def start(self) -> None:
         self.thread.start()
-
-    def warm_up(self) -> None:
-        """Before `start`: have a device prepare what it prepares for each number of rows."""
-        span, backend = self.span, self.span.backend
-        width = () if span.start == 0 else (span.hidden_size,)
-        for count in backend.row_sizes:
-            rows = torch.zeros(count, *width, dtype=backend.stream if width else torch.long)
-            table = self.cache.open()
-            try:
-                hidden = self._runner.run([Segment(table, rows, chain(count), range(span.start, span.end))])[0]
-                if self._draws:
-                    span.logits(hidden)
-            except CacheExhausted:
-                return
-            finally:
-                self.cache.release(table)
 
     def stop(self) -> None:
         """Finish the iteration at hand and end the thread; one that hangs is left behind."""

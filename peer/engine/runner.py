@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...kernels.backend import Batch
 from ...kernels.metadata import BatchPlan
-from ...protocol.wire.tree import StepTree
+from ...protocol.wire.tree import StepTree, chain
 from ..model import Span
 from . import fallback
 from .kv_cache import KVCache
-from .page_table import PAGE, BlockTable
+from .page_table import PAGE, BlockTable, CacheExhausted
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,22 @@ class ModelRunner:
             chosen = [i for i, way in enumerate(ways) if way == kind]
             results |= zip(chosen, self._forward([segments[i] for i in chosen]), strict=True)
         return [results[i] for i in range(len(segments))]
+
+    def warm_up(self) -> None:
+        """Have a device prepare what it prepares for each number of rows."""
+        span, backend = self._span, self._span.backend
+        width = () if span.start == 0 else (span.hidden_size,)
+        for count in backend.row_sizes:
+            rows = torch.zeros(count, *width, dtype=backend.stream if width else torch.long)
+            table = self._cache.open()
+            try:
+                hidden = self.run([Segment(table, rows, chain(count), range(span.start, span.end))])[0]
+                if span.end == span.n_blocks:
+                    span.logits(hidden)
+            except CacheExhausted:
+                return
+            finally:
+                self._cache.release(table)
 
     def _forward(self, segments: Sequence[Segment]) -> Sequence[Tensor]:
         """Segments of one kind."""

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.backend import Attend, Backend
-from ...kernels.llama import Blocks, LlamaParts
+from ...kernels.backend import Attend, Backend, Blocks
+from ...kernels.llama import LlamaParts
 
 # Families that were read: theirs is what is written here, in one way or the other.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ...kernels.backend import Attend, Backend, Forward, LayerSpec
-from ...kernels.llama import Blocks
+from ...kernels.backend import Attend, Backend, Blocks, Forward, LayerSpec
 from .fused import FusedSpan
 from .hooks import ForwardContext, within
 from .rope import by_sequence

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ HERE = "tests/kernels/cuda"
 GROUPS = {
     "backend": ([f"{HERE}/test_backend.py"], 120),
     "span": ([f"{HERE}/test_span.py"], 120),
+    "peers": (["tests/gpu/test_peers.py"], 240),
     "attention": ([f"{HERE}/test_attention.py"], 240),
     "products": ([f"{HERE}/test_linear.py"], 240),
 }
@@ -30,8 +32,12 @@ BENCH = ("int4", "block")
 
 
 def environment() -> dict[str, str]:
-    """For processes that import from this repository; `tests` makes its folders the package where none is installed."""
+    """For processes that import from this repository, whose folders are the package where none is installed."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if importlib.util.find_spec("petal") is None:
+        folder = Path(tempfile.mkdtemp(prefix="petal-package-"))
+        (folder / "petal").symlink_to(ROOT, target_is_directory=True)
+        paths.append(str(folder))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -40,7 +46,7 @@ def pytest_command(files: list[str]) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    return [*command, "-m", "cuda", *files]
+    return [*command, "-o", "markers=cuda: needs a GPU", "-m", "cuda", *files]
 
 
 def counts(output: str) -> dict[str, int]:

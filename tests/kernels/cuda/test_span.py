@@ -34,7 +34,7 @@ def llama() -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        initializer_range=0.15,
+        initializer_range=0.12,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
