@@ -8,6 +8,7 @@ same kernels: a row's bits are the same either way.
 from __future__ import annotations
 
 import logging
+import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ ROWS = (8, 16, 32, 64, 128, 256)
 CONTEXTS = (1024, 8192, 32768)
 _WIDEST = (1, 4, 32)
 _NONE = array("i", [-1])
+_CAPTURING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,14 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle()
         # Memory that no graph uses any more is gone for good: one graph always does.
         self._first = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self._first, pool=self._pool):
+        first = torch.cuda.graph(self._first, pool=self._pool, capture_error_mode="thread_local")
+        with _CAPTURING, torch.cuda.device(device), first:
             self._kept = torch.zeros(1, device=device)
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """A graph of `run`, and where its result lies. Raises RuntimeError where it cannot be captured."""
-        with slow_work(CAPTURE_S), self._products.patience():
+        # Others of this process may compute and wait meanwhile, but not capture.
+        with slow_work(CAPTURE_S), self._products.patience(), _CAPTURING:
             stream = torch.cuda.Stream(self._device)
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
@@ -166,7 +170,7 @@ class Graphs:
             torch.cuda.current_stream(self._device).wait_stream(stream)
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = run()
         return graph, out
 
