@@ -136,7 +136,7 @@ class CudaBackend(Backend):
     def arithmetic(self, dtype: torch.dtype) -> str:
         """See `Backend`: whatever `dtype`, factors are bfloat16; a matrix unit's order of sums is its generation's."""
         major, minor = self._runtime.card.capability
-        return f"bf16/sm{major}{minor}"
+        return f"sm{major}{minor}"
 
     def exactness_obstacle(self, widths: Sequence[int]) -> str:
         """See `Backend`."""

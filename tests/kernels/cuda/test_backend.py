@@ -276,7 +276,7 @@ def test_what_cannot_be_captured_runs_as_it_comes(backend, caplog):
 
 @CARD
 def test_facts(backend):
-    assert backend.arithmetic(torch.bfloat16).startswith("bf16/sm")
+    assert backend.arithmetic(torch.bfloat16).startswith("sm")
     assert backend.exactness_obstacle([64]) == ""
     assert backend.free_bytes(1) > 1 << 30
     with pytest.raises(ValueError, match="bfloat16"):
