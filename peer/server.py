@@ -146,7 +146,6 @@ class PeerServer:
         self._digests = {part: bytes.fromhex(digest) for part, digest in digests.items()}
         self.admission = Admission(cache.n_pages, options.max_sessions)
         self.engine = Engine(self.span, cache)
-        self._progress.stage("warming up")
         await asyncio.to_thread(self.engine.warm_up)
 
     async def _serve(self) -> None:
