@@ -17,7 +17,7 @@ from .options import ServeOptions
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings={"auto_envvar_prefix": a.PREFIX})
 
 
-@app.command(epilog="Every option can be set in the environment, too: --dht-port is PETAL_SERVE_DHT_PORT.")
+@app.command(epilog="Every option can be set in the environment, too:\n\nPETAL_SERVE_DHT_PORT is --dht-port.")
 def serve(
     model: a.Model,
     blocks: a.Blocks = None,

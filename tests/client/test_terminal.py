@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from petal.client.cli.word_wrap import WordWrap
 from petal.client.output import OutputChunk
 from petal.client.routing.route import NoRoute
 
-from ..support.commands import petal
+from ..support.commands import petal, petal_serve
 
 
 @pytest.mark.parametrize(
@@ -181,13 +182,14 @@ def test_what_is_longer_than_a_line_is_printed_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
-@pytest.mark.parametrize("command", [("generate",), ("chat",), ("distill",), ("swarm", "invite")])
-def test_help_cuts_no_names(command: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["generate", "chat", "distill", "swarm invite", "petal-serve"])
+def test_help_cuts_no_names(command: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    shown = petal(*command, "--help")
+    shown = petal_serve("--help") if command == "petal-serve" else petal(*command.split(), "--help")
     assert shown.code == 0
-    assert "…" not in shown.out
+    assert "…" not in shown.out.replace("cuda:1, …", "")
     assert "[b]" not in shown.out
+    assert not re.search(r"--[\w-]*-\s*\n", shown.out), "the name of an option is broken"
 
 
 def test_peers_of_a_demo_join_no_other_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
