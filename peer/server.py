@@ -139,8 +139,8 @@ class PeerServer:
         if options.exact and (obstacle := self.span.exactness_obstacle()):
             raise ServeError(f"--exact cannot be promised here: {obstacle}")
         free, layers, kind = self.backend.free_bytes(available_bytes()), self.span.layers, self.backend.kv_dtypes[0]
-        self._cache_tokens = cache_tokens(options.cache_tokens, layers, kind, free, self._progress.note)
-        cache = KVCache(self.backend, layers, self._cache_tokens)
+        tokens = cache_tokens(options.cache_tokens, layers, kind, free, self._progress.note)
+        cache = KVCache(self.backend, layers, tokens)
         self._throughput = await asyncio.to_thread(decode_tokens_per_s, self.span)
         digests = await asyncio.to_thread(checkpoint.block_digests, self.blocks.start, self.blocks.stop)
         self._digests = {part: bytes.fromhex(digest) for part, digest in digests.items()}
@@ -231,7 +231,7 @@ class PeerServer:
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL,
             context_length=self.span.context_length,
-            cache_tokens=self._cache_tokens,
+            cache_tokens=self.engine.cache.tokens,
             max_sessions=self.options.max_sessions,
             max_rows=MAX_ROWS,
             throughput=self._throughput,

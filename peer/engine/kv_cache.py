@@ -28,6 +28,11 @@ class KVCache:
         self.rewind = self.table.rewind
 
     @property
+    def tokens(self) -> int:
+        """How many fit, by whole pages."""
+        return self.n_pages * PAGE
+
+    @property
     def free_pages(self) -> int:
         return self.table.free_pages
 

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from petal.client.cli import demo
 from petal.client.cli.demo import ChildPeer
+from petal.client.swarm import SwarmModel
+from petal.kernels.registry import backend_for
+from petal.peer.joining import Joiner
 from petal.peer.model import load_span
+from petal.peer.options import ServeOptions
 from petal.protocol.checkpoint.open import open_checkpoint
+from petal.protocol.memory import available_bytes
 
 from ..bench.swarm import wait_ready
 from ..support.imports import ROOT
 from ..support.q4_k_m import CONFIGS, write_q4_k_m
+from ..support.swarms import local_swarm
+from ..support.tiny import tiny_llama
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def peak_mb(blocks: range, folder: Path) -> float:
@@ -54,6 +66,93 @@ def test_a_third_of_the_blocks_needs_much_less_memory_than_all(tmp_path: Path) -
     # 30 blocks are 425 MB in float32, embedding and head 113 MB each.
     print(f"\npeak memory: blocks 10:20 {third:.0f} MB, blocks 0:30 {whole:.0f} MB")
     assert whole - third > 0.9 * (425 * 2 / 3 + 2 * 113)
+
+
+async def test_a_cache_of_any_size_is_announced() -> None:
+    """Whole pages are counted on both sides of the record: else the swarm would never hear of the peer."""
+    async with local_swarm(tiny_llama(), [range(4)], cache_tokens=1003) as swarm:
+        record = swarm.peers[0].record()
+        assert 1003 <= record.cache_tokens == record.cache_tokens_free <= 1003 + 15
+        async with swarm.connect() as client:
+            assert len(await client.generate([5, 17], max_new_tokens=4, eos_token_id=-1)) == 6
+
+
+def test_a_joiner_keeps_within_a_containers_memory(tmp_path: Path) -> None:
+    """The quick twin of the test below: a container of a gigabyte on a machine of a terabyte."""
+    container = {"memory.max": GIB, "memory.current": 400 * MIB, "memory.stat": "inactive_file 0"}
+    system = {"proc/self/cgroup": "0::/", "proc/meminfo": f"MemAvailable: {GIB} kB"}
+    for name, text in {**system, **{f"sys/fs/cgroup/{key}": value for key, value in container.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    taken = {}
+    with open_checkpoint("demo") as checkpoint:
+        for quant in ("none", None):
+            options = ServeOptions(model="demo", quant=quant)
+            backend = backend_for()
+            free = int(available_bytes(tmp_path) * backend.weights_share)
+            joiner = Joiner(options, checkpoint, backend, free, lambda text: None)
+            taken[quant] = len(joiner.blocks(joiner.precision([]), []))
+    assert 5 < taken["none"] < 20
+    assert taken[None] == 30 or not backend_for().native, "as they are stored all fit"
+
+
+def limited(nbytes: int) -> Path:
+    """A control group with so much memory. Raises OSError where this system or user has none to give."""
+    for mount, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
+        group = Path("/sys/fs/cgroup") / mount / f"petal-test-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(nbytes))
+            return group
+        except OSError:
+            with suppress(OSError):
+                group.rmdir()
+    raise OSError("no control group of memory can be made here")
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    try:
+        made = limited(GIB)
+    except OSError as error:
+        pytest.skip(str(error))
+    yield made
+    for _ in range(50):
+        with suppress(OSError):
+            made.rmdir()
+            return
+        time.sleep(0.1)
+    raise AssertionError("something still runs in the group")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("quant", ["none", ""])
+def test_a_gigabyte_is_kept_to(quant: str, group: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a real control group of that size: the peer serves what fits, and lives through a long prompt."""
+    options = f"--host 127.0.0.1 --json --identity {tmp_path}/inside" + (f" --quant {quant}" if quant else "")
+    program = tmp_path / "petal-serve"
+    program.write_text(f"#!/bin/sh\necho $$ > {group}/cgroup.procs\nexec {demo.peer_program()} demo {options}\n")
+    program.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "peer_program", lambda: str(program))
+        peers = [ChildPeer.start(range(0, 30), tmp_path, [])]
+    try:
+        wait_ready(peers[0])
+        assert peers[0].ready is not None
+        start, end = peers[0].ready["blocks"]
+        assert (start, end) == (0, 30) if not quant else 10 <= end < 30
+        if end < 30:
+            peers.append(ChildPeer.start(range(end, 30), tmp_path, [peers[0].address], "--quant", quant))
+            wait_ready(peers[1])
+        with SwarmModel.connect("demo", initial_peers=[peers[0].address], wait_s=30) as model:
+            said = model.generate(list(range(100, 2100)), max_new_tokens=16, eos_token_id=-1)
+        assert len(said) == 2016
+        assert peers[0].process.poll() is None
+        print(f"\nblocks {start}:{end} of 30 in a gigabyte")
+    finally:
+        for peer in reversed(peers):
+            peer.stop()
+            peer.wait(10)
 
 
 @pytest.mark.full
