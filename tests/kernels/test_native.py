@@ -58,6 +58,21 @@ def test_a_build_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(steps) == total + 1, "what is there is not built again"
 
 
+@pytest.mark.full
+def test_a_build_in_a_fresh_home_takes_seconds(tmp_path: Path):
+    """Said line by line meanwhile; its quick twin is above."""
+    if kernels() is None:
+        pytest.skip("no C compiler")
+    code = (
+        "import time; from petal.kernels.cpu.build import compiled; from petal.kernels.cpu.isa import isas;"
+        "start = time.monotonic(); compiled(isas()[0]); print(time.monotonic() - start)"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    print(f"\nthe kernels are compiled in {float(done.stdout):.1f} s")
+    assert float(done.stdout) <= 15
+
+
 def test_without_a_home_the_build_is_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -2,60 +2,72 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+typedef float f32s __attribute__((vector_size(REGISTER * 4), aligned(4), may_alias));
+typedef uint32_t u32s __attribute__((vector_size(REGISTER * 4), aligned(4), may_alias));
+
+enum { PARTS = PANEL / REGISTER }; /* registers of a row of a tile */
+
 /* Step k of depth. */
-INLINE void load_panel(const void *w, long k, long w_row, int half, f32x16 *a, f32x16 *b)
+INLINE void load_panel(const void *w, long k, long w_row, int half, f32s column[PARTS])
 {
-    if (half) {
-        const u32x16 *pair = (const u32x16 *)((const uint16_t *)w + (k & ~1L) * w_row);
-        int shift = k & 1 ? 0 : 16; /* the even step is the lower half of each pair */
-        *a = (f32x16)(pair[0] << shift & 0xffff0000);
-        *b = (f32x16)(pair[1] << shift & 0xffff0000);
-    } else {
-        const float *p = (const float *)w + k * w_row;
-        *a = *(const f32x16 *)p;
-        *b = *(const f32x16 *)(p + LANES);
-    }
+    const u32s *pairs = (const u32s *)((const uint16_t *)w + (k & ~1L) * w_row);
+    const f32s *floats = (const f32s *)((const float *)w + k * w_row);
+    int shift = k & 1 ? 0 : 16; /* the even step is the lower half of each pair */
+#pragma GCC unroll 8
+    for (int n = 0; n < PARTS; n++)
+        column[n] = half ? (f32s)(pairs[n] << shift & 0xffff0000) : floats[n];
+}
+
+INLINE void load_sums(f32s sum[PARTS], const float *from)
+{
+#pragma GCC unroll 8
+    for (int n = 0; n < PARTS; n++)
+        sum[n] = ((const f32s *)from)[n];
+}
+
+INLINE void store_sums(float *to, const f32s sum[PARTS])
+{
+#pragma GCC unroll 8
+    for (int n = 0; n < PARTS; n++)
+        ((f32s *)to)[n] = sum[n];
 }
 
 /* Without it compilers load every scale of a step first and run out of registers: a third of the speed. */
 #ifdef __AVX512F__
-#define PIN(a, b) __asm__ volatile("" : "+v"(a), "+v"(b))
+#define PIN(a) __asm__ volatile("" : "+v"(a))
 #else
-#define PIN(a, b) (void)0
+#define PIN(a) (void)0
 #endif
 
 /* rows and half are constants at every call: the accumulators become registers. */
 INLINE void tile(const int rows, const int half, long depth, const float *x, long x_row, long x_step, const void *w,
                  long w_row, float *y, long y_row, const float *start, ahead_t ahead)
 {
-    f32x16 sum[TILE][2];
+    f32s sum[TILE][PARTS];
 #pragma GCC unroll 12
-    for (int m = 0; m < rows; m++) {
-        const float *from = start ? start : y + m * y_row;
-        sum[m][0] = *(const f32x16 *)from;
-        sum[m][1] = *(const f32x16 *)(from + LANES);
-    }
+    for (int m = 0; m < rows; m++)
+        load_sums(sum[m], start ? start : y + m * y_row);
     for (long k = 0; k < depth;) {
         long stop = k + 8 < depth ? k + 8 : depth;
         for (long i = 0; i < ahead.lines; i++, ahead.next += 64)
             __builtin_prefetch(ahead.next, 0, 3);
         for (; k < stop; k++) {
-            f32x16 a, b;
-            load_panel(w, k, w_row, half, &a, &b);
+            f32s column[PARTS];
+            load_panel(w, k, w_row, half, column);
 #pragma GCC unroll 12
             for (int m = 0; m < rows; m++) {
                 float scale = x[m * x_row + k * x_step];
-                sum[m][0] += a * scale;
-                sum[m][1] += b * scale;
-                PIN(sum[m][0], sum[m][1]);
+#pragma GCC unroll 8
+                for (int n = 0; n < PARTS; n++) {
+                    sum[m][n] += column[n] * scale;
+                    PIN(sum[m][n]);
+                }
             }
         }
     }
 #pragma GCC unroll 12
-    for (int m = 0; m < rows; m++) {
-        *(f32x16 *)(y + m * y_row) = sum[m][0];
-        *(f32x16 *)(y + m * y_row + LANES) = sum[m][1];
-    }
+    for (int m = 0; m < rows; m++)
+        store_sums(y + m * y_row, sum[m]);
 }
 
 /* A single tile reads its panels once, so memory is the limit: `wide` panels are walked side by side, each a stream
@@ -64,37 +76,38 @@ INLINE void stream(const int rows, const int wide, const int half, long depth, c
                    const char *w, long w_panel, float *y, long y_row, const float *start)
 {
     const long line = PANEL * (half ? 2 : 4);
-    f32x16 sum[STREAM_ROWS][2 * STREAM_PANELS];
+    f32s sum[STREAM_ROWS][STREAM_PANELS][PARTS];
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 8
-        for (int n = 0; n < 2 * wide; n++)
-            sum[m][n] = *(const f32x16 *)(start + n * LANES);
+        for (int p = 0; p < wide; p++)
+            load_sums(sum[m][p], start + p * PANEL);
     for (long k = 0; k < depth; k++) {
-        f32x16 column[2 * STREAM_PANELS];
+        f32s column[STREAM_PANELS][PARTS];
 #pragma GCC unroll 8
         for (int p = 0; p < wide; p++) {
             const char *from = w + p * w_panel;
             for (long byte = 0; byte < line; byte += 64)
                 __builtin_prefetch(from + k * line + STREAM_AHEAD + byte, 0, 3);
-            load_panel(from, k, PANEL, half, &column[2 * p], &column[2 * p + 1]);
+            load_panel(from, k, PANEL, half, column[p]);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < rows; m++) {
             float scale = x[m * x_row + k];
 #pragma GCC unroll 8
-            for (int p = 0; p < wide; p++) {
-                sum[m][2 * p] += column[2 * p] * scale;
-                sum[m][2 * p + 1] += column[2 * p + 1] * scale;
-                PIN(sum[m][2 * p], sum[m][2 * p + 1]);
-            }
+            for (int p = 0; p < wide; p++)
+#pragma GCC unroll 8
+                for (int n = 0; n < PARTS; n++) {
+                    sum[m][p][n] += column[p][n] * scale;
+                    PIN(sum[m][p][n]);
+                }
         }
     }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 8
-        for (int n = 0; n < 2 * wide; n++)
-            *(f32x16 *)(y + m * y_row + n * LANES) = sum[m][n];
+        for (int p = 0; p < wide; p++)
+            store_sums(y + m * y_row + p * PANEL, sum[m][p]);
 }
 
 /* Packed tiles have their own case: there the distance between steps is a constant too. */
@@ -109,6 +122,8 @@ INLINE void stream(const int rows, const int wide, const int half, long depth, c
 #define ANY_ROWS(half)                                                                                            \
     ROWS(1, half) ROWS(2, half) ROWS(3, half) ROWS(4, half) ROWS(5, half) ROWS(6, half) ROWS(7, half) ROWS(8, half) \
     ROWS(9, half) ROWS(10, half) ROWS(11, half) ROWS(12, half)
+#elif defined(__x86_64__) && !defined(__AVX2__)
+#define ANY_ROWS(half) ROWS(1, half)
 #else
 #define ANY_ROWS(half) ROWS(1, half) ROWS(2, half) ROWS(3, half)
 #endif
@@ -141,7 +156,7 @@ void tile_stream(long rows, long half, long depth, const float *x, long x_row, c
 #ifdef __AVX512F__
         STREAM(1, 4) STREAM(2, 4) STREAM(3, 3) STREAM(4, 3) STREAM(5, 2) STREAM(6, 2)
 #else
-        STREAM(1, 3)
+        STREAM(1, STREAM_PANELS)
 #endif
     }
 }
@@ -151,6 +166,6 @@ int stream_width(long rows)
 #ifdef __AVX512F__
     return rows > STREAM_ROWS ? 0 : rows <= 2 ? 4 : rows <= 4 ? 3 : 2;
 #else
-    return rows > STREAM_ROWS ? 0 : 3;
+    return rows > STREAM_ROWS ? 0 : STREAM_PANELS;
 #endif
 }

@@ -18,14 +18,28 @@ typedef uint8_t u8x64 __attribute__((vector_size(64), aligned(4), may_alias));
 enum {
     LANES = 16,
     PANEL = 32, /* columns of a tile */
+/* REGISTER: floats of a register. Where vectors are wider than that, compilers keep sums in memory. */
 #ifdef __AVX512F__
+    REGISTER = 16,
     TILE = 12, /* most rows of a tile: 24 accumulators of 32 registers */
     STREAM_ROWS = 6, /* most rows of a tile that walks several panels at once */
-#else
-    TILE = 3, /* 12 accumulators of 16 registers of 8 lanes */
-    STREAM_ROWS = 1,
-#endif
     STREAM_PANELS = 4, /* most panels walked at once */
+#elif defined(__AVX2__)
+    REGISTER = 8,
+    TILE = 3, /* 12 accumulators of 16 registers */
+    STREAM_ROWS = 1,
+    STREAM_PANELS = 3,
+#elif defined(__x86_64__)
+    REGISTER = 4,
+    TILE = 1, /* 8 accumulators of 16 registers */
+    STREAM_ROWS = 1,
+    STREAM_PANELS = 1,
+#else
+    REGISTER = 4,
+    TILE = 3, /* 24 accumulators of 32 registers */
+    STREAM_ROWS = 1,
+    STREAM_PANELS = 3,
+#endif
     STREAM_AHEAD = 2048 /* bytes; hides memory latency where a panel is read once */
 };
 
