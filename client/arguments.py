@@ -47,6 +47,9 @@ _CANNOT: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 _INSTEAD = {
+    **dict.fromkeys(
+        ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"), "top_k, top_p and min_p cut off what is rare"
+    ),
     "assistant_model": "name a draft model with drafter=",
     "inputs_embeds": "connect with local_ends=True, which sends embeddings and takes token ids",
     "num_beam_groups": "num_beams alone searches without groups",

@@ -91,7 +91,7 @@ class GenerationConfig:
     With beams or local ends alone: `min_new_tokens`, `min_length`, `no_repeat_ngram_size`, `bad_words_ids`,
     `suppress_tokens`, `begin_suppress_tokens`, `sequence_bias`, `forced_bos_token_id`, `forced_eos_token_id`,
     `exponential_decay_length_penalty`, and each `logits_processor`: it gets ids [1, n] and scores [1, vocab], as
-    tensors where torch is loaded, and returns scores.
+    tensors where torch is installed, and returns scores.
 
     Raises SamplingError for a value out of range, SettingsError for settings that contradict each other.
     """

@@ -61,7 +61,10 @@ class Prompts:
 
 def _rows(inputs: Any) -> tuple[list[Any], bool]:
     """Prompts, and whether there was just one, not in a list."""
-    items = inputs.tolist() if hasattr(inputs, "tolist") else list(inputs)
+    try:
+        items = inputs.tolist() if hasattr(inputs, "tolist") else list(inputs)
+    except TypeError:
+        raise SettingsError(f"prompts are text, messages or token ids, not {inputs!r:.60}") from None
     if not items:
         raise SettingsError("there is no prompt")
     if not isinstance(items[0], str) and hasattr(items[0], "__index__"):

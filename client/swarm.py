@@ -187,7 +187,9 @@ class AsyncSwarmModel:
         if pad is None:
             pad = min(self.generator.config({}).eos_ids(self.tokenizer), default=0)
         result = prompts.result(groups, pad)
-        return generate_output(result, encoded, groups, config, eos_ids) if config.return_dict_in_generate else result
+        if not config.return_dict_in_generate:
+            return result
+        return await asyncio.to_thread(generate_output, result, encoded, groups, config, eos_ids)
 
     async def _stream_to(self, streamer: Streamer, ids: list[int], config: GenerationConfig) -> list[OutputChunk]:
         """As transformers does: the prompt [1, length] first, then each token [1]."""

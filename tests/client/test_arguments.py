@@ -67,7 +67,7 @@ def test_what_asks_for_nothing_is_taken(settings: dict[str, Any]) -> None:
         ({"num_beam_groups": 2}, "num_beam_groups=2 is not supported: num_beams alone"),
         ({"num_beams": True}, "num_beams is a number of at least 1, not True"),
         ({"force_words_ids": [[1]]}, r"force_words_ids=\[\[1\]\] is not supported"),
-        ({"generation_config": TheirConfig(typical_p=0.5)}, "typical_p=0.5 is not supported"),
+        ({"generation_config": TheirConfig(typical_p=0.5)}, "typical_p=0.5 is not supported: top_k, top_p and min_p"),
         ({"assistant_model": object()}, "assistant_model=.* is not supported: name a draft model with drafter="),
         ({"max_tokens": 5}, "generate has no argument max_tokens; did you mean max_new_tokens"),
         ({"zzz": 5}, "generate has no argument zzz: it knows "),

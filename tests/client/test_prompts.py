@@ -69,6 +69,7 @@ def test_forms_of_prompts(inputs: Any, rows: list[Any], single: bool):
     ("inputs", "sentence"),
     [
         ([], "there is no prompt"),
+        (3.5, "prompts are text, messages or token ids, not 3.5"),
         ({"text": "a"}, "has input_ids, not text"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "a number for each"),
     ],

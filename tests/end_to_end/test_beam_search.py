@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from typing import Any
@@ -363,3 +365,22 @@ async def test_numbers_come_where_they_were_asked_for(model: AsyncSwarmModel) ->
 async def test_beams_come_whole(model: AsyncSwarmModel) -> None:
     with pytest.raises(SettingsError, match="num_beams=2 is for generate, which gives whole answers"):
         [chunk async for chunk in model.stream(PROMPT, num_beams=2)]
+
+
+SCRIPT = """
+import sys
+from petal import SwarmModel
+with SwarmModel.connect("demo", initial_peers=[sys.argv[1]], wait_s=20) as model:
+    found = model.generate("Hi", max_new_tokens=2, return_dict_in_generate=True, output_scores=True)
+    print(type(found.scores[0]).__name__, tuple(found.scores[0].shape))
+"""
+
+
+async def test_scores_are_tensors_though_a_drafters_thread_imports_torch(demo: AsyncSwarmModel) -> None:
+    """Half of torch is there then: who uses that may hang."""
+    address = (await demo.route())[0].peer.addresses[0]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SCRIPT, address, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, error = await asyncio.wait_for(process.communicate(), 60)
+    assert out.decode().split() == ["Tensor", "(1,", "49152)"], error.decode()
