@@ -64,6 +64,7 @@ class GenerationSettings(TypedDict, total=False):
     seed: int | None
     eos_token_id: int | Collection[int] | None
     stop_strings: str | Sequence[str] | None
+    visible_tokens: Collection[int]
     top_logprobs: int
     trace: bool
     drafter: DrafterChoice
@@ -81,6 +82,7 @@ class GenerationConfig:
     in transformers, `top_k`, `top_p` and `min_p` have no effect. The same `seed` gives the same text, and by default it
     is 0; None takes a fresh one. `sequence` tells apart the answers of one seed.
     `eos_token_id`: ids that end the text, by default the model's own; -1 for none. `stop_strings` end it, too.
+    `visible_tokens`: special tokens, by id, that are part of the text.
     `top_logprobs`: so many of the likeliest tokens come with each token. `trace`: times of each hop come along.
     `drafter` guesses ahead: "auto", "ngram", "model", "none", a checkpoint, several with commas, or Drafter objects;
     `budget` is the number of tokens that it guesses a round, by default what pays most. Neither changes the text.
@@ -131,6 +133,7 @@ class GenerationConfig:
     sequence: int = 0
     eos_token_id: int | Collection[int] | None = None
     stop_strings: str | Sequence[str] | None = None
+    visible_tokens: Collection[int] = ()
     top_logprobs: int = 0
     trace: bool = False
     drafter: DrafterChoice = "auto"

@@ -105,7 +105,9 @@ async def generate(
         named = ", ".join(name for name in NEED_SCORES if getattr(config, name) not in (None, 0, (), [], {}))
         raise SettingsError(f"{named}: the scores are needed on this machine, connect with local_ends=True")
     speculation = speculation or Speculation()
-    cutter = OutputCutter(tokenizer, limit, config.eos_ids(tokenizer), config.stops, config.ending(prompt))
+    cutter = OutputCutter(
+        tokenizer, limit, config.eos_ids(tokenizer), config.stops, config.ending(prompt), config.visible_tokens
+    )
     kept = common_prefix(session.ids, prompt[:-1])
     session.rewind(kept)
     started = time.perf_counter()

@@ -46,15 +46,18 @@ class OutputCutter:
         eos_ids: Collection[int] = (),
         stop_strings: Sequence[str] = (),
         ending: Callable[[Sequence[int]], str | None] = lambda ids: None,
+        visible: Collection[int] = (),
     ) -> None:
-        """`ending` is asked behind each token whether the answer, by its ids so far, ends there, and why."""
+        """`visible` special tokens are part of the text.
+
+        `ending` is asked behind each token whether the answer, by its ids so far, ends there, and why."""
         if stop_strings and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         self.left = limit
         self._stops = stop_strings
         # Special tokens are no part of the text: where a stop string is one, its id is looked for.
         self._stop_ids = frozenset(eos_ids) | (tokenizer.special_ids_of(stop_strings) if tokenizer else frozenset())
-        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+        self._detokenizer = tokenizer.detokenizer(visible=visible) if tokenizer else None
         self._held = ""
         self._ending = ending
         self._said: list[int] = []

@@ -10,31 +10,36 @@ from dataclasses import dataclass, replace
 
 from ...protocol import petal_pb2 as pb
 from ...protocol.checkpoint.tokenizer import Tokenizer
-from ..config import GenerationConfig
+from ..config import GenerationConfig, GenerationSettings
 from ..generation import Generator, common_prefix
 from ..output import OutputChunk
 from ..routing.route import NoRoute
 from ..session.peer_error import PeerError
 from ..session.session import Session
 from .errors import bad_request
-from .events import Begin, Event, Finish, FinishReason, ScoredToken, Text
+from .events import Begin, Event, ScoredToken, Tokens
 from .generation_request import Conversation, GenerationRequest
 from .merge import merged
+from .prompt import Prompt, read_prompt
+from .reading import Reading
 from .served_model import ServedModel
 
 # Tokens of an answer where the request does not say.
 DEFAULT_TOKENS = 1024
 # How long a request waits for peers that are busy, and for blocks that nobody hosts.
 BUSY_S = 20.0
-_FINISH: dict[str, FinishReason] = {"length": "length", "time": "length"}
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class _Run:
     """One prompt of a request, ready to run."""
 
-    ids: Sequence[int]
+    prompt: Prompt
     config: GenerationConfig
+
+    @property
+    def ids(self) -> Sequence[int]:
+        return self.prompt.ids
 
     @property
     def reserve_tokens(self) -> int:
@@ -43,32 +48,31 @@ class _Prompt:
 
 async def answer(served: ServedModel, request: GenerationRequest, owner: str) -> AsyncGenerator[Event, None]:
     """The events of all choices: n to the first prompt, n to the next. Raises PetalError."""
-    prompts = [_prepare(served, request, prompt) for prompt in request.prompts]
-    runs = [_answers(served, prompt, request, owner, at * request.n) for at, prompt in enumerate(prompts)]
+    prepared = [_prepare(served, request, prompt) for prompt in request.prompts]
+    runs = [_answers(served, run, request, owner, at * request.n) for at, run in enumerate(prepared)]
     async with aclosing(merged(runs)) as events:
         async for event in events:
             yield event
 
 
-def encode(generator: Generator, prompt: Conversation | str | Sequence[int]) -> list[int]:
-    """A prompt's token ids. Raises SettingsError, ChatTemplateError."""
-    if not isinstance(prompt, Conversation):
-        return generator.encode(prompt)
-    if generator.tokenizer is None:
-        raise bad_request(f"messages need a tokenizer, give token ids: {generator.lack}")
-    variables = dict(prompt.variables)
-    if prompt.tools:
-        variables["tools"] = list(prompt.tools)
-    return generator.tokenizer.apply_chat_template(prompt.messages, not prompt.goes_on, **variables)
-
-
-def _prepare(served: ServedModel, request: GenerationRequest, prompt: Conversation | str | Sequence[int]) -> _Prompt:
+def _prepare(served: ServedModel, request: GenerationRequest, asked: Conversation | str | Sequence[int]) -> _Run:
     """Raises ApiError, SettingsError, SamplingError, ChatTemplateError for what cannot be run."""
-    generator, context = served.generator, served.context_length
-    ids = encode(generator, prompt)
+    generator = served.generator
+    prompt = read_prompt(generator, asked)
+    check_length(served, prompt.ids)
+    context = served.context_length
+    room = context - len(prompt.ids) if context else DEFAULT_TOKENS
+    tokens = min(request.max_tokens or DEFAULT_TOKENS, room)
+    settings: GenerationSettings = {**request.settings, "max_new_tokens": tokens, "visible_tokens": prompt.visible}
+    return _Run(prompt, generator.config(settings))
+
+
+def check_length(served: ServedModel, ids: Sequence[int]) -> None:
+    """Whether a prompt leaves room for an answer, and is of tokens that there are. Raises ApiError."""
+    context = served.context_length
     if not ids:
         raise bad_request("the prompt is empty", "prompt")
-    if tokenizer := generator.tokenizer:
+    if tokenizer := served.generator.tokenizer:
         worst = max(ids)
         if min(ids) < 0 or worst >= max(tokenizer.vocab_size, tokenizer.trained_size):
             raise bad_request(f"token id {worst} is past the vocabulary of {tokenizer.vocab_size}", "prompt")
@@ -76,23 +80,19 @@ def _prepare(served: ServedModel, request: GenerationRequest, prompt: Conversati
         raise bad_request(
             f"{served.name} has a context of {context} tokens, the prompt has {len(ids)}: "
             f"it is {len(ids) - context + 1} too long for an answer of one token",
-            "messages" if isinstance(prompt, Conversation) else "prompt",
+            "prompt",
             "context_length_exceeded",
         )
-    room = context - len(ids) if context else DEFAULT_TOKENS
-    tokens = min(request.max_tokens or DEFAULT_TOKENS, room)
-    config = generator.config({**request.settings, "max_new_tokens": tokens})
-    return _Prompt(ids, config)
 
 
 async def _answers(
-    served: ServedModel, prompt: _Prompt, request: GenerationRequest, owner: str, first_choice: int
+    served: ServedModel, run: _Run, request: GenerationRequest, owner: str, first_choice: int
 ) -> AsyncGenerator[Event, None]:
     """All choices of one prompt, over as many sessions as there is room for."""
-    async with _sessions(served, prompt, request.n, owner) as (free, cached):
-        yield Begin(len(prompt.ids), cached)
+    async with _sessions(served, run, request.n, owner) as (free, cached):
+        yield Begin(len(run.ids), cached)
         choices = [
-            _choice(served.generator, prompt, replace(prompt.config, sequence=i), free, first_choice + i, request)
+            _choice(served.generator, run, replace(run.config, sequence=i), free, first_choice + i, request)
             for i in range(request.n)
         ]
         async with aclosing(merged(choices)) as events:
@@ -102,7 +102,7 @@ async def _answers(
 
 @asynccontextmanager
 async def _sessions(
-    served: ServedModel, prompt: _Prompt, n: int, owner: str
+    served: ServedModel, run: _Run, n: int, owner: str
 ) -> AsyncIterator[tuple[asyncio.Queue[Session], int]]:
     """Sessions for n choices, at least one, which share what the prompt has them compute; and how much one had of it.
 
@@ -110,16 +110,16 @@ async def _sessions(
     """
     pool = served.sessions
     try:
-        first = await pool.take(owner, prompt.ids, prompt.reserve_tokens, BUSY_S)
+        first = await pool.take(owner, run.ids, run.reserve_tokens, BUSY_S)
     except NoRoute as error:
         raise served.why_not(str(error)) from error
     held = [first]
     complete = False
     try:
-        cached = common_prefix(first.ids, prompt.ids[:-1])
+        cached = common_prefix(first.ids, run.ids[:-1])
         if n > 1:
             first.rewind(cached)
-            if rest := prompt.ids[cached:-1]:
+            if rest := run.ids[cached:-1]:
                 await first.prefill(rest)
             with contextlib.suppress(PeerError):  # then choices take turns
                 for _ in range(n - 1):
@@ -139,7 +139,7 @@ async def _sessions(
 
 async def _choice(
     generator: Generator,
-    prompt: _Prompt,
+    run: _Run,
     config: GenerationConfig,
     free: asyncio.Queue[Session],
     choice: int,
@@ -147,12 +147,15 @@ async def _choice(
 ) -> AsyncGenerator[Event, None]:
     """One answer, as soon as a session is free."""
     session = await free.get()
-    async with aclosing(await generator.chunks(session, prompt.ids, config)) as chunks:
+    reading = Reading(choice, run.prompt.parser(), run.prompt.one_call)
+    async with aclosing(await generator.chunks(session, run.ids, config)) as chunks:
         async for chunk in chunks:
-            tokens = _scored(chunk, generator.tokenizer) if request.logprobs else ()
-            yield Text(choice, chunk.text, len(chunk.ids), tokens)
-            if chunk.finish_reason:
-                yield Finish(choice, _FINISH.get(chunk.finish_reason, "stop"), chunk.stop_string)
+            scored = _scored(chunk, generator.tokenizer) if request.logprobs else ()
+            yield Tokens(choice, len(chunk.ids), scored)
+            for event in reading.take(chunk):
+                yield event
+            if reading.finished:
+                break
     free.put_nowait(session)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,26 +18,29 @@ from .body import read_body
 from .catalog import Catalog
 from .door import Door
 from .errors import ApiError, api_error
-from .events import Event
+from .events import Begin, Event, Tokens
 from .generation_request import GenerationRequest
 from .keys import Caller
 from .reply import Frame, Reply, StreamedResponse, server_sent, while_connected
+from .served_model import ServedModel
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that was read: what to generate, and the reply to be."""
+    """A request that was read: what to generate, if anything, and the reply to be."""
 
-    request: GenerationRequest
+    model: str
+    request: GenerationRequest | None
     reply: Reply
     streams: bool
 
 
 @dataclass(frozen=True)
 class Api:
-    """`read` makes of a body what is asked, `error` the API's error object, `encode` the bytes of a stream's frame."""
+    """`read` makes of a body what is asked by the owner of a key, `error` the API's error object, `encode` the bytes of
+    a stream's frame."""
 
-    read: Callable[[bytes], Asked]
+    read: Callable[[bytes, str], Asked]
     error: Callable[[ApiError], Mapping[str, Any]]
     encode: Callable[[Frame], bytes] = server_sent
     media_type: str = "text/event-stream"
@@ -54,27 +58,29 @@ class Endpoint:
     async def respond(self, request: Request) -> Response:
         """Raises ApiError, PetalError, ClientGone: before anything is sent."""
         caller = caller_of(request)
-        asked = self._api.read(await read_body(request))
-        served = self._catalog.find(asked.request.model)
-        served.sessions  # noqa: B018 (a model that cannot be served is told of at once)
+        asked = self._api.read(await read_body(request), caller.owner)
+        served = self._catalog.find(asked.model)
         caller.admit()
-        events = self._events(asked, caller)
+        events = self._events(served, asked, caller)
         if not asked.streams:
             return JSONResponse(await while_connected(request, _whole(events, asked.reply)))
         # What fails before the first event still has a status of its own.
         first = await while_connected(request, _first(events))
         return StreamedResponse(self._pieces(first, events, asked.reply), self._api.media_type, self._api.ping)
 
-    async def _events(self, asked: Asked, caller: Caller) -> AsyncGenerator[Event, None]:
-        served = self._catalog.find(asked.request.model)
+    async def _events(self, served: ServedModel, asked: Asked, caller: Caller) -> AsyncGenerator[Event, None]:
+        if asked.request is None:
+            return
+        answered = asked.reply.answer
+        served.sessions  # noqa: B018 (a model that cannot be served is told of at once)
         async with self._door.passage(caller.record.priority):
             try:
                 async with aclosing(answer(served, asked.request, caller.owner)) as events:
                     async for event in events:
-                        asked.reply.answer.add(event)
+                        answered.add(event)
                         yield event
             finally:
-                caller.tokens.spend(asked.reply.answer.tokens)
+                caller.tokens.spend(answered.tokens)
 
     async def _pieces(
         self, first: list[Event], events: AsyncGenerator[Event, None], reply: Reply
@@ -97,8 +103,8 @@ class Endpoint:
 
 async def _whole(events: AsyncGenerator[Event, None], reply: Reply) -> dict[str, Any]:
     async with aclosing(events):
-        async for _ in events:
-            pass
+        async for event in events:
+            deque(reply.frames(event), maxlen=0)  # which fills the reply
     return reply.whole()
 
 
@@ -108,7 +114,7 @@ async def _first(events: AsyncGenerator[Event, None]) -> list[Event]:
     try:
         async for event in events:
             found.append(event)
-            if event.speaks:
+            if not isinstance(event, (Begin, Tokens)):
                 return found
     except BaseException:
         await events.aclose()

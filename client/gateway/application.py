@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -19,14 +20,22 @@ from starlette.routing import Route
 
 from ...protocol.errors import PetalError
 from .access import Guard, Refusal
+from .anthropic import api as anthropic
+from .anthropic.messages_reply import PING
+from .anthropic.messages_request import CountRequest
 from .api import Api, Endpoint
+from .body import parse_body, read_body
 from .catalog import Catalog
 from .door import Door
 from .errors import ApiError, api_error
 from .keys import KeyRing
+from .ollama import api as ollama
 from .openai import api as openai
 from .openai.models import codex_model, model_object
-from .reply import ClientGone
+from .prompt import read_prompt
+from .reply import LINES, ClientGone, line
+from .responses.api import read_response
+from .responses.store import ResponseStore
 
 log = logging.getLogger(__name__)
 
@@ -71,20 +80,52 @@ def _generation(catalog: Catalog, door: Door) -> list[Route]:
     apis = {
         "/v1/chat/completions": Api(openai.read_chat, openai.error_object),
         "/v1/completions": Api(openai.read_completion, openai.error_object),
+        "/v1/responses": Api(partial(read_response, ResponseStore()), openai.error_object),
+        "/v1/messages": Api(anthropic.read_messages, anthropic.error_object, ping=PING),
+        "/api/chat": Api(ollama.read_chat, ollama.error_object, line, LINES, ping=b""),
+        "/api/generate": Api(ollama.read_generate, ollama.error_object, line, LINES, ping=b""),
     }
     return [Route(path, Endpoint(api, catalog, door).respond, methods=["POST"]) for path, api in apis.items()]
 
 
 def _lists(catalog: Catalog) -> list[Route]:
+    listed = list(catalog)
+
     async def models(request: Request) -> Response:
-        listed = list(catalog)
+        if anthropic.VERSION_HEADER in request.headers:
+            return JSONResponse(anthropic.model_list(listed))
         said = {"object": "list", "data": [model_object(m) for m in listed], "models": [codex_model(m) for m in listed]}
         return JSONResponse(said)
 
     async def model(request: Request) -> Response:
-        return JSONResponse(model_object(catalog.find(request.path_params["name"])))
+        found = catalog.find(request.path_params["name"])
+        shape = anthropic.model_object if anthropic.VERSION_HEADER in request.headers else model_object
+        return JSONResponse(shape(found))
 
-    return [Route("/v1/models", models), Route("/v1/models/{name:path}", model)]
+    async def count(request: Request) -> Response:
+        asked = parse_body(await read_body(request), CountRequest)
+        served = catalog.find(asked.model)
+        return JSONResponse({"input_tokens": len(read_prompt(served.generator, asked.conversation()).ids)})
+
+    async def show(request: Request) -> Response:
+        asked = parse_body(await read_body(request), ollama.ShowRequest)
+        return JSONResponse(ollama.shown(catalog.find(asked.model or asked.name or "")))
+
+    async def tags(request: Request) -> Response:
+        return JSONResponse(ollama.model_list(listed))
+
+    async def version(request: Request) -> Response:
+        return JSONResponse({"version": ollama.VERSION})
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/v1/messages/count_tokens", count, methods=["POST"]),
+        Route("/api/show", show, methods=["POST"]),
+        Route("/api/tags", tags),
+        Route("/api/ps", tags),
+        Route("/api/version", version),
+    ]
 
 
 def _health(catalog: Catalog) -> Callable[[Request], Any]:
@@ -96,7 +137,11 @@ def _health(catalog: Catalog) -> Callable[[Request], Any]:
 
 
 def _error_response(connection: HTTPConnection, error: ApiError) -> Response:
-    shape: Callable[[ApiError], Mapping[str, Any]] = openai.error_object
+    path, shape = connection.url.path, openai.error_object
+    if path.startswith("/api/"):
+        shape = ollama.error_object
+    elif path.startswith("/v1/messages") or anthropic.VERSION_HEADER in connection.headers:
+        shape = anthropic.error_object
     return JSONResponse(shape(error), error.status, error.headers)
 
 

@@ -24,24 +24,50 @@ class Begin:
 
     prompt_tokens: int
     cached_tokens: int
-    speaks = False
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """`choice` gained so many tokens; what they say comes with other events, or later. `scored`: where asked for."""
+
+    choice: int
+    count: int
+    scored: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True)
 class Text:
-    """What `choice` gained by `count` tokens; `tokens` are these, where they were asked for.
-
-    Text that may turn out to be part of something else is held back: it may be empty.
-    """
+    """Text that `choice` gained."""
 
     choice: int
     text: str
-    count: int
-    tokens: tuple[ScoredToken, ...] = ()
 
-    @property
-    def speaks(self) -> bool:
-        return bool(self.text or self.tokens)
+
+@dataclass(frozen=True)
+class Reasoning:
+    """What `choice` thinks, as far as the model marks it."""
+
+    choice: int
+    text: str
+
+
+@dataclass(frozen=True)
+class CallBegin:
+    """The next call of a tool in `choice`; `call` counts them from 0."""
+
+    choice: int
+    call: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """More of a call's arguments: a piece of a JSON text."""
+
+    choice: int
+    call: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -51,10 +77,19 @@ class Finish:
     choice: int
     reason: FinishReason
     stop: str | None = None
-    speaks = True
 
 
-Event = Begin | Text | Finish
+Said = Text | Reasoning | CallBegin | CallArguments
+Event = Begin | Tokens | Said | Finish
+
+
+@dataclass
+class Call:
+    """A call of a tool so far."""
+
+    id: str
+    name: str
+    arguments: str = ""
 
 
 @dataclass
@@ -62,17 +97,26 @@ class Choice:
     """One answer so far."""
 
     text: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
     count: int = 0
     tokens: list[ScoredToken] = field(default_factory=list)
     finish: Finish | None = None
 
-    def add(self, event: Text | Finish) -> None:
-        if isinstance(event, Finish):
-            self.finish = event
-        else:
-            self.text += event.text
+    def add(self, event: Tokens | Said | Finish) -> None:
+        if isinstance(event, Tokens):
             self.count += event.count
-            self.tokens += event.tokens
+            self.tokens += event.scored
+        elif isinstance(event, Text):
+            self.text += event.text
+        elif isinstance(event, Reasoning):
+            self.reasoning += event.text
+        elif isinstance(event, CallBegin):
+            self.calls.append(Call(event.id, event.name))
+        elif isinstance(event, CallArguments):
+            self.calls[event.call].arguments += event.text
+        else:
+            self.finish = event
 
 
 @dataclass

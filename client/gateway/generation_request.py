@@ -13,13 +13,17 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages and tools as chat templates take them; `variables` reach the template as they are."""
+    """Messages and functions in OpenAI's words, which chat templates take; `variables` reach the template as they are.
+
+    `one_call`: at most one function is called.
+    """
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     # Whether the last message, the assistant's, is to be gone on with.
     goes_on: bool = False
+    one_call: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,4 +40,3 @@ class GenerationRequest:
     max_tokens: int | None = None
     n: int = 1
     logprobs: bool = False
-    echo: bool = False

@@ -20,6 +20,7 @@ from .events import Answer, Event
 UNREAD_S = 30.0
 # Proxies close connections on which nothing happens.
 PING_S = 15.0
+LINES = "application/x-ndjson"
 T = TypeVar("T")
 
 
@@ -58,7 +59,7 @@ def server_sent(frame: Frame) -> bytes:
 
 
 def line(frame: Frame) -> bytes:
-    """As a line of application/x-ndjson."""
+    """As one of LINES."""
     return f"{to_json(frame.data)}\n".encode()
 
 
@@ -72,10 +73,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
             raise ClientGone
         return task.result()
     finally:
-        for each in (task, gone):
-            each.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await each
+        await _end(task)
+        await _end(gone)
 
 
 class StreamedResponse(Response):
@@ -96,10 +95,8 @@ class StreamedResponse(Response):
                 with contextlib.suppress(asyncio.TimeoutError):  # nobody reads: the connection ends unfinished
                     sending.result()
         finally:
-            for each in (sending, gone):
-                each.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await each
+            await _end(sending)
+            await _end(gone)
             await self._pieces.aclose()
 
     async def _send(self, send: Send) -> None:
@@ -127,10 +124,17 @@ class StreamedResponse(Response):
                 coming = None
                 yield piece
         finally:
-            if coming and not coming.done():
-                coming.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await coming
+            if coming:
+                await _end(coming)
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    """Cancel until it is over: before Python 3.12 `wait_for` may lose a cancellation that comes with its result."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.05)
+    if not task.cancelled():
+        task.exception()  # whoever needed it has it
 
 
 async def _hang_up(receive: Receive) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -44,9 +44,9 @@ class Tokenizer:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids out of range vanish."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
-    def detokenizer(self, skip_special: bool = True) -> Detokenizer:
-        """A decoder for one stream of ids."""
-        return Detokenizer(self, skip_special)
+    def detokenizer(self, skip_special: bool = True, visible: Collection[int] = ()) -> Detokenizer:
+        """A decoder for one stream of ids; `visible` special ids are text whatever `skip_special` says."""
+        return Detokenizer(self, skip_special, visible)
 
     def render_chat(
         self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -121,8 +121,11 @@ class Detokenizer:
     Own code: `tokenizers.decoders.DecodeStream` raises where a later byte changes what earlier ones were decoded to.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, visible: Collection[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        # Ids that are left out never come as far as the library.
+        self._silences, self._visible = skip_special, visible
+        self._skip_special = skip_special and not visible
         self._window: list[int] = []
         self._sent = 0
 
@@ -133,7 +136,7 @@ class Detokenizer:
 
     def add(self, id: int) -> str:
         """The text that `id` completes; never part of a UTF-8 character."""
-        if self._tokenizer.is_silent(id, self._skip_special):
+        if self._tokenizer.is_silent(id, self._silences and id not in self._visible):
             return ""
         self._window.append(id)
         # Bytes are decoded as one run, which one bad byte spoils as a whole: until it ends, none of it is certain.

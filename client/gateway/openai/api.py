@@ -22,15 +22,15 @@ _TYPES = {
 }
 
 
-def read_chat(body: bytes) -> Asked:
+def read_chat(body: bytes, owner: str) -> Asked:
     """Raises ApiError."""
     asked = parse_body(body, ChatRequest)
     request = asked.generation_request()
     reply = ChatReply(request.model, request.n, asked.top_logprobs or 0, request.logprobs, asked.includes_usage)
-    return Asked(request, reply, bool(asked.stream))
+    return Asked(asked.model, request, reply, bool(asked.stream))
 
 
-def read_completion(body: bytes) -> Asked:
+def read_completion(body: bytes, owner: str) -> Asked:
     """Raises ApiError."""
     asked = parse_body(body, CompletionRequest)
     request = asked.generation_request()
@@ -42,7 +42,7 @@ def read_completion(body: bytes) -> Asked:
             raise ApiError(HTTPStatus.BAD_REQUEST, "echo=true needs prompts that are text", param="echo")
         echoed = [text for text in texts for _ in range(request.n)]
     reply = CompletionReply(request.model, choices, asked.logprobs, echoed, asked.includes_usage)
-    return Asked(request, reply, bool(asked.stream))
+    return Asked(asked.model, request, reply, bool(asked.stream))
 
 
 def error_object(error: ApiError) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..events import Answer, Choice, Event, Finish, ScoredToken, Text
+from ..events import Answer, CallArguments, CallBegin, Choice, Event, Finish, Reasoning, ScoredToken, Text, Tokens
 from ..reply import Frame
 from .usage import usage
 
@@ -32,11 +32,21 @@ class ChatReply:
 
     def frames(self, event: Event) -> Iterator[Frame]:
         """What a stream says of an event."""
-        if isinstance(event, Text) and event.speaks:
-            scores = self._scores(event.tokens) if self._logprobs else None
-            yield from self._delta(event.choice, {"content": event.text}, scores)
+        if isinstance(event, Tokens) and event.scored:
+            yield self._delta(event.choice, {}, self._scores(event.scored))
+        elif isinstance(event, Text):
+            yield self._delta(event.choice, {"content": event.text})
+        elif isinstance(event, Reasoning):
+            yield self._delta(event.choice, {"reasoning_content": event.text})
+        elif isinstance(event, CallBegin):
+            function = {"name": event.name, "arguments": ""}
+            call = {"index": event.call, "id": event.id, "type": "function", "function": function}
+            yield self._delta(event.choice, {"tool_calls": [call]})
+        elif isinstance(event, CallArguments):
+            call = {"index": event.call, "function": {"arguments": event.text}}
+            yield self._delta(event.choice, {"tool_calls": [call]})
         elif isinstance(event, Finish):
-            yield from self._delta(event.choice, {}, None, event.reason)
+            yield self._delta(event.choice, {}, None, event.reason)
 
     def end(self) -> Iterator[Frame]:
         """What a stream ends with."""
@@ -44,22 +54,29 @@ class ChatReply:
             yield Frame({**self._chunk_head(), "choices": [], "usage": usage(self.answer)})
         yield Frame("[DONE]")
 
-    def _delta(
-        self, choice: int, delta: Json, logprobs: Json | None, finish_reason: str | None = None
-    ) -> Iterator[Frame]:
+    def _delta(self, choice: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> Frame:
         if choice in self._silent:
             self._silent.remove(choice)
             delta = {"role": "assistant", "content": "", **delta}
         said = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        yield Frame({**self._chunk_head(), "choices": [said], **({"usage": None} if self._includes_usage else {})})
+        return Frame({**self._chunk_head(), "choices": [said], **({"usage": None} if self._includes_usage else {})})
 
     def _chunk_head(self) -> Json:
         return {**self._head, "object": "chat.completion.chunk"}
 
     def _whole_choice(self, at: int, choice: Choice) -> Json:
+        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
+        if choice.calls:
+            message["content"] = choice.text or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in choice.calls
+            ]
         return {
             "index": at,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._scores(choice.tokens) if self._logprobs else None,
             "finish_reason": choice.finish.reason if choice.finish else None,
         }

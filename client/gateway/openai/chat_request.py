@@ -6,12 +6,25 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ..body import TolerantBody
 from ..errors import bad_request
+from ..functions import MOST_TOOLS, function
 from ..generation_request import Conversation, GenerationRequest
 from .messages import Messages, template_messages
 from .sampling_fields import Count, SamplingFields
 
 MOST_TOP_LOGPROBS = 20
+
+
+class Function(TolerantBody):
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(TolerantBody):
+    type: Literal["function"]
+    function: Function
 
 
 class ChatRequest(SamplingFields):
@@ -23,6 +36,9 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(None, max_length=32)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -53,10 +69,21 @@ class ChatRequest(SamplingFields):
         variables = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
             variables["reasoning_effort"] = self.reasoning_effort
+        if self.tool_choice not in (None, "auto", "none"):
+            raise bad_request("tool_choice can be auto or none", "tool_choice", "unsupported_parameter")
+        functions = [] if self.tool_choice == "none" else [tool.function for tool in self.tools or ()]
         goes_on = bool(self.continue_final_message) or self.add_generation_prompt is False
         return GenerationRequest(
             model=self.model,
-            prompts=[Conversation(template_messages(self.messages), variables=variables, goes_on=goes_on)],
+            prompts=[
+                Conversation(
+                    template_messages(self.messages),
+                    [function(f.name, f.description, f.parameters) for f in functions],
+                    variables,
+                    goes_on,
+                    one_call=self.parallel_tool_calls is False,
+                )
+            ],
             settings=self.settings(max(1, self.top_logprobs or 0) if self.logprobs else 0),
             max_tokens=self.max_completion_tokens or self.max_tokens,
             n=self.n or 1,

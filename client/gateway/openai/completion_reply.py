@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..events import Answer, Event, Finish, ScoredToken, Text
+from ..events import Answer, Event, Finish, ScoredToken, Text, Tokens
 from ..reply import Frame
 from .usage import usage
 
@@ -29,12 +29,15 @@ class CompletionReply:
             "model": model,
         }
         self._top = top
-        self._echoed = dict(enumerate(echoed))
+        self._echoed = echoed
         self._includes_usage = includes_usage
-        # Characters of each choice that are out already.
+        # Of each choice: what its text still begins with, and characters of tokens that are out already.
+        self._unsaid = list(echoed) or [""] * choices
         self._offsets = [0] * choices
 
     def whole(self) -> Json:
+        self._unsaid = list(self._echoed) or [""] * len(self._offsets)
+        self._offsets = [0] * len(self._offsets)
         choices = [
             self._choice(at, each.text, each.tokens, each.finish.reason if each.finish else None)
             for at, each in enumerate(self.answer.choices)
@@ -42,8 +45,10 @@ class CompletionReply:
         return {**self._head, "choices": choices, "usage": usage(self.answer)}
 
     def frames(self, event: Event) -> Iterator[Frame]:
-        if isinstance(event, Text) and event.speaks:
-            yield self._frame(self._choice(event.choice, event.text, event.tokens, None))
+        if isinstance(event, Tokens) and event.scored:
+            yield self._frame(self._choice(event.choice, "", event.scored, None))
+        elif isinstance(event, Text):
+            yield self._frame(self._choice(event.choice, event.text, (), None))
         elif isinstance(event, Finish):
             yield self._frame(self._choice(event.choice, "", (), event.reason))
 
@@ -56,8 +61,8 @@ class CompletionReply:
         return Frame({**self._head, "choices": [choice], **({"usage": None} if self._includes_usage else {})})
 
     def _choice(self, at: int, text: str, tokens: Sequence[ScoredToken], finish_reason: str | None) -> Json:
-        text = self._echoed.pop(at, "") + text
-        logprobs = None if self._top is None else self._scores(at, tokens, self._top)
+        text, self._unsaid[at] = self._unsaid[at] + text, ""
+        logprobs = None if self._top is None or not tokens else self._scores(at, tokens, self._top)
         return {"index": at, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _scores(self, at: int, tokens: Sequence[ScoredToken], top: int) -> Json:

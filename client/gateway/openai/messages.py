@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from pydantic_core import from_json
 
 from ..body import TolerantBody
 from ..errors import bad_request
+from ..functions import call
 from ..generation_request import Message
 
 MOST_MESSAGES = 4096
@@ -56,7 +56,7 @@ def _template_message(message: ChatMessage, at: int) -> Message:
         if (value := getattr(message, name)) is not None:
             said[name] = value
     if message.tool_calls:
-        said["tool_calls"] = [_template_call(call, f"messages.{at}.tool_calls") for call in message.tool_calls]
+        said["tool_calls"] = [_call(each, f"messages.{at}.tool_calls") for each in message.tool_calls]
     return said
 
 
@@ -69,16 +69,7 @@ def _text(content: str | Sequence[ContentPart] | None, where: str) -> str:
     return "".join(part.text or part.refusal or "" for part in content)
 
 
-def _template_call(call: ToolCall, where: str) -> dict[str, Any]:
-    """Templates write arguments as they need them, hence get an object, not its text."""
-    if call.function is None:
-        raise bad_request(f"a tool call of type {call.type[:40]!r} is not supported, function is", where)
-    try:
-        arguments = from_json(call.function.arguments or "{}", allow_inf_nan=False)
-    except ValueError:
-        arguments = call.function.arguments  # what a model wrote is no JSON: templates get it as it was
-    return {
-        "id": call.id or "",
-        "type": "function",
-        "function": {"name": call.function.name, "arguments": arguments},
-    }
+def _call(made: ToolCall, where: str) -> dict[str, Any]:
+    if made.function is None:
+        raise bad_request(f"a tool call of type {made.type[:40]!r} is not supported, function is", where)
+    return call(made.id or "", made.function.name, made.function.arguments)

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import json
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,13 @@ from typing import Any
 
 import httpx
 import pytest
+from petal.client.config import GenerationConfig
 from petal.client.gateway.application import GatewayLimits
 from petal.client.gateway.keys import KeyRecord, KeyRing
 from petal.client.gateway.program import GatewayServer, served_model
+from petal.client.generation import Generator
+from petal.client.output import OutputChunk
+from petal.client.session.session import Session
 from petal.client.swarm import AsyncSwarmModel
 from transformers import LlamaForCausalLM
 
@@ -62,9 +66,27 @@ async def local_gateway(
 
 
 TEMPLATE = (
-    "{% for message in messages %}{{ '<' + message.role + '>' + message.content + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    "{% if tools %}{{ '<tools>' + tools | tojson + '</tools> answer in <tool_call>' }}{% endif %}"
+    "{% for message in messages %}{{ '<' + message.role + '>' + message.content + '\n' }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name + call.function.arguments | tojson }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}{# <think> </think> #}"
 )
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    """From now on every model says this, some characters at a time."""
+
+    async def chunks(
+        generator: Generator, session: Session, ids: Sequence[int], config: GenerationConfig
+    ) -> AsyncGenerator[OutputChunk, None]:
+        async def said() -> AsyncGenerator[OutputChunk, None]:
+            for at in range(0, len(words), 5):
+                last = at + 5 >= len(words)
+                yield OutputChunk([0], words[at : at + 5], finish_reason="stop" if last else None)
+
+        return said()
+
+    monkeypatch.setattr(Generator, "chunks", chunks)
 
 
 @functools.cache

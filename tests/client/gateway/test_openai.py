@@ -11,7 +11,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from .gateways import Bench, bench
+from .gateways import Bench, bench, scripted
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hello."}]
@@ -145,3 +145,33 @@ async def test_conversation_that_grows_is_not_read_again(door: Bench, client: op
     assert second.usage.prompt_tokens_details is not None
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens - len("<assistant>") - 1
     assert second.choices[0].message.content == await door.plain.generate(grown, max_new_tokens=8)
+
+
+async def test_tools_and_reasoning(door: Bench, client: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    scripted(monkeypatch, f"<think>Hm.</think>Let me see.\n{call}\n{call}")
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    asked: Any = {"model": door.model, "messages": MESSAGES, "tools": tools}
+    message = (await client.chat.completions.create(**asked)).choices[0]
+    assert message.finish_reason == "tool_calls"
+    assert message.message.content == "Let me see."
+    assert message.message.model_extra == {"reasoning_content": "Hm."}
+    calls = message.message.tool_calls or []
+    assert [call.function.arguments for call in calls] == ['{"city": "Paris"}'] * 2
+    pieces = [piece.choices[0] async for piece in await client.chat.completions.create(**asked, stream=True)]
+    deltas = [call for piece in pieces for call in piece.delta.tool_calls or ()]
+    for index in (0, 1):
+        mine = [call for call in deltas if call.index == index]
+        assert mine[0].function.name == "weather"
+        assert "".join(call.function.arguments or "" for call in mine) == '{"city": "Paris"}'
+    assert pieces[-1].finish_reason == "tool_calls"
+    one = await client.chat.completions.create(**asked, parallel_tool_calls=False)
+    assert len(one.choices[0].message.tool_calls or ()) == 1
+    none = await client.chat.completions.create(**asked, tool_choice="none")
+    assert none.choices[0].message.tool_calls is None
+    results: Any = [
+        *MESSAGES,
+        message.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": calls[0].id, "content": "Sunny"},
+    ]
+    assert (await client.chat.completions.create(**{**asked, "messages": results})).choices
