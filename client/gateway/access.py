@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, BaseUser
 from starlette.requests import HTTPConnection, Request
 
+from ...protocol.errors import PetalError
 from ...protocol.host import is_loopback
 from .errors import ApiError
 from .keys import Caller, KeyRing
@@ -16,7 +17,7 @@ from .keys import Caller, KeyRing
 OPEN_PATHS = frozenset({"/health"})
 
 
-class Refusal(AuthenticationError):
+class Refusal(AuthenticationError, PetalError):
     """An ApiError on its way through Starlette's middleware."""
 
     def __init__(self, error: ApiError) -> None:

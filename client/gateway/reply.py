@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ...protocol.errors import PetalError
 from .events import Answer, Event
 
 # A client that takes nothing for so long is gone.
@@ -42,7 +43,7 @@ class Reply(Protocol):
     def end(self) -> Iterator[Frame]: ...
 
 
-class ClientGone(Exception):
+class ClientGone(PetalError):
     """Nobody waits for the answer any more."""
 
 

@@ -250,7 +250,7 @@ async def test_other_weights_than_the_peers_are_noticed(tmp_path: Path) -> None:
     """The same config and names, another training: the model's digest cannot tell."""
     other = shutil.copytree(tiny_llama(1), tmp_path / tiny_llama(0).name)
     async with local_swarm(tiny_llama(0), spans(4, 1)) as swarm:
-        with pytest.raises(ConnectError, match=r"the head of tiny-llama-0 here differs from that of the peers"):
+        with pytest.raises(ConnectError, match=rf"the head of {other.name} here differs from that of the peers"):
             await AsyncSwarmModel.connect(str(other), [swarm.address], wait_s=20, local_ends=True)
 
 

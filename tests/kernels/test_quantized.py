@@ -188,7 +188,7 @@ def test_an_adapter_adds_its_product():
 def test_a_device_is_named_or_refused_in_one_sentence(caplog: pytest.LogCaptureFixture):
     assert backend_for("cpu").name == "cpu" or kernels() is None
     for device, said in (
-        ("abacus", "choose one of cpu, cuda"),
+        ("abacus", "choose one of auto, cpu, cuda"),
         ("cpu:1", "one CPU"),
         ("xpu:77", "cannot be used here"),
     ):

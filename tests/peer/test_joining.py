@@ -83,7 +83,7 @@ def test_who_cannot_or_will_not_fit_in_is_told() -> None:
     notes: list[str] = []
     taken = joiner(notes).precision([peer(0, 2, "gguf", "bf16"), peer(0, 1, "from the future", "fp2")])
     assert taken.quant == "none"
-    assert "serves tiny-llama-0 in gguf (bf16), this peer in float32" in notes.pop()
+    assert f"serves {tiny_llama(0).name} in gguf (bf16), this peer in float32" in notes.pop()
     joiner(notes, quant="int4").precision([peer(0, 2)])
     assert "leave --quant and --dtype out" in notes.pop()
 
@@ -136,12 +136,12 @@ def test_blocks_are_counted_in_the_joiners_own_profile() -> None:
     precision = fresh.precision(records)
     assert precision.quant == "int8"
     assert fresh.blocks(precision, records) == range(1, 2)
-    assert "taking blocks 1:2 of tiny-llama-0: nobody serves them yet" in notes
+    assert f"taking blocks 1:2 of {tiny_llama(0).name}: nobody serves them yet" in notes
 
 
 def test_more_blocks_than_there_are_is_no_wish() -> None:
     greedy = joiner([], num_blocks=500)
-    with pytest.raises(ServeError, match="--num-blocks 500 is more than the 4 blocks of tiny-llama-0"):
+    with pytest.raises(ServeError, match=f"--num-blocks 500 is more than the 4 blocks of {tiny_llama(0).name}$"):
         greedy.blocks(greedy.precision([]), [])
 
 
