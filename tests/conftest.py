@@ -19,6 +19,11 @@ settings.register_profile("other", deadline=None, suppress_health_check=[HealthC
 settings.load_profile(os.environ.get("PETAL_EXAMPLES", "same"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits for long begins first: meanwhile the other workers compute."""
+    items.sort(key=lambda item: item.get_closest_marker("waits") is None)
+
+
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A home of its own: what one test pins or joins is nobody else's."""

@@ -17,6 +17,7 @@ def test_plans_are_functions_of_their_seed_and_cover_every_fault() -> None:
     assert {place for each in plans for place in each.places} == {0, 1, 2}
 
 
+@pytest.mark.waits
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("hosts", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_every_fault_once(hosts: int, capsys: pytest.CaptureFixture[str]) -> None:
