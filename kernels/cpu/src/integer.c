@@ -24,6 +24,21 @@ INLINE i32x16 dot(i32x16 sums, u8x64 codes, const int8_t *x)
     int32_t four;
     memcpy(&four, x, sizeof four);
     return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
+#elif defined(__AVX2__)
+    /* Even and odd depths apart, as 16 bits: sums of two products of 8 bits would not fit. */
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    __m256i xs = _mm256_set1_epi32(four), low = _mm256_set1_epi16(255), halves[2], added[2];
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8), odd = _mm256_srai_epi16(xs, 8);
+    memcpy(halves, &codes, sizeof halves);
+    memcpy(added, &sums, sizeof added);
+    for (int i = 0; i < 2; i++) {
+        __m256i evens = _mm256_madd_epi16(_mm256_and_si256(halves[i], low), even);
+        __m256i odds = _mm256_madd_epi16(_mm256_srli_epi16(halves[i], 8), odd);
+        added[i] = _mm256_add_epi32(added[i], _mm256_add_epi32(evens, odds));
+    }
+    memcpy(&sums, added, sizeof sums);
+    return sums;
 #else
     u32x16 fours = (u32x16)codes;
     for (int i = 0; i < 4; i++)

@@ -12,7 +12,7 @@
 #include "linear.h"
 
 #include <math.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -184,6 +184,13 @@ INLINE u8x64 look_up(u8x64 codes, const uint8_t table[16])
 #ifdef __AVX512BW__
     __m512i wide = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
     return (u8x64)_mm512_shuffle_epi8(wide, (__m512i)codes);
+#elif defined(__AVX2__)
+    __m256i wide = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), halves[2];
+    memcpy(halves, &codes, sizeof halves);
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm256_shuffle_epi8(wide, halves[i]);
+    memcpy(&codes, halves, sizeof codes);
+    return codes;
 #else
     uint8_t bytes[64];
     memcpy(bytes, &codes, sizeof bytes);
@@ -197,11 +204,12 @@ INLINE u8x64 look_up(u8x64 codes, const uint8_t table[16])
 INLINE void read_codes(const codes_t codes, const uint8_t *from, int i, const uint8_t levels[2][16], u8x64 to[2])
 {
     u8x64 bytes = *(const u8x64 *)(from + (codes == EIGHT_BITS ? i : i % 4) * 64);
+    u32x16 fours = (u32x16)bytes; /* processors shift no bytes */
     if (codes == FOUR_BITS) {
-        to[0] = bytes << (i < 4 ? 4 : 0) & 0xf0;
-        to[1] = bytes >> (i < 4 ? 0 : 4) & 15;
+        to[0] = (u8x64)(fours << (i < 4 ? 4 : 0) & 0xf0f0f0f0);
+        to[1] = (u8x64)(fours >> (i < 4 ? 0 : 4) & 0x0f0f0f0f);
     } else if (codes == LEVELS) {
-        u8x64 code = bytes >> (i < 4 ? 0 : 4) & 15;
+        u8x64 code = (u8x64)(fours >> (i < 4 ? 0 : 4) & 0x0f0f0f0f);
         to[0] = look_up(code, levels[0]);
         to[1] = look_up(code, levels[1]);
     } else {
