@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..protocol.host import WILDCARDS, outward_host, with_port
 from .limits.quotas import NO_QUOTAS, Quotas
+from .limits.rates import USUAL_RATES, CallRates
 
 # What a person may choose; which backend that is, `kernels/registry.py` says.
 DEVICES = ("auto", "cpu", "cuda", "rocm", "mps", "xpu")
@@ -59,6 +60,7 @@ class ServeOptions:
     grace_s: float = 30.0
     replay_bytes: int = 1 << 30
     quotas: Quotas = NO_QUOTAS
+    rates: CallRates = USUAL_RATES
 
     def contradiction(self) -> str:
         """Which options exclude each other, and what to do; empty where none do."""

@@ -34,13 +34,17 @@ from .identity import Claim
 from .joining import Joiner, ServeError, cache_tokens
 from .limits.admission import Admission
 from .limits.memory import give_back
+from .limits.rates import CallRates
 from .model.precision import NONE
 from .options import ServeOptions
 from .ports import Ports
 from .progress import StartProgress
 from .rpc.announcement import Announcement
+from .rpc.connections import Connections
+from .rpc.flood_guard import FloodGuard
 from .rpc.open_checks import FEATURES, ServiceInfo
 from .rpc.service import PeerService
+from .rpc.sessions import Sessions
 from .throughput import decode_tokens_per_s, free_bytes
 
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner", "ffn_dim")
@@ -73,9 +77,10 @@ class PeerServer:
         self.trust: Trust = PublicTrust(self.identity)
         if options.join is not None:
             self.trust = await join(options.join, self.identity, self._claim.memberships)
-        self._grpc = grpc.aio.server(interceptors=[TrustInterceptor(self.trust)], options=SERVER_OPTIONS)
+        self._connections = Connections()
+        self._grpc = grpc_server(options.rates, self._connections, self.trust)
         self._ports = Ports(options, self._claim, self._progress.note)
-        self.port = self._ports.bind(self._grpc, self.trust.server_credentials())
+        self.port = self._connections.port = self._ports.bind(self._grpc, self.trust.server_credentials())
         self.address = options.announced(self.port)
         if is_loopback(self.address.rpartition(":")[0]) and options.host in WILDCARDS:
             self._progress.note(
@@ -164,15 +169,16 @@ class PeerServer:
             idle_s=self.options.idle_s,
             replay_bytes=self.options.replay_bytes,
         )
-        resolve, quotas = self.announcement.resolve, self.options.quotas
-        self.service = PeerService(info, self.engine, self.admission, self.trust, resolve, quotas)
+        quotas, rate = self.options.quotas, self.options.rates.identity
+        sessions = Sessions(info, self.engine, self.admission, self.trust, quotas, rate)
+        self.service = PeerService(sessions, self.trust, self.announcement.resolve, self._connections)
         add_PeerServicer_to_server(self.service, self._grpc)
         add_DirectoryServicer_to_server(self.announcement.service(), self._grpc)
         await self.announcement.prepare()
         self.engine.start()
         await self._grpc.start()
         watchdog = Watchdog(self.engine.thread, self.engine.call, self._stall_s(), self._fall)
-        self._background = [asyncio.create_task(work) for work in (watchdog.run(), give_back())]
+        self._background = asyncio.gather(watchdog.run(), give_back(), self._connections.keep_room())
         await self.announcement.start(self.options.publish_s, self.service.sweep)
 
     def _stall_s(self) -> float:
@@ -196,8 +202,7 @@ class PeerServer:
 
     async def stop(self) -> None:
         """Take no new sessions, withdraw the record, end what runs, leave the DHT."""
-        for task in self._background:
-            task.cancel()
+        self._background.cancel()
         self.service.sessions.draining = True
         await self.announcement.stop()
         await self.service.close()
@@ -246,6 +251,14 @@ class PeerServer:
 
     def _model_digest(self) -> bytes:
         return bytes.fromhex(self.checkpoint.digest())
+
+
+def grpc_server(rates: CallRates, connections: Connections, trust: Trust) -> grpc.aio.Server:
+    """What callers meet first: a budget of connections, rates of calls, then whom this peer trusts."""
+    return grpc.aio.server(
+        interceptors=[FloodGuard(rates, connections), TrustInterceptor(trust)],
+        options=[*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections.budget)],
+    )
 
 
 def set_up(options: ServeOptions, backend: Backend, checkpoint: Checkpoint) -> None:

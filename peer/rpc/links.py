@@ -16,6 +16,7 @@ from ...protocol.wire.limits import WINDOW_BYTES
 from ..session.next_hop import LinkFailed
 from ..session.session import PeerSession
 from ..session.spec import SessionFailed, invalid
+from .connections import Connections
 from .sessions import Sessions
 from .streams import Writer, abort, first_of, run_until_one_ends, start_answering, unreadable
 
@@ -26,10 +27,11 @@ Resolve = Callable[[str, bool], Awaitable[pb.PeerRecord | None]]
 class Links:
     """Both kinds, and the channels to next peers."""
 
-    def __init__(self, sessions: Sessions, trust: Trust, resolve: Resolve) -> None:
+    def __init__(self, sessions: Sessions, trust: Trust, resolve: Resolve, connections: Connections) -> None:
         self._sessions = sessions
         self._trust = trust
         self._resolve = resolve
+        self._connections = connections
         self._channels = Channels(trust)
         self._from: dict[asyncio.Task[Any], Principal] = {}
 
@@ -55,7 +57,8 @@ class Links:
         assert link
         self._from[link] = principal
         try:
-            ended = await run_until_one_ends(_read(session, requests), writer.run(), writer.watch())
+            with self._connections.serving(context.peer()):
+                ended = await run_until_one_ends(_read(session, requests), writer.run(), writer.watch())
         finally:
             del self._from[link]
         if ended:

@@ -11,13 +11,10 @@ from google.protobuf.message import DecodeError
 from ...protocol import petal_pb2 as pb
 from ...protocol.petal_pb2_grpc import PeerServicer
 from ...protocol.trust.trust import Trust
-from ..engine.engine import Engine
-from ..limits.admission import Admission
-from ..limits.quotas import NO_QUOTAS, Quotas
 from ..session.session import PeerSession
 from ..session.spec import SessionFailed, invalid
+from .connections import Connections
 from .links import Links, Resolve
-from .open_checks import ServiceInfo
 from .sessions import Sessions
 from .streams import Writer, abort, first_of, run_until_one_ends, start_answering, unreadable
 
@@ -25,17 +22,10 @@ from .streams import Writer, abort, first_of, run_until_one_ends, start_answerin
 class PeerService(PeerServicer):
     """Streams in, and what they are about."""
 
-    def __init__(
-        self,
-        info: ServiceInfo,
-        engine: Engine,
-        admission: Admission,
-        trust: Trust,
-        resolve: Resolve,
-        quotas: Quotas = NO_QUOTAS,
-    ) -> None:
-        self.sessions = Sessions(info, engine, admission, trust, quotas)
-        self._links = Links(self.sessions, trust, resolve)
+    def __init__(self, sessions: Sessions, trust: Trust, resolve: Resolve, connections: Connections) -> None:
+        self.sessions = sessions
+        self._links = Links(sessions, trust, resolve, connections)
+        self._connections = connections
 
     def sweep(self) -> None:
         """Cut the streams of whoever is not trusted any more, on either side of this peer."""
@@ -59,7 +49,8 @@ class PeerService(PeerServicer):
         try:
             await start_answering(context)
             work = (self._read(session, requests), writer.run(), writer.watch(), self._expire(session))
-            ended = await run_until_one_ends(*work, failed=session.failed)
+            with self._connections.serving(context.peer()):
+                ended = await run_until_one_ends(*work, failed=session.failed)
         finally:
             # Also when the client vanished and gRPC cancels this handler: its pages are free at once.
             self.sessions.close(session)

@@ -14,6 +14,7 @@ from ..engine.fair_queue import Tenant
 from ..limits.admission import Admission
 from ..limits.answers import in_the_way
 from ..limits.quotas import Quotas, QuotaUsage, QuotaUsages
+from ..limits.rates import Buckets, Rate
 from ..limits.refused import Refused
 from ..session.replay import ReplayBudget
 from ..session.session import FrameWriter, PeerSession
@@ -26,6 +27,7 @@ DRAIN_IDLE_S = 3.0
 _REVOKED = SessionFailed(Status.PERMISSION_DENIED, "your membership of this swarm was revoked or has run out")
 _LEAVING = SessionFailed(Status.UNAVAILABLE, "this peer is shutting down")
 _GAVE_WAY = SessionFailed(Status.ABORTED, "this session gave way to others; resume it where there is room")
+_TOO_OFTEN = SessionFailed(Status.RESOURCE_EXHAUSTED, "you open sessions faster than this peer takes; retry in 2 s")
 _UNREAD = SessionFailed(
     Status.RESOURCE_EXHAUSTED,
     "answers that nobody has read fill this peer's memory; read, ask for less, or retry in 2 s",
@@ -36,7 +38,16 @@ _OPENED_ANEW = SessionFailed(Status.ABORTED, "this session was opened anew on an
 class Sessions:
     """Those that run, by their ids. While `draining`, no other may be opened."""
 
-    def __init__(self, info: ServiceInfo, engine: Engine, admission: Admission, trust: Trust, quotas: Quotas) -> None:
+    def __init__(
+        self,
+        info: ServiceInfo,
+        engine: Engine,
+        admission: Admission,
+        trust: Trust,
+        quotas: Quotas,
+        rate: Rate,
+    ) -> None:
+        """`rate`: how often one identity may open sessions."""
         self.info = info
         self.draining = False
         self.replay_budget = ReplayBudget(info.replay_bytes)
@@ -44,6 +55,7 @@ class Sessions:
         self._admission = admission
         self._trust = trust
         self._usages = QuotaUsages(quotas)
+        self._opens: Buckets[str] = Buckets(rate)
         self._running: dict[bytes, PeerSession] = {}
 
     def __len__(self) -> int:
@@ -132,6 +144,8 @@ class Sessions:
         principal = self._principal(message.hello, message.session_id, context)
         if message.client_id != client_id_of(principal.name):
             raise SessionFailed(Status.UNAUTHENTICATED, "client_id is not of the key that the caller has shown")
+        if not self._opens.take(principal.name):
+            raise _TOO_OFTEN
         return principal
 
     def _principal(self, hello: pb.Hello, session_id: bytes, context: AuthContext) -> Principal:

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.support.private_swarms import private_swarm
-from tests.support.swarms import local_swarm
+from tests.support.swarms import NO_RATES, local_swarm
 from tests.support.tiny import tiny_llama
 from tests.support.wire import Wire, released
 
@@ -36,8 +36,9 @@ async def attack(tally: Tally, fuzz: Fuzz, sessions: int) -> dict[str, Any]:
         forge(tally, Path(folder))
         fuzz.parsers(Path(folder), 0.25)
     async with (
-        private_swarm(tiny_llama(), [range(0, 4)]) as private,
-        local_swarm(tiny_llama(), [range(0, 4), range(2, 4)]) as public,
+        # Refused for their number, most attacks would meet no other check.
+        private_swarm(tiny_llama(), [range(0, 4)], rates=NO_RATES) as private,
+        local_swarm(tiny_llama(), [range(0, 4), range(2, 4)], rates=NO_RATES) as public,
         Wire(public.peers[0]) as wire,
         Wire(public.peers[1]) as tail,
     ):

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import random
+import resource
 import signal
 import socket
 import time
@@ -52,12 +53,16 @@ def free_port() -> int:
 class PeerProcess:
     """One peer, whatever happens to its process: same blocks, same identity, same ports."""
 
-    def __init__(self, model: str, blocks: range, folder: Path, number: int) -> None:
+    def __init__(
+        self, model: str, blocks: range, folder: Path, number: int, files: int | None = None, **changed: Any
+    ) -> None:
+        """`files`: how many it may open; `changed`: fields of its ServeOptions."""
         self.blocks = blocks
         self.port, self.dht_port = free_port(), free_port()
         self.announced = f"127.0.0.1:{self.port}"
         self.peer_id = self.multiaddr = ""
         self._model = model
+        self._files, self._changed = files, changed
         self._folder = folder
         self._name = f"peer-{number}"
         self._log = folder / f"peer-{number}.log"
@@ -86,7 +91,7 @@ class PeerProcess:
         for peer in initial_peers:
             options += ["--initial-peers", peer]
         self._pipe, theirs = _context.Pipe()
-        served = ([self._model, *options], theirs, str(self._log))
+        served = ([self._model, *options], theirs, str(self._log), self._files, self._changed)
         self._process = _context.Process(target=_serve, args=served, daemon=True)
         self._process.start()
         theirs.close()
@@ -133,8 +138,10 @@ def _running(process: psutil.Process) -> bool:
         return False
 
 
-def _serve(arguments: list[str], pipe: Connection, log: str) -> None:
+def _serve(arguments: list[str], pipe: Connection, log: str, files: int | None, changed: dict[str, Any]) -> None:
     """In the new process."""
+    if files is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     from petal.peer import cli, server
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -145,7 +152,7 @@ def _serve(arguments: list[str], pipe: Connection, log: str) -> None:
         """Publishes quickly, and tells through the pipe what it holds."""
 
         def __init__(self, options: Any, progress: Any = None) -> None:
-            super().__init__(replace(options, publish_s=PUBLISH_S), progress)
+            super().__init__(replace(options, publish_s=PUBLISH_S, **changed), progress)
 
         async def start(self) -> None:
             await super().start()

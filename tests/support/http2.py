@@ -41,10 +41,9 @@ def reference(index: int) -> bytes:
 
 
 def call(path: str) -> bytes:
-    """The headers of a gRPC call: POST, https, path."""
-    return (
-        b"\x83\x87" + literal(":path", path) + literal("content-type", "application/grpc") + literal("te", "trailers")
-    )
+    """The headers of a gRPC call: POST, https, and so on."""
+    said = {":path": path, ":authority": "peer", "content-type": "application/grpc", "te": "trailers"}
+    return b"\x83\x87" + b"".join(literal(name, value) for name, value in said.items())
 
 
 class Http2:
@@ -98,6 +97,11 @@ class Http2:
         self.writer.transport.abort()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            while data := await reader.read(1 << 16):
-                self.heard += len(data)
+        """Answers settings and pings, so that the other end takes this for a client that is well."""
+        with contextlib.suppress(ConnectionError, ssl.SSLError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readexactly(9)
+                body = await reader.readexactly(int.from_bytes(head[:3], "big"))
+                self.heard += len(head) + len(body)
+                if head[3] in (SETTINGS, PING) and not head[4] & ACK:
+                    self.writer.write(frame(head[3], ACK, 0, body if head[3] == PING else b""))

@@ -15,8 +15,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from petal.client.swarm import AsyncSwarmModel
+from petal.peer.limits.rates import CallRates, Rate
 from petal.peer.options import ServeOptions
 from petal.peer.server import PeerServer
+
+# For tests that call more often than strangers may.
+NO_RATES = CallRates(Rate(1e9, 1e9), Rate(1e9, 1e9), Rate(1e9, 1e9))
 
 
 @dataclass
