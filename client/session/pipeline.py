@@ -82,6 +82,7 @@ class Pipeline:
             await self._link(OPEN_TIMEOUT_S)
         except BaseException:
             self.close()
+            self.hops = [hop for hop in self.hops if hop.failed]
             raise
         self.all_up_to_date()
 

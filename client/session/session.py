@@ -97,9 +97,9 @@ class Session:
         self.close()
 
     async def fork(self) -> Session:
-        """A session with the same state that shares this one's pages on every peer. Raises PeerError."""
+        """A session with the same state, with this one's pages on every peer that lets it. Raises PeerError, NoRoute."""
         child = Session(self.route, self._finder, self._channels, self.options, self._sequence.fork())
-        await child._pipeline.open(self.route, fork_of=self._pipeline.session_id)
+        await child._steps.open_fork(self.route, self._pipeline.session_id)
         return child
 
     def take_events(self) -> list[Failover]:

@@ -7,6 +7,7 @@ import time
 import grpc
 
 from ...protocol import petal_pb2 as pb
+from ..routing.route import Route
 from .failover import RouteKeeper
 from .options import SessionOptions
 from .pace import StepPace
@@ -30,6 +31,20 @@ class StepStream:
         self._pace = StepPace(options.step_timeout_s)
         # Without an answer yet, oldest first; a change of route sends them again.
         self._unanswered: dict[int, pb.Step] = {}
+
+    async def open_fork(self, route: Route, parent: bytes) -> None:
+        """Open as a fork of the session `parent`.
+
+        Where a peer refuses that or is gone, others compute the rows anew; of one that has no room now the word stands.
+        Raises PeerError, NoRoute.
+        """
+        self._keeper.waiting()
+        try:
+            await self._pipeline.open(route, fork_of=parent)
+        except PeerError as error:
+            if error.busy:
+                raise
+            await self._keeper.fail_over(error, self)
 
     async def hand_over(self) -> None:
         """Leave peers that are about to leave, before the next step is made. Raises PeerError."""

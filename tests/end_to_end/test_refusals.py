@@ -17,7 +17,9 @@ from petal.peer.server import PeerServer
 from petal.peer.session.session import PeerSession
 from petal.peer.session.spec import SessionFailed
 from petal.protocol import petal_pb2 as pb
+from petal.protocol.wire.sampling import SamplingParams
 
+from ..support.disturbed import plain_steps
 from ..support.swarms import LocalSwarm, local_swarm
 from ..support.tiny import tiny_llama
 
@@ -111,6 +113,34 @@ async def test_a_session_that_lost_its_peer_passes_by_who_refuses(swarm: LocalSw
                 said += piece.ids
         assert asked == [swarm.peers[1].identity.peer_id]
         assert said == plain
+
+
+@pytest.mark.parametrize("code", [*WORDS, Code.UNAVAILABLE], ids=lambda code: code.name)
+async def test_a_session_that_its_peer_does_not_fork_is_forked_elsewhere(
+    swarm: LocalSwarm, code: grpc.StatusCode
+) -> None:
+    """Another peer computes its rows anew, and both say the same."""
+    async with swarm.connect() as client:
+        await prefer(client, swarm.peers)
+        async with await client.open_session(128) as session:
+            token = (await session.prefill(PROMPT, SamplingParams())).next_token
+            assert token is not None
+            said = await plain_steps(session, token, 3)
+            with refusing(swarm.peers[:1], code) as asked:
+                child = await session.fork()
+            assert asked == [swarm.peers[0].identity.peer_id]
+            assert peer_of(swarm, child.route) is not swarm.peers[0]
+            assert await plain_steps(child, said[-1], 4) == await plain_steps(session, said[-1], 4)
+            child.close()
+
+
+async def test_a_peer_without_room_for_a_fork_is_believed(swarm: LocalSwarm) -> None:
+    async with swarm.connect() as client:
+        await prefer(client, swarm.peers)
+        async with await client.open_session(128) as session:
+            await session.prefill(PROMPT)
+            with refusing(swarm.peers[:1], Code.RESOURCE_EXHAUSTED), pytest.raises(PeerError, match="not you"):
+                await session.fork()
 
 
 async def test_what_two_say_alike_is_true(swarm: LocalSwarm) -> None:
