@@ -177,13 +177,9 @@ class PeerServer:
         await self.announcement.prepare()
         self.engine.start()
         await self._grpc.start()
-        watchdog = Watchdog(self.engine.thread, self.engine.call, self._stall_s(), self._fall)
+        watchdog = Watchdog(self.engine.thread, self.engine.call, stall_s(self._throughput), self._fall)
         self._background = asyncio.gather(watchdog.run(), give_back(), self._connections.keep_room())
         await self.announcement.start(self.options.publish_s, self.service.sweep)
-
-    def _stall_s(self) -> float:
-        """The longest iteration is a full one, row by row."""
-        return STALL_S + Budget().rows / self._throughput if self._throughput > 0 else STALL_S
 
     def _fall(self, reason: str) -> None:
         """Compute does not get on: the clients go elsewhere at once."""
@@ -273,6 +269,11 @@ def set_up(options: ServeOptions, backend: Backend, checkpoint: Checkpoint) -> N
         raise ServeError(f"--exact cannot be promised here: {obstacle}")
     backend.threads, backend.memory_share = threads, options.gpu_memory
     torch.set_num_threads(1 if options.exact else threads)
+
+
+def stall_s(rows_per_s: float) -> float:
+    """The longest iteration is a full one, row by row."""
+    return STALL_S + Budget().rows / rows_per_s if rows_per_s > 0 else STALL_S
 
 
 def layer_widths(checkpoint: Checkpoint) -> list[int]:

@@ -97,7 +97,7 @@ class Session:
         self.close()
 
     async def fork(self) -> Session:
-        """A session with the same state, with this one's pages on every peer that lets it. Raises PeerError, NoRoute."""
+        """A session with the same state, and this one's pages on every peer that lets it. Raises PeerError, NoRoute."""
         child = Session(self.route, self._finder, self._channels, self.options, self._sequence.fork())
         await child._steps.open_fork(self.route, self._pipeline.session_id)
         return child
