@@ -17,7 +17,7 @@ from .build import Building
 from .elementwise import Elementwise
 from .library import NO_COMPILER, Library, kernels
 from .linear import PackedLinear, panel_nbytes
-from .quantized import QuantizedLinear
+from .quantized import QuantizedLinear, readable
 
 
 class NoNativeKernels(RuntimeError):
@@ -61,12 +61,17 @@ class CpuBackend(Elementwise, Backend):
         if _in_panels(weight.format):
             weight.format.check(weight.tensors, weight.shape)
             return PackedLinear(self.library, weight.tensors["weight"], bias, dtype)
+        if not readable(weight.format):
+            weight.format.check(weight.tensors, weight.shape)
+            return PackedLinear(self.library, weight.dense(), bias, torch.bfloat16)
         return QuantizedLinear(self.library, weight, bias)
 
     def nbytes(self, format: Format, shape: Shape) -> int:
         """See `Backend`."""
         if isinstance(format, Dense) and _in_panels(format):
             return panel_nbytes(format.dtype, shape)
+        if not readable(format):
+            return panel_nbytes(torch.bfloat16, shape)
         return layout.nbytes(format, shape)
 
     def kv_storage(

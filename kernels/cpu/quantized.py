@@ -11,9 +11,11 @@ from torch import Tensor
 from ..backend import Linear
 from ..formats.aqlm import Aqlm
 from ..formats.base import Format, QuantizedTensor
+from ..formats.fp8 import Fp8
 from ..formats.gguf import SMALL, Gguf
 from ..formats.int4 import Int4
 from ..formats.int8 import Int8
+from ..formats.mxfp4 import Mxfp4
 from ..formats.nf4 import BLOCK, LEVELS, Nf4
 from ..formats.spqr import Spqr, permutation
 from .layout import INTERLEAVED, pack, take_rows, unpack
@@ -25,6 +27,11 @@ KINDS = (
     "fp16", "int8", "int4", "nf4", "aqlm", "spqr", "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "q5_0", "q5_1",
     "q2_k", "q3_k", "iq4_nl", "iq4_xs",
 )  # fmt: skip
+
+
+def readable(format: Format) -> bool:
+    """Whether the C products read a format; others are made dense."""
+    return not isinstance(format, (Fp8, Mxfp4))
 
 
 class _Weights(ctypes.Structure):

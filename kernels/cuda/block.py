@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..formats.base import FormatError
 from .attention import Attention, Queries
 from .elementwise import Elementwise
 from .layout import Weights
@@ -34,6 +35,11 @@ class BlockWeights:
     qkv_bias: Tensor | None = None
     out_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raises FormatError for weights that read activations in an order that no kernel of a block writes."""
+        if not all(weights.plain for weights in (self.qkv, self.out, self.gate_up, self.down)):
+            raise FormatError("codebooks and an order of columns want activations of their own.")
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,6 @@ def weights_of(part: LlamaParts) -> BlockWeights:
 
 def _alone(handle: CudaLinear) -> Held:
     held = handle.held
-    if held.weights.extension is not None or held.weights.layout.reordered:
-        raise FormatError("outlier columns and codebooks want activations of their own.")
+    if held.weights.extension is not None:
+        raise FormatError("outlier columns want activations of their own.")
     return held

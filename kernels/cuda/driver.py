@@ -12,7 +12,6 @@ from torch import Tensor
 _SHARED_BYTES, _REGISTERS, _LOCAL_BYTES, _MOST_SHARED = 1, 4, 3, 8  # CUfunction_attribute
 SHARED_OF_A_BLOCK = 97  # CUdevice_attribute: bytes that a kernel may ask for
 _PROGRAMMATIC_SERIALIZATION = 6  # CUlaunchAttributeID
-_STATIC_SHARED = 48 * 1024  # what a kernel may use without asking
 
 
 class DriverError(RuntimeError):
@@ -84,7 +83,7 @@ class Kernel:
     def __init__(self, module: Module, function: ctypes.c_void_p, threads: int, shared: int) -> None:
         self._module, self._function = module, function
         self.threads, self.shared = threads, shared
-        if shared > _STATIC_SHARED:
+        if shared:
             _call("cuFuncSetAttribute", function, _MOST_SHARED, shared)
         self._overlapping = (_Attribute * 1)()
         self._overlapping[0].id = _PROGRAMMATIC_SERIALIZATION

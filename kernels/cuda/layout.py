@@ -16,12 +16,15 @@ from torch import Tensor
 
 from ..formats.aqlm import Aqlm
 from ..formats.base import Format, FormatError, Shape, Tensors, padded
+from ..formats.fp8 import Fp8
 from ..formats.gguf import Gguf
 from ..formats.int4 import Int4
 from ..formats.int8 import Int8
+from ..formats.mxfp4 import Mxfp4, scales_of
 from ..formats.nf4 import BLOCK, Nf4, block_scales, split_high
 from ..formats.nibbles import split
-from . import ggml
+from ..formats.spqr import Spqr
+from . import ggml, spqr
 from .blobs import BLOB, LAYOUTS, UNIT, Layout, bytes_of
 
 _PIECE = 2048  # outputs packed at once: temporaries stay small beside the matrix
@@ -44,9 +47,14 @@ class Fields:
     layout: Layout
     width: int
     rows: Tensors
-    """codes uint8 or bfloat16 [out, in]; scale, zero, middle [out, in / group]; row_scale float32 [out]."""
+    """codes uint8 or bfloat16 [out, in]; scale, zero, middle [out, in / group]; row_scale float32 [out].
+
+    outliers bfloat16 [out, in], no number where there is none.
+    """
     codebooks: Tensor | None = None
     extension: Extension | None = None
+    columns: Tensor | None = None
+    """int32 [in]: which column of x a column of the matrix multiplies, where that is not its own."""
 
     @property
     def depth(self) -> int:
@@ -70,6 +78,7 @@ class Weights:
     """float32 [padded out]"""
     codebooks: Tensor | None = None
     extension: Extension | None = None
+    columns: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -79,10 +88,17 @@ class Weights:
     def depth_blobs(self) -> int:
         return self.blobs.shape[1]
 
+    @property
+    def plain(self) -> bool:
+        """They read activations in the order of their columns."""
+        return not self.layout.reordered and self.columns is None
+
 
 def pack(fields: Fields) -> Weights:
     """Fields in the device's layout, on the fields' device."""
     layout, outputs, device = fields.layout, fields.outputs, fields.rows["codes"].device
+    if "outliers" in fields.rows:
+        layout = spqr.fitted(fields.rows["outliers"])
     blobs = torch.empty(padded(outputs, BLOB) // BLOB, fields.depth // BLOB, layout.bytes,
                         dtype=torch.uint8, device=device)  # fmt: skip
     for start in range(0, outputs, _PIECE):
@@ -93,7 +109,22 @@ def pack(fields: Fields) -> Weights:
     scale = fields.rows.get("row_scale")
     if scale is not None:
         scale = F.pad(scale.float(), (0, -len(scale) % BLOB))
-    return Weights(layout, (outputs, fields.width), blobs, scale, fields.codebooks, fields.extension)
+    shape = (outputs, fields.width)
+    return Weights(layout, shape, blobs, scale, fields.codebooks, fields.extension, fields.columns)
+
+
+def stacked(parts: Sequence[Weights]) -> Weights:
+    """Matrices of one shape and layout one after another, as experts: what a product of grouped rows reads."""
+    first = parts[0]
+    for part in parts:
+        if part.layout is not first.layout or part.shape != first.shape:
+            raise FormatError("experts have different layouts or shapes.")
+        if part.codebooks is not None or part.extension is not None or part.columns is not None:
+            raise FormatError("experts with codebooks, outlier columns or columns in an order of their own stay apart.")
+    scales = [part.scale for part in parts if part.scale is not None]
+    return Weights(
+        first.layout, first.shape, torch.cat([part.blobs for part in parts]), torch.cat(scales) if scales else None
+    )
 
 
 def dense_rows(weights: Weights, which: Tensor) -> Tensor:
@@ -110,13 +141,20 @@ def interleave(gate: Fields, up: Fields) -> Fields:
         raise FormatError("gate and up have different layouts or shapes.")
     if gate.extension or up.extension:
         raise FormatError("gate and up with outlier columns of their own are two products.")
+    if not _same(gate.columns, up.columns):
+        raise FormatError("gate and up with columns in orders of their own are two products.")
 
     def both(name: str) -> Tensor:
         pair = torch.stack((gate.rows[name], up.rows[name]))
         pair = F.pad(pair.flatten(2) if pair.dim() > 2 else pair[..., None], (0, 0, 0, -gate.outputs % 32))
         return pair.unflatten(1, (-1, 8)).transpose(0, 1).flatten(0, 2).view(-1, *gate.rows[name].shape[1:])
 
-    return Fields(gate.layout, gate.width, {name: both(name) for name in gate.rows}, gate.codebooks)
+    rows = {name: both(name) for name in gate.rows}
+    return Fields(gate.layout, gate.width, rows, gate.codebooks, columns=gate.columns)
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is second or (first is not None and second is not None and torch.equal(first, second))
 
 
 def beside(parts: Sequence[Fields]) -> Fields:
@@ -126,21 +164,25 @@ def beside(parts: Sequence[Fields]) -> Fields:
         raise FormatError("matrices have different layouts or widths.")
     if any(part.codebooks is not None or part.extension for part in parts):
         raise FormatError("matrices with codebooks or outlier columns of their own are products of their own.")
+    if not all(_same(first.columns, part.columns) for part in parts):
+        raise FormatError("matrices with columns in orders of their own are products of their own.")
     if any(part.outputs % BLOB for part in parts[:-1]):
         raise FormatError(f"a matrix of {[part.outputs for part in parts]} outputs ends within a blob.")
-    return Fields(first.layout, first.width, {name: torch.cat([p.rows[name] for p in parts]) for name in first.rows})
+    rows = {name: torch.cat([part.rows[name] for part in parts]) for name in first.rows}
+    return Fields(first.layout, first.width, rows, columns=first.columns)
 
 
 def _padded_fields(rows: Tensors, depth: int, layout: Layout) -> Tensors:
     """Whole blobs."""
     out = {}
     for name, t in rows.items():
-        unit = {"codes": 1}.get(name, layout.group)
+        unit = {"codes": 1, "outliers": 1}.get(name, layout.group)
         if layout.reordered:
             t = F.pad(t, (0, 0, 0, depth // 8 - t.shape[1]))
             out[name] = F.pad(t, (0, 0, 0, 0, 0, -len(t) % BLOB))
         else:
-            out[name] = F.pad(t, (0, depth // unit - t.shape[1], 0, -len(t) % BLOB))
+            empty = spqr.NONE if name == "outliers" else 0
+            out[name] = F.pad(t, (0, depth // unit - t.shape[1], 0, -len(t) % BLOB), value=empty)
     return out
 
 
@@ -149,12 +191,18 @@ def layout_of(format: Format, shape: Shape, group: int = BLOB) -> Layout:
     match format:
         case Int4():
             name = "Int4Group32" if group == 32 else "Int4"
-        case Nf4() if shape[1] % BLOCK == 0:
-            name = "Nf4"
+        case Nf4():
+            name = "Nf4" if shape[1] % BLOCK == 0 else "Nf4Across"
+        case Mxfp4():
+            name = "Mxfp4"
+        case Fp8():
+            name = "Fp8"
+        case Spqr():
+            return spqr.layout(0)
         case Int8():
             name = "Int8"
         case Gguf():
-            name = ggml.LAYOUT_OF[format.name]
+            name = ggml.LAYOUT_OF.get(format.name, "Bf16")
         case Aqlm(codebooks=2, bits=8) | Aqlm(codebooks=1, bits=16):
             name = f"Aqlm{format.codebooks}x{format.bits}"
         case _:
@@ -176,13 +224,19 @@ def fields(format: Format, tensors: Mapping[str, Tensor], shape: Shape) -> Field
     match format:
         case Int4():
             return _int4(layout, tensors)
-        case Nf4() if layout.name == "Nf4":
-            codes = split_high(tensors["weight"][:, 0])[: shape[0] * shape[1]].view(shape)
-            scale = block_scales(tensors, torch.float32).view(shape[0], -1)
-            return Fields(layout, shape[1], {"codes": codes, "scale": scale})
+        case Nf4():
+            return _nf4(layout, tensors, shape)
+        case Mxfp4():
+            codes = split(tensors["blocks"]).flatten(1)
+            return Fields(layout, shape[1], {"codes": codes, "scale": scales_of(tensors)})
+        case Fp8():
+            scale = format.spread(tensors["weight_scale_inv"], shape, BLOB)
+            return Fields(layout, shape[1], {"codes": tensors["weight"].view(torch.uint8), "scale": scale})
+        case Spqr() if (taken := spqr.taken_apart(format, tensors, shape)) is not None:
+            return Fields(layout, shape[1], taken[0], columns=taken[1])
         case Int8():
             return _int8(layout, tensors, shape)
-        case Gguf():
+        case Gguf() if format.name in ggml.LAYOUT_OF:
             rows = ggml.rows(format.name, tensors["blocks"].view(shape[0], -1, format.size))
             return Fields(layout, shape[1], {name: t.flatten(1) for name, t in rows.items()})
         case Aqlm() if layout.reordered:
@@ -201,6 +255,19 @@ def dense(weight: Tensor) -> Fields:
 def _group(tensors: Mapping[str, Tensor]) -> int:
     """Depths that share a scale in int4 weights."""
     return 2 * tensors["codes"].shape[1] // tensors["scales"].shape[1]
+
+
+def _nf4(layout: Layout, tensors: Mapping[str, Tensor], shape: Shape) -> Fields:
+    codes = split_high(tensors["weight"][:, 0])[: shape[0] * shape[1]].view(shape)
+    scale = block_scales(tensors, torch.float32)
+    if layout.name == "Nf4":
+        return Fields(layout, shape[1], {"codes": codes, "scale": scale.view(shape[0], -1)})
+    # Where the blobs of a row begin in the one long row of blocks.
+    begin = torch.arange(shape[0], device=codes.device)[:, None] * shape[1]
+    begin = begin + torch.arange(0, shape[1], BLOB, device=codes.device)
+    first = begin // BLOCK
+    numbers = {"scale": scale[first], "second": scale[(first + 1).clamp(max=len(scale) - 1)]}
+    return Fields(layout, shape[1], {"codes": codes, **numbers, "border": BLOCK - begin % BLOCK})
 
 
 def _int4(layout: Layout, tensors: Mapping[str, Tensor]) -> Fields:

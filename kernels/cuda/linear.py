@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,15 +51,21 @@ class Linear:
         """Begins to compile what a product needs."""
         self._runtime.programs.start(self.tiling(weights, rows, gated).program(self._card, weights.layout))
 
-    def pack(self, x: Tensor, weights: Weights) -> Tensor:
-        """x [rows, in] bfloat16, contiguous -> activations for these weights."""
-        rows, width = x.shape
-        tile = row_tile(rows, self._card)
+    def pack(self, x: Tensor, weights: Weights, sources: Tensor | None = None, tile: int = 0) -> Tensor:
+        """x [rows, in] bfloat16, contiguous -> activations for these weights, in tiles of `tile` rows if that is given.
+
+        sources: int32 [n], the row of x that each is, below 0 for none; all rows in their order by default.
+        """
+        rows, width = x.shape if sources is None else (len(sources), x.shape[1])
+        tile = tile or row_tile(rows, self._card)
         packed = torch.empty(-(-rows // tile), weights.depth_blobs * 8, tile, 8, dtype=torch.bfloat16, device=x.device)
         kernel = self._kernel(_ELEMENTWISE, "pack_rows", _BLOCK)
         eighths = packed.shape[1]
         count = len(packed) * tile * eighths
-        kernel((-(-count // _BLOCK),), x, packed, rows, width, eighths, tile, int(weights.layout.reordered), count)
+        kernel(
+            (-(-count // _BLOCK),), x, packed, sources, weights.columns, rows, width, eighths, tile,
+            int(weights.layout.reordered), count,
+        )  # fmt: skip
         return packed
 
     def product(
@@ -70,25 +77,30 @@ class Linear:
         *,
         bias: Tensor | None = None,
         gated: bool = False,
+        experts: Tensor | None = None,
         tiling: Tiling | None = None,
         overlap: bool = False,
         wait: bool = True,
     ) -> None:
         """out = packed · Wᵀ + bias.
 
-        packed: activations of `rows` rows (`pack`). out: [rows, out] bfloat16; if gated, for weights that `interleave`
-        made, activations of silu(gate) · up, whose padding stays as it is. bias: [out] float32, not if gated.
+        packed: activations of `rows` rows (`pack`). out: [rows, out] bfloat16 or float32; if gated, for weights that
+        `interleave` made, activations of silu(gate) · up, whose padding stays as it is. bias: [out] float32, not if
+        gated. experts: int32 [tiles of rows], which of `stacked` weights a tile meets, below 0 for none.
         overlap: it may start while the kernel before it ends. wait: for the compiler, rather than let Triton compute
         the same meanwhile. Raises NvrtcError where nothing can be compiled and Triton has no twin.
         """
         tiling = tiling or self.tiling(weights, rows, gated)
+        tiling = replace(tiling, experts=experts is not None, wide=out.dtype == torch.float32)
         layout, outputs = weights.layout, weights.shape[0]
         if tuple(packed.shape[1:]) != (weights.depth_blobs * 8, tiling.rows, 8):
             raise ValueError(f"activations {tuple(packed.shape)} are not those of {rows} rows for {weights.shape}")
         program = tiling.program(self._card, layout)
         if weights.extension is not None:
             self._extend(weights, packed, rows, overlap)
-        twin = layout.name in _TWINS and not gated and importlib.util.find_spec("triton") is not None
+        twin = (
+            layout.name in _TWINS and not gated and experts is None and importlib.util.find_spec("triton") is not None
+        )
         kernel = self._compiled(program, tiling, layout, wait, twin)
         if kernel is None:
             self._twin(weights, packed, rows, out, bias)
@@ -97,7 +109,7 @@ class Linear:
         partial = self._workspace(tiling.partial_bytes(outputs, rows))
         kernel(
             (min(tiles, tiling.resident * self._card.multiprocessors),),
-            weights.blobs, packed, out, partial, self._arrived, weights.scale, bias, weights.codebooks,
+            weights.blobs, packed, out, partial, self._arrived, weights.scale, bias, weights.codebooks, experts,
             rows, outputs, weights.depth_blobs, tiles, -(-rows // tiling.rows),
             overlap=overlap,
         )  # fmt: skip
@@ -131,8 +143,9 @@ class Linear:
         kernel: Any = triton_linear.linear
         kernel[(len(weights.blobs), tiles)](
             weights.blobs.view(torch.int32), packed, self._levels if bias is None else bias, self._levels, out, rows,
-            weights.shape[0], weights.depth_blobs, TILE=tile, NF4=weights.layout.name == "Nf4", BIASED=bias is not None,
-            DTYPE=_triton_dtype(packed.dtype), num_warps=4, num_stages=3, enable_fp_fusion=False,
+            weights.shape[0], weights.depth_blobs, TILE=tile, LINES=max(tile, 16), NF4=weights.layout.name == "Nf4",
+            BIASED=bias is not None, DTYPE=_triton_dtype(packed.dtype), num_warps=4, num_stages=3,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
     def _extend(self, weights: Weights, packed: Tensor, rows: int, overlap: bool) -> None:

@@ -42,8 +42,10 @@ class Tiling:
     depth: int = 2
     unroll: int = 1
     split: bool = False
+    cluster: bool = False
     gated: bool = False
-    totals_in_shared: bool = False
+    experts: bool = False
+    wide: bool = False
     registers: int = 0
     resident: int = 1
     wgmma: bool = False
@@ -70,8 +72,13 @@ class Tiling:
         return places * (_QUARTERS if self.split else 1)
 
     def partial_bytes(self, outputs: int, rows: int) -> int:
-        """Device memory for the sums of quarters."""
-        return self.tiles(outputs, rows) * self.outputs * self.rows * 4 if self.split else 0
+        """Device memory for the sums of quarters, where blocks do not read each other's shared memory."""
+        return self.tiles(outputs, rows) * self.outputs * self.rows * 4 if self.split and not self.cluster else 0
+
+    @property
+    def fewest_stages(self) -> int:
+        """Where a stage is one product, its slot is free two products later, which must not wait for that."""
+        return 3 if self.wgmma and self.depth * self.blocks == 1 and self.unroll > 2 else 2
 
     def stage_bytes(self, layout: Layout) -> int:
         weights = self.groups_out * self.groups_k * self.blocks * layout.bytes
@@ -79,9 +86,7 @@ class Tiling:
 
     def fixed_bytes(self, layout: Layout) -> int:
         """Shared memory beside the ring."""
-        tail = self.groups_out * self.blocks * self.rows * (256 if self.totals_in_shared else 144)
-        others = self.groups_out * self.blocks * self.rows * 256 if self.groups_k > 1 else 0
-        return layout.table + tail + others
+        return layout.table + self.rows * self.outputs * 4
 
     def shared_bytes(self, layout: Layout) -> int:
         return self.fixed_bytes(layout) + self.stages * self.stage_bytes(layout)
@@ -91,7 +96,7 @@ class Tiling:
         for shared in (min(card.shared, _WITH_CACHE), card.shared)[0 if layout.cached else 1 :]:
             each = (shared + _RESERVED) // self.resident - _RESERVED
             room = each - _BARRIERS - self.fixed_bytes(layout)
-            if (stages := min(room // self.stage_bytes(layout), _MOST_STAGES)) >= 2:
+            if (stages := min(room // self.stage_bytes(layout), _MOST_STAGES)) >= self.fewest_stages:
                 return replace(self, stages=stages)
         return None
 
@@ -111,8 +116,10 @@ def _program(tiling: Tiling, format: str) -> Program:
         "UNROLL": tiling.unroll,
         "STAGES": tiling.stages,
         "SPLIT": int(tiling.split),
+        "CLUSTER": int(tiling.cluster),
         "GATED": int(tiling.gated),
-        "TOTALS_IN_SHARED": int(tiling.totals_in_shared),
+        "EXPERTS": int(tiling.experts),
+        "WIDE": int(tiling.wide),
         "REGISTERS": tiling.registers,
         "RESIDENT": tiling.resident,
         "WGMMA": int(tiling.wgmma),
@@ -129,62 +136,70 @@ def row_tile(rows: int, card: Card) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """A tiling and what it costs: a start, and each blob of 64 x 64 weights that a block passes."""
+    """A tiling and what it costs: a start, each blob of 64 x 64 weights that a block passes, each tile beside that."""
 
     tiling: Tiling
     start: float
     """Microseconds."""
     blob: float
     """Nanoseconds."""
+    tile: float = 0.0
+    """Microseconds, of which tiles side by side share."""
 
     def cost(self, card: Card, outputs: int, depth_blobs: int, rows: int) -> float:
         """Microseconds of a product: as long as its busiest multiprocessor works."""
-        t = self.tiling
-        waves = -(-t.tiles(outputs, rows) // card.multiprocessors)
+        t, at_once = self.tiling, card.multiprocessors
+        if t.cluster:  # some multiprocessors have no three neighbours that are free
+            at_once = at_once // _QUARTERS * 10 // 11 * _QUARTERS
+        waves = -(-t.tiles(outputs, rows) // at_once)
         depth = depth_blobs // (_QUARTERS if t.split else 1)
-        return self.start + waves * depth * t.groups_out * t.blocks * self.blob / 1e3
+        passed = waves * depth * t.groups_out * t.blocks * self.blob / 1e3
+        return self.start + passed + -(-waves // t.resident) * self.tile
 
 
-def _hopper(rows: int, start: float, blob: float, out: int, k: int = 1, **choices: Any) -> Measured:
-    return Measured(Tiling(rows, groups_out=out, groups_k=k, wgmma=rows > 16, **choices), start, blob)
+def _hopper(rows: int, start: float, blob: float, out: int, k: int = 1, tile: float = 0.0, **choices: Any) -> Measured:
+    return Measured(Tiling(rows, groups_out=out, groups_k=k, wgmma=rows > 16, **choices), start, blob, tile)
 
 
-_SHARED: dict[str, Any] = {"totals_in_shared": True}
-# int4 on an H100, eight shapes from 4096² to 28672 x 8192: the straight line through the times (NOTES.md).
+# int4 on an H100, eight shapes from 4096² to 28672 x 8192: the lines through the times that choose best (NOTES.md).
 _HOPPER = [
-    _hopper(8, 3.5, 79, out=4),
-    _hopper(8, 1.1, 88, out=2, k=2),
-    _hopper(8, 0.7, 88, out=2, depth=4, resident=2),
-    _hopper(8, 1.7, 89, out=1, k=4, depth=4),
-    _hopper(8, 2.8, 97, out=5, split=True),
-    _hopper(8, 4.8, 105, out=2, split=True, depth=4, resident=2),
-    _hopper(8, 5.0, 107, out=1, split=True, depth=4, resident=4),
-    _hopper(16, 2.9, 90, out=4),
-    _hopper(16, 1.2, 99, out=2, k=2),
-    _hopper(16, 0.8, 97, out=2, depth=4, resident=2),
-    _hopper(16, 1.8, 100, out=1, k=4, depth=4),
-    _hopper(16, 3.1, 110, out=5, split=True),
-    _hopper(16, 5.5, 111, out=2, split=True, depth=4, resident=2),
-    _hopper(16, 5.0, 117, out=1, split=True, depth=4, resident=4),
-    _hopper(32, 3.1, 104, out=4, unroll=4, **_SHARED),
-    _hopper(32, 1.9, 113, out=2, k=2, unroll=4),
-    _hopper(32, 3.6, 115, out=2, unroll=4, resident=2, **_SHARED),
-    _hopper(32, 2.4, 117, out=1, k=4, unroll=2),
-    _hopper(32, 4.5, 122, out=5, split=True, unroll=4),
-    _hopper(32, 6.5, 131, out=2, split=True, unroll=4, resident=2),
-    _hopper(32, 6.0, 136, out=1, split=True, unroll=2, resident=4),
-    _hopper(64, 5.5, 109, out=2, blocks=2, unroll=4, registers=216, **_SHARED),
-    _hopper(64, 3.7, 116, out=4, unroll=4, **_SHARED),
-    _hopper(64, 2.2, 175, out=1, k=4, depth=1, unroll=4),
-    _hopper(64, 6.5, 145, out=2, blocks=2, split=True, unroll=4, registers=216),
-    _hopper(64, 7.3, 141, out=5, split=True, unroll=4),
-    _hopper(64, 9.0, 175, out=2, split=True, unroll=4, resident=2),
-    _hopper(64, 5.0, 205, out=2, split=True, unroll=2),
-    _hopper(64, 4.7, 219, out=1, split=True, unroll=2, resident=3),
-    _hopper(128, 3.2, 187, out=2, unroll=2, registers=232, **_SHARED),
-    _hopper(128, 3.4, 177, out=3, depth=1, unroll=2, registers=152, **_SHARED),
-    _hopper(128, 1.8, 247, out=1, k=2, depth=1, unroll=4, registers=216),
-    _hopper(128, 7.5, 267, out=2, split=True, unroll=2, registers=216),
+    _hopper(8, 0.8, 98, out=1, tile=3.4, split=True, depth=4, resident=5),
+    _hopper(8, 0.5, 113, out=1, tile=1.7, split=True, cluster=True, depth=4, resident=5),
+    _hopper(8, 1.3, 87, out=1, k=4, depth=4),
+    _hopper(8, 0.7, 87, out=2, depth=4, resident=2),
+    _hopper(8, 2.6, 93, out=2, tile=2.3, split=True, depth=4, resident=2),
+    _hopper(8, 0.6, 88, out=2, k=2),
+    _hopper(8, 3.6, 76, out=4),
+    _hopper(8, 0.5, 88, out=5, tile=3.4, split=True),
+    _hopper(16, 0.5, 95, out=1, tile=3.5, split=True, cluster=True, depth=4, resident=4),
+    _hopper(16, 1.6, 100, out=1, k=4, depth=4),
+    _hopper(16, 1.2, 100, out=2, depth=4, resident=2),
+    _hopper(16, 3.3, 95, out=2, tile=2.4, split=True, depth=4, resident=2),
+    _hopper(16, 1.1, 104, out=2, k=2),
+    _hopper(16, 2.7, 101, out=4),
+    _hopper(16, 0.4, 110, out=5, tile=4.2, split=True),
+    _hopper(32, 0.5, 114, out=1, tile=4.1, split=True, cluster=True, unroll=2, resident=4),
+    _hopper(32, 2.7, 115, out=1, k=4, unroll=2),
+    _hopper(32, 4.6, 136, out=2, unroll=4, resident=2),
+    _hopper(32, 4.0, 119, out=2, tile=4.5, split=True, unroll=4, resident=2),
+    _hopper(32, 1.7, 116, out=2, k=2, unroll=4),
+    _hopper(32, 2.9, 109, out=4, unroll=4),
+    _hopper(32, 1.1, 108, out=5, tile=4.9, split=True, unroll=4),
+    _hopper(64, 0.5, 157, out=1, tile=4.3, split=True, cluster=True, unroll=2, resident=3),
+    _hopper(64, 2.1, 187, out=1, k=4, depth=1, unroll=4),
+    _hopper(64, 2.3, 170, out=2, tile=3.9, split=True, unroll=2),
+    _hopper(64, 3.3, 140, out=2, tile=7.0, split=True, unroll=4, resident=2),
+    _hopper(64, 0.5, 124, out=2, tile=4.7, split=True, cluster=True, unroll=4, resident=2),
+    _hopper(64, 6.9, 119, out=2, blocks=2, unroll=4, registers=216),
+    _hopper(64, 1.8, 133, out=2, blocks=2, tile=6.6, split=True, unroll=4, registers=216),
+    _hopper(64, 0.5, 118, out=3, tile=5.0, split=True, cluster=True, unroll=4),
+    _hopper(64, 4.2, 117, out=4, unroll=4),
+    _hopper(64, 2.9, 156, out=5, tile=6.3, split=True, unroll=4),
+    _hopper(128, 3.6, 234, out=1, k=2, depth=1, unroll=4, registers=216),
+    _hopper(128, 3.0, 192, out=2, unroll=2, registers=232),
+    _hopper(128, 3.0, 223, out=2, tile=5.0, split=True, unroll=2, registers=216),
+    _hopper(128, 4.3, 184, out=3, depth=1, unroll=2, registers=152),
+    _hopper(128, 0.5, 215, out=3, tile=5.1, split=True, cluster=True, depth=1, unroll=2, registers=152),
 ]
 # Without Hopper's instructions, guessed from a Hopper card that does not use them: the order counts, not the times.
 _PORTABLE = [
@@ -212,6 +227,8 @@ def candidates(
         if tiling is not None:
             busy = layout.heavy or gated  # more groups of warps are better than more blobs a group
             slow = (1.15 if busy and tiling.blocks > 1 else 1.0) * (1.1 if tiling.stages < 3 else 1.0)
+            if layout.table or layout.cached:  # groups over K take stages of their own from what is looked up
+                slow *= 1.0 if tiling.groups_k == 1 else 1.1
             found[tiling] = slow * m.cost(card, outputs, depth_blobs, rows)
     return sorted(found, key=found.__getitem__)
 

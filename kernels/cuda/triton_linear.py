@@ -45,19 +45,22 @@ def outputs_of(words, scale, levels, H: tl.constexpr, NF4: tl.constexpr, DTYPE: 
 @triton.jit
 def linear(
     blobs, x, bias, levels, y, rows, outputs, depth_blobs,
-    TILE: tl.constexpr, NF4: tl.constexpr, BIASED: tl.constexpr, DTYPE: tl.constexpr,
+    TILE: tl.constexpr, LINES: tl.constexpr, NF4: tl.constexpr, BIASED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """64 outputs of a tile of rows. x: activations (`src/elementwise.cu`) in tiles of TILE rows; y [rows, outputs]."""
+    """64 outputs of a tile of rows. x: activations (`src/elementwise.cu`) in tiles of TILE rows; y [rows, outputs].
+
+    LINES: rows that are multiplied, at least 16: products of 8 rows have an order of sums of their own.
+    """
     n = tl.program_id(0)
     tile = tl.program_id(1)
     pair = tl.arange(0, 32)
     place = tl.arange(0, 16)
     depth = tl.arange(0, 64)
-    row = tl.arange(0, TILE)
+    row = tl.arange(0, LINES)
     quarter = depth_blobs // 4
-    total = tl.zeros((64, TILE), tl.float32)
+    total = tl.zeros((64, LINES), tl.float32)
     for q in tl.static_range(4):
-        sums = tl.zeros((64, TILE), tl.float32)
+        sums = tl.zeros((64, LINES), tl.float32)
         for kb in range(q * quarter, (q + 1) * quarter):
             blob = blobs + (n.to(tl.int64) * depth_blobs + kb) * 576
             words = tl.load(blob + pair[:, None] * 16 + place[None, :])
@@ -72,11 +75,11 @@ def linear(
             weights = tl.reshape(v, (64, 64))
             eighth = (tile * depth_blobs + kb) * 8 + depth // 8
             at = eighth[:, None] * (TILE * 8) + row[None, :] * 8 + (depth % 8)[:, None]
-            sums = tl.dot(weights, tl.load(x + at), sums)
+            sums = tl.dot(weights, tl.load(x + at, mask=(row < TILE)[None, :], other=0.0), sums)
         total += sums
     output = n * 64 + tl.arange(0, 64)
     if BIASED:
         total += tl.load(bias + output, mask=output < outputs, other=0.0)[:, None]
     line = tile * TILE + row
-    there = (output < outputs)[:, None] & (line < rows)[None, :]
+    there = (output < outputs)[:, None] & ((row < TILE) & (line < rows))[None, :]
     tl.store(y + line[None, :] * outputs + output[:, None], total.to(y.dtype.element_ty), mask=there)

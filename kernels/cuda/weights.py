@@ -30,7 +30,7 @@ class Held:
 
 
 class CudaLinear(Linear):
-    """y = x Wᵀ + b: x and y are rounded to bfloat16, weights as `src/formats.cuh` says.
+    """y = x Wᵀ + b: x is rounded to bfloat16, weights as `src/formats.cuh` says, and y to the dtype of x.
 
     Tensors stay as the checkpoint has them until they are first needed: `beside` and `interleaved` may come before.
     """
@@ -99,8 +99,8 @@ class CudaLinear(Linear):
         """See `Linear`."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"rows of {x.shape[-1]} values, expected {self.in_features}")
-        held = self.held
-        y = self._multiply(held.weights, x.reshape(-1, self.in_features), held.bias)[:, held.columns]
+        held, wide = self.held, torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+        y = self._multiply(held.weights, x.reshape(-1, self.in_features), held.bias, wide)[:, held.columns]
         y = y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
         return y if self.adapter is None else y + self.adapter(x)
 
@@ -124,8 +124,10 @@ class CudaLinear(Linear):
         rows = (which % BLOB)[:, None, None].expand(-1, 1, self.in_features)
         return self._dense(self._blobs_of(which // BLOB)).gather(1, rows)[:, 0]
 
-    def _multiply(self, weights: Weights, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = torch.empty(len(x), weights.shape[0], dtype=torch.bfloat16, device=weights.blobs.device)
+    def _multiply(
+        self, weights: Weights, x: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        y = torch.empty(len(x), weights.shape[0], dtype=dtype, device=weights.blobs.device)
         if len(x):
             packed = self._products.pack(x.to(torch.bfloat16).contiguous(), weights)
             self._products.product(weights, packed, len(x), y, bias=bias, wait=False)
@@ -147,7 +149,7 @@ class CudaLinear(Linear):
         held = self.packed
         scale = None if held.scale is None else held.scale.view(-1, BLOB)[which].flatten()
         shape = (len(which) * BLOB, held.shape[1])
-        return Weights(held.layout, shape, held.blobs[which], scale, held.codebooks, held.extension)
+        return Weights(held.layout, shape, held.blobs[which], scale, held.codebooks, held.extension, held.columns)
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> CudaLinear:
         """What is packed is never converted or moved: it belongs to its backend."""

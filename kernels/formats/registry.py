@@ -8,8 +8,10 @@ from . import gguf
 from .aqlm import Aqlm
 from .base import Format
 from .dense import Dense
+from .fp8 import Fp8
 from .int4 import Int4
 from .int8 import Int8
+from .mxfp4 import Mxfp4
 from .nf4 import Nf4
 from .spqr import Spqr
 
@@ -22,6 +24,8 @@ FORMATS: dict[str, Format] = {
         Int8(),
         Int4(),
         Nf4(),
+        Mxfp4(),
+        Fp8(),
         Aqlm(2, 8),
         Aqlm(1, 16),
         Spqr(),

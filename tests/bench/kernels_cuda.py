@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from petal.kernels.cuda import spqr
 from petal.kernels.cuda.blobs import LAYOUTS, Layout
-from petal.kernels.cuda.layout import Weights, padded
+from petal.kernels.cuda.layout import Fields, Weights, pack, padded
 from petal.kernels.cuda.linear import Linear, activations
 from petal.kernels.cuda.runtime import runtime
 from petal.kernels.cuda.tiling import Tiling, candidates, row_tile
@@ -31,7 +32,8 @@ MIDDLE = ((8192, 8192), (10240, 8192))
 SMALL = ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096))
 # Bits a weight of each layout's format, as a checkpoint stores it.
 BITS = {"Int4": 4.5, "Nf4": 4.5, "Int8": 8.0, "Bf16": 16.0, "Q4_0": 4.5, "Q4_1": 4.5, "Q8_0": 8.5, "Q5_K": 5.5,
-        "Q6_K": 6.5625, "Aqlm2x8": 2.0, "Aqlm1x16": 2.0, "Int4Group32": 5.0}  # fmt: skip
+        "Q6_K": 6.5625, "Aqlm2x8": 2.0, "Aqlm1x16": 2.0, "Int4Group32": 5.0, "Mxfp4": 4.25, "Fp8": 8.0,
+        "Spqr": 4.32, "Nf4Across": 4.5}  # fmt: skip
 
 
 def graph_ms(calls: Sequence[Call], replays: int = 7) -> float:
@@ -68,6 +70,11 @@ def eager_ms(call: Call, times: int = 12) -> float:
     return statistics.median(taken[2:])
 
 
+def family(layout: Layout) -> str:
+    """SpQR has a layout for each length of its lists."""
+    return layout.name.partition("<")[0]
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What the card gives at best."""
@@ -86,15 +93,19 @@ class Ceilings:
 
     def floor(self, layout: Layout, shape: tuple[int, int], rows: int) -> float:
         weights = shape[0] * shape[1]
-        return max(weights * BITS[layout.name] / 8 / self.bytes_per_ms, 2 * rows * weights / self.flops_per_ms)
+        return max(weights * BITS[family(layout)] / 8 / self.bytes_per_ms, 2 * rows * weights / self.flops_per_ms)
 
 
 def random_weights(layout: Layout, shape: tuple[int, int]) -> Weights:
     """Blobs of random bytes: their numbers may be anything that is finite and not small."""
     outputs, width = shape
+    if family(layout) == "Spqr":
+        return random_spqr(shape)
     blobs = torch.randint(0, 256, (padded(outputs, 64) // 64, padded(width, 512) // 64, layout.bytes),
                           dtype=torch.uint8, device="cuda")  # fmt: skip
-    codes = {"Int8": 4096, "Q8_0": 4096, "Bf16": 0, "Aqlm2x8": 1024, "Aqlm1x16": 1024}.get(layout.name, 2048)
+    codes = {"Int8": 4096, "Q8_0": 4096, "Fp8": 4096, "Bf16": 0, "Aqlm2x8": 1024, "Aqlm1x16": 1024}.get(
+        layout.name, 2048
+    )
     if codes < layout.bytes:
         numbers = torch.rand(*blobs.shape[:2], (layout.bytes - codes) // 2, device="cuda") * 0.01 + 0.01
         halves = numbers.bfloat16()
@@ -102,6 +113,23 @@ def random_weights(layout: Layout, shape: tuple[int, int]) -> Weights:
     scale = torch.rand(padded(outputs, 64), device="cuda") if layout.scaled else None
     books = torch.randn(512 if layout.table else 65536, 8, device="cuda").bfloat16() if layout.reordered else None
     return Weights(layout, shape, blobs, scale, books)
+
+
+def random_spqr(shape: tuple[int, int], share: float = 0.01) -> Weights:
+    """Outliers at random places; blobs of 2,048 outputs again and again."""
+    outputs, width = shape
+    some = (min(outputs, 2048), width)
+    rows = {"codes": torch.randint(0, 8, some, dtype=torch.uint8, device="cuda")}
+    rows |= {name: torch.rand(some[0], -(-width // 16), device="cuda") for name in ("scale", "middle")}
+    values = torch.randn(some, device="cuda").bfloat16()
+    rows["outliers"] = torch.where(torch.rand(some, device="cuda") < share, values, torch.nan)
+    packed = pack(Fields(spqr.layout(0), width, rows))
+    blobs = packed.blobs.repeat(-(-outputs // some[0]), 1, 1)[: padded(outputs, 64) // 64].contiguous()
+    return Weights(packed.layout, shape, blobs)
+
+
+def layout_named(name: str) -> Layout:
+    return random_spqr((64, 8192)).layout if name == "Spqr" else LAYOUTS[name]
 
 
 class Bench:
@@ -115,7 +143,9 @@ class Bench:
     def copies(self, layout: Layout, shape: tuple[int, int]) -> list[Weights]:
         first = random_weights(layout, shape)
         count = max(2, int(ROTATE // first.blobs.nbytes) + 1)
-        more = [Weights(layout, shape, first.blobs.clone(), first.scale, first.codebooks) for _ in range(count - 1)]
+        more = [
+            Weights(first.layout, shape, first.blobs.clone(), first.scale, first.codebooks) for _ in range(count - 1)
+        ]
         return [first, *more]
 
     def ms(self, copies: list[Weights], rows: int, tiling: Tiling, overlap: bool = True) -> float:
@@ -141,13 +171,13 @@ class Bench:
             future.exception()
 
     def rows(self, layouts: Sequence[str], shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> Iterator[dict]:
-        combined = list(itertools.product([LAYOUTS[name] for name in layouts], shapes))
+        combined = list(itertools.product([layout_named(name) for name in layouts], shapes))
         self.compile([(layout, self._tiling(layout, shape, m)) for layout, shape in combined for m in rows])
         for shape in shapes:
             bf16 = {m: self.bf16_ms(shape, m) for m in rows}
             for name in layouts:
-                layout = LAYOUTS[name]
-                copies = self.copies(layout, shape)
+                copies = self.copies(layout_named(name), shape)
+                layout = copies[0].layout
                 for m in rows:
                     tiling = self._tiling(layout, shape, m)
                     floor, ms = self.ceilings.floor(layout, shape, m), self.ms(copies, m, tiling)
@@ -193,9 +223,7 @@ class Bench:
 
 def label(tiling: Tiling) -> str:
     """A tiling in a word: rows/outputs groups x K groups x blobs and what else was chosen."""
-    flags = "".join(
-        letter for letter, on in (("s", tiling.split), ("t", tiling.totals_in_shared), ("w", tiling.wgmma)) if on
-    )
+    flags = "".join(letter for letter, on in (("s", tiling.split), ("c", tiling.cluster), ("w", tiling.wgmma)) if on)
     size = f"{tiling.rows}/{tiling.groups_out}x{tiling.groups_k}x{tiling.blocks}"
     return f"{size} d{tiling.depth}u{tiling.unroll} {flags}{tiling.registers or ''}r{tiling.resident} {tiling.stages}st"
 
@@ -205,21 +233,24 @@ PARTS = {
     "small": (("Int4",), SMALL),
     "bytes": (("Nf4", "Int8", "Q8_0", "Bf16"), LARGE[:1]),
     "ggml": (("Q4_0", "Q4_1", "Q5_K", "Q6_K"), LARGE[:1]),
+    "floats": (("Mxfp4", "Fp8"), LARGE[:1]),
+    "spqr": (("Spqr",), LARGE[:1]),
     "codebooks": (("Aqlm2x8", "Aqlm1x16"), LARGE[:1]),
 }
 
 
 def measure(parts: Sequence[str] | None, as_json: bool) -> None:
     """Some parts, or all; one line of JSON last if asked for."""
-    from tests.bench import blocks_cuda
+    from tests.bench import blocks_cuda, grouped_cuda, rivals_cuda
 
-    known = [*PARTS, *blocks_cuda.PARTS]
+    others = {**blocks_cuda.PARTS, **grouped_cuda.PARTS, "rivals": rivals_cuda.rows}
+    known = [*PARTS, *others]
     if unknown := sorted(set(parts or ()) - set(known)):
         raise SystemExit(f"there is no part {unknown[0]}: choose of {', '.join(known)}.")
     bench, rows = Bench(), []
     for part in parts or known:
         start = time.perf_counter()
-        found = bench.rows(*PARTS[part], ROWS) if part in PARTS else blocks_cuda.PARTS[part](bench)
+        found = bench.rows(*PARTS[part], ROWS) if part in PARTS else others[part](bench)
         for row in found:
             rows.append(row)
             print(*(f"{v:.4f}" if isinstance(v, float) else v for v in row.values()), flush=True)

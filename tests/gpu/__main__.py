@@ -26,6 +26,7 @@ GROUPS = {
     "span": ([f"{HERE}/test_span.py"], 120),
     "peers": (["tests/gpu/test_peers.py"], 240),
     "attention": ([f"{HERE}/test_attention.py"], 240),
+    "experts": ([f"{HERE}/test_experts.py", f"{HERE}/test_adapters.py"], 90),
     "products": ([f"{HERE}/test_linear.py"], 240),
 }
 BENCH = ("int4", "block")

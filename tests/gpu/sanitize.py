@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tests.gpu.__main__ import ROOT, environment
@@ -20,7 +21,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 LIMIT = 240  # seconds a case
 FOUND = 9  # exit status where the tool found something
 PRODUCTS = ("int4", "int4 by 32", "nf4", "int8", "int8 with outliers", "q4_0", "q4_1", "q8_0", "q5_k", "q6_k", "bf16",
-            "aqlm", "aqlm-1x16")  # fmt: skip
+            "aqlm", "aqlm-1x16", "mxfp4", "fp8", "spqr")  # fmt: skip
 
 
 def product(case: str) -> None:
@@ -68,11 +69,40 @@ def small() -> None:
     test_attention.test_norms_rotations_and_gates_are_right((Attention(made), Elementwise(made)))
 
 
+def grouped() -> None:
+    """Experts and adapters."""
+    import torch
+    from petal.kernels.cuda.experts import Experts
+    from petal.kernels.cuda.runtime import runtime
+
+    from tests.kernels.cuda import test_adapters, test_experts
+
+    made = runtime(torch.device("cuda", 0))
+    test_experts.test_all_rows_may_choose_the_same_expert(Experts(made))
+    test_adapters.test_each_row_has_its_own(made, 99, 31, (4, 16))
+
+
 CASES: dict[str, Callable[[], None]] = {
     "attention": attention,
     "small": small,
+    "grouped": grouped,
     **{name: lambda name=name: product(name) for name in PRODUCTS},
 }
+
+
+def examined(tool: str, case: str) -> tuple[str, bool, str]:
+    """A case in a process of its own: its last line, whether nothing was found, and all that was said."""
+    path = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [path, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+    command += [sys.executable, "-m", "tests.gpu.sanitize", "--inside", case]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=LIMIT, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"more than {LIMIT} s", False, ""
+    return (done.stdout.strip() or "nothing").splitlines()[-1][:200], done.returncode == 0, done.stdout
 
 
 def main() -> int:
@@ -80,6 +110,8 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all by default")
     parser.add_argument("--tool", choices=TOOLS, default="memcheck")
     parser.add_argument("--state", type=Path, default=Path("build/sanitized.json"), help="which cases passed before")
+    parser.add_argument("--logs", type=Path, default=Path("build"), help="a folder for what is said of failed cases")
+    parser.add_argument("--jobs", type=int, default=1, help="cases side by side")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
@@ -87,31 +119,22 @@ def main() -> int:
         return 0
     if unknown := sorted(set(arguments.cases) - set(CASES)):
         parser.error(f"there is no case {unknown[0]}")
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     passed = json.loads(arguments.state.read_text()) if arguments.state.exists() else []
-    arguments.state.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (arguments.state.parent, arguments.logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    cases = [case for case in arguments.cases or CASES if f"{arguments.tool} {case}" not in passed]
     failed = 0
-    settings = environment()
-    for case in arguments.cases or CASES:
-        if (name := f"{arguments.tool} {case}") in passed:
-            continue
-        command = [tool, "--tool", arguments.tool, "--error-exitcode", str(FOUND)]
-        command += [sys.executable, "-m", "tests.gpu.sanitize", "--inside", case]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=LIMIT,
-                check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            print(f"{name}: more than {LIMIT} s", flush=True)
-            failed += 1
-            continue
-        print(f"{name}: {(done.stdout + done.stderr).strip().splitlines()[-1][:200]}", flush=True)
-        if done.returncode:
-            failed += 1
-        else:
-            passed.append(name)
-            arguments.state.write_text(json.dumps(passed))
+    with ThreadPoolExecutor(arguments.jobs) as workers:
+        runs = {workers.submit(examined, arguments.tool, case): f"{arguments.tool} {case}" for case in cases}
+        for run in as_completed(runs):
+            name, (last, well, said) = runs[run], run.result()
+            print(f"{name}: {last}", flush=True)
+            failed += not well
+            if well:
+                passed.append(name)
+                arguments.state.write_text(json.dumps(passed))
+            else:
+                (arguments.logs / f"{name.replace(' ', '-')}.log").write_text(said)
     return int(failed > 0)
 
 

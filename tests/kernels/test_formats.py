@@ -33,6 +33,11 @@ def linear(format: Format, tensors: Tensors, shape: tuple[int, int], bias: Tenso
     return backend_for().linear(QuantizedTensor(format, tensors, shape), bias)
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """What torch can compare."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
 def fitting(format: Format, shape: tuple[int, int]) -> bool:
     return shape[1] % getattr(format, "block", 8 if isinstance(format, Aqlm) else 1) == 0
 
@@ -45,7 +50,7 @@ def test_unpack_undoes_pack(name: str, shape: tuple[int, int]):
     tensors = random_tensors(format, shape)
     packed = layout.pack(QuantizedTensor(format, tensors, shape))
     again = layout.unpack(format, packed, shape).tensors
-    assert all(torch.equal(again[key], value) for key, value in tensors.items())
+    assert all(torch.equal(bits(again[key]), bits(value)) for key, value in tensors.items())
     assert all(tensor.is_contiguous() for tensor in packed.values())
     held = sum(tensor.nbytes for key, tensor in packed.items() if key not in ("values", "outliers", "col_vals"))
     assert held == layout.nbytes(format, shape)
@@ -60,9 +65,21 @@ def test_packed_weights_take_little_more_than_their_bits(name: str, bits: float)
         assert layer.nbytes <= (1.1 if shape[0] % 16 == 0 else 1.2) * bits / 8 * shape[0] * shape[1]
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "int8", "int4", "nf4", "q4_0", "q4_1", "q8_0"])
+@pytest.mark.parametrize(
+    "name", ["bf16", "fp16", "fp32", "int8", "int4", "nf4", "mxfp4", "fp8", "q4_0", "q4_1", "q8_0"]
+)
 def test_quantizing_loses_what_its_bits_allow(name: str):
-    limits = {"bf16": 2e-3, "fp16": 3e-4, "fp32": 0, "int8": 0.01, "q8_0": 0.01, "q4_0": 0.11, "q4_1": 0.09}
+    limits = {
+        "bf16": 2e-3,
+        "fp16": 3e-4,
+        "fp32": 0,
+        "int8": 0.01,
+        "q8_0": 0.01,
+        "q4_0": 0.11,
+        "q4_1": 0.09,
+        "fp8": 0.03,
+    }
+    limits["mxfp4"] = 0.14
     weight = weights((96, 640))
     format = FORMATS[name]
     tensors = format.quantize(weight)
@@ -72,14 +89,46 @@ def test_quantizing_loses_what_its_bits_allow(name: str):
     assert error > limits.get(name, 0.11) / 10 or name == "fp32"
 
 
+def test_floats_of_four_bits_are_the_standards():
+    """Codes, scales and the order of nibbles, by the tables of OCP's specification."""
+    format, codes = FORMATS["mxfp4"], torch.arange(16, dtype=torch.uint8).repeat(2)
+    tensors = {"blocks": (codes[0::2] | codes[1::2] << 4).view(1, 1, 16), "scales": torch.tensor([[129]]).byte()}
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    assert format.dequantize(tensors, (1, 32)).tolist() == [[4.0 * v for v in values * 2]]
+    again = format.quantize(format.dequantize(tensors, (1, 32)))
+    assert torch.equal(again["scales"], tensors["scales"])
+    assert torch.equal(format.dequantize(again, (1, 32)), format.dequantize(tensors, (1, 32)))
+    for shape, wrong in (((1, 40), tensors), ((1, 32), tensors | {"scales": torch.tensor([[255]]).byte()})):
+        with pytest.raises(FormatError, match="mxfp4"):
+            format.check(wrong, shape)
+
+
+def test_floats_of_eight_bits_have_scales_for_blocks():
+    format, shape = FORMATS["fp8"], (200, 320)
+    weight = weights(shape) * torch.linspace(-9, 9, 200).exp()[:, None]
+    tensors = format.quantize(weight)
+    assert tensors["weight_scale_inv"].shape == (2, 3)
+    dense = format.dequantize(tensors, shape)
+    expected = tensors["weight"].double()
+    expected[128:, 256:] *= tensors["weight_scale_inv"][1, 2].double()
+    assert torch.equal(dense[128:, 256:], expected[128:, 256:])
+    poisoned = tensors | {"weight": tensors["weight"].clone()}
+    poisoned["weight"].view(torch.uint8)[3, 5] = 0xFF
+    with pytest.raises(FormatError, match="not finite"):
+        format.check(poisoned, shape)
+    with pytest.raises(FormatError, match="share scales"):
+        QuantizedTensor(format, tensors, shape).rows(torch.tensor([1]))
+
+
 def test_rows_are_those_of_the_whole():
-    for name in ("int8", "int4", "q8_0", "q4_1", "bf16", "aqlm"):
+    for name in ("int8", "int4", "q8_0", "q4_1", "bf16", "aqlm", "mxfp4"):
         format, shape, which = FORMATS[name], (40, 576), torch.tensor([3, 39, 0, 3])
         matrix = QuantizedTensor(format, random_tensors(format, shape), shape)
         assert torch.equal(matrix.rows(which, torch.float64), matrix.dense(torch.float64)[which])
         handle = backend_for().linear(matrix)
-        assert torch.equal(handle.dense(), matrix.dense())
-        assert torch.equal(handle.rows(which), matrix.rows(which))
+        rounded = (lambda t: t.bfloat16().float()) if name == "mxfp4" else (lambda t: t)  # held dense
+        assert torch.equal(handle.dense(), rounded(matrix.dense()))
+        assert torch.equal(handle.rows(which), rounded(matrix.rows(which)))
 
 
 @pytest.mark.parametrize("name", GGUF)

@@ -9,20 +9,24 @@ INLINE u64 place_of(int row, int eighth, int eighths, int tile_rows) {
   return ((u64)(row / tile_rows) * eighths + eighth) * tile_rows + row % tile_rows;
 }
 
-// x [rows, width] -> activations. One thread for each 8 depths of a padded row.
+// x [rows, width] -> activations, row n from row sources[n] (below 0: zeros) and depth k from column columns[k], unless
+// these are null. One thread for each 8 depths of a padded row.
 extern "C" __global__ void __launch_bounds__(256)
-pack_rows(const u16* x, uint4* packed, int rows, int width, int eighths, int tile_rows, int order, int count) {
+pack_rows(const u16* x, uint4* packed, const int* sources, const int* columns, int rows, int width, int eighths, int tile_rows,
+          int order, int count) {
   let_next_start();
   wait_for_previous();
   const int i = blockIdx.x * 256 + threadIdx.x;
   if (i >= count) return;
   const int row = i / eighths, eighth = i % eighths;
+  const int from = row >= rows ? -1 : sources ? sources[row] : row;
   u16 v[8];
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     int depth = 8 * eighth + e;
     if (order) depth = (eighth & ~3) * 8 + 8 * (e >> 1) + 2 * (eighth & 3) + (e & 1);
-    v[e] = row < rows && depth < width ? x[(u64)row * width + depth] : (u16)0;
+    v[e] = 0;
+    if (from >= 0 && depth < width) v[e] = x[(u64)from * width + (columns ? columns[depth] : depth)];
   }
   packed[place_of(row, eighth, eighths, tile_rows)] =
       make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);

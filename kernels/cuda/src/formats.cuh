@@ -15,7 +15,7 @@ struct Lane {
 };
 
 // Codes of four bits on 128: bfloat16 counts in ones from 128 to 256.
-constexpr u32 COUNT = 0x43004300u, MINUS_136 = 0xC308C308u, MINUS_144 = 0xC310C310u;
+constexpr u32 COUNT = 0x43004300u, MINUS_132 = 0xC304C304u, MINUS_136 = 0xC308C308u, MINUS_144 = 0xC310C310u;
 INLINE u32 nibbles(u32 word, int pair) { return and_or(word >> (4 * pair), 0x000F000Fu, COUNT); }
 
 struct NoTable {
@@ -161,7 +161,7 @@ struct Nf4 {
     load_shared4(c.words, blob + lane.thread * 16);
     load_shared2(c.scale, blob + 2048 + lane.pair * 8);
   }
-  static INLINE u32 pair(u32 word, u32 table) { return load_shared((word & 0x7F80u) + table); }
+  static INLINE u32 pair(u32 word, u32 table) { return load_table((word & 0x7F80u) + table); }
   // A word holds the pairs p = 0 to 3 as bytes, turned left by 7 bits, so that a masked shift is an offset.
   static INLINE void expand(u32 (&fragments)[16], const Codes& c, const Lane& lane) {
     u32 scale[2];
@@ -178,6 +178,115 @@ struct Nf4 {
       fragments[4 * j + 2] = mul2(pair(w >> 16, lane.table), scale[0]);
       fragments[4 * j + 3] = mul2(pair(__funnelshift_l(w, w, 8), lane.table), scale[1]);
     }
+  }
+};
+
+// The same where blocks of 64 go on from row to row: in a blob an output has two scales, the second from a border on.
+struct Nf4Across : Nf4 {
+  static constexpr int BYTES = 2560;
+  struct Codes { u32 words[4], scale[4]; };  // both scales of either output, then both borders
+  static INLINE void load(Codes& c, u32 blob, const Lane& lane) {
+    load_shared4(c.words, blob + lane.thread * 16);
+    load_shared4(c.scale, blob + 2048 + lane.pair * 16);
+  }
+  static INLINE u32 scales(const Codes& c, int i, int t) {
+    const int depth = 16 * (i >> 2) + 8 * (i >> 1 & 1) + 2 * t, border = c.scale[2 + (i & 1)];
+    return pick_bytes(c.scale[i & 1], 0, (depth < border ? 0x10 : 0x32) | (depth + 1 < border ? 0x1000 : 0x3200));
+  }
+  static INLINE void expand(u32 (&fragments)[16], const Codes& c, const Lane& lane) {
+    const int t = lane.thread & 3;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const u32 w = c.words[j];
+      fragments[4 * j] = mul2(pair(w, lane.table), scales(c, 4 * j, t));
+      fragments[4 * j + 1] = mul2(pair(w >> 8, lane.table), scales(c, 4 * j + 1, t));
+      fragments[4 * j + 2] = mul2(pair(w >> 16, lane.table), scales(c, 4 * j + 2, t));
+      fragments[4 * j + 3] = mul2(pair(__funnelshift_l(w, w, 8), lane.table), scales(c, 4 * j + 3, t));
+    }
+  }
+};
+
+// Floats of four bits (a sign, two bits of exponent, one of mantissa) under a power of two by groups of 32.
+// Three of a word's four codes are a shift away from their places in a bfloat16, which is then 2^126 times too small.
+struct Mxfp4 : NoTable {
+  static constexpr int BYTES = 2304;
+  static constexpr bool SCALED = false;
+  struct Codes { u32 words[4], scale[2]; };
+  static INLINE void load(Codes& c, u32 blob, const Lane& lane) {
+    load_shared4(c.words, blob + lane.thread * 16);
+    load_shared2(c.scale, blob + 2048 + lane.pair * 8);
+  }
+  static INLINE u32 places(u32 w, int pair) {
+    if (pair < 3) return w << (3 * pair) & 0x81C081C0u;
+    return and_or(w >> 4, 0x00C000C0u, and_or(w >> 5, 0x01000100u, w << 1 & 0x80008000u));
+  }
+  static INLINE void expand(u32 (&fragments)[16], const Codes& c, const Lane&) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      const u32 s = c.scale[i & 1], value = mul2(places(c.words[i >> 2], i & 3), 0x7E807E80u);
+      fragments[i] = mul2(value, i < 8 ? low_twice(s) : high_twice(s));
+    }
+  }
+};
+
+// Floats of eight bits (a sign, four bits of exponent, three of mantissa) under a scale for each output and 64 depths.
+// Registers i and i + 1 are the upper and the lower bytes of a word's halves; four bits lower they are bfloat16s that
+// are 2^120 times too small.
+struct Fp8 : NoTable {
+  static constexpr int BYTES = 4224;
+  static constexpr bool SCALED = false;
+  struct Codes { u32 words[8], scale; };
+  static INLINE void load(Codes& c, u32 blob, const Lane& lane) {
+    load_shared4(c.words, blob + lane.thread * 16);
+    load_shared4(c.words + 4, blob + 2048 + lane.thread * 16);
+    c.scale = load_shared(blob + 4096 + lane.pair * 4);
+  }
+  static INLINE void expand(u32 (&fragments)[16], const Codes& c, const Lane&) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      const u32 w = i & 1 ? c.words[i >> 1] << 8 : c.words[i >> 1];
+      const u32 low = (i & 1 ? c.words[i >> 1] << 4 : w >> 4) & 0x07F007F0u;
+      const u32 value = mul2(and_or(w, 0x80008000u, low), 0x7B807B80u);
+      fragments[i] = mul2(value, i & 1 ? high_twice(c.scale) : low_twice(c.scale));
+    }
+  }
+};
+
+// (code - 4) * scale + middle by groups of 16, three bits, rounded once; some weights are replaced by bfloat16s of a list.
+// A word holds registers 5 w to 5 w + 4; bit b of register 15 is the highest of word b's halves. Behind the numbers:
+// where each warp's part of the list begins, where each lane's part of that, and the ENTRIES of the list.
+template <int ENTRIES> struct Spqr : NoTable {
+  static constexpr int BYTES = 2720 + 4 * ENTRIES;
+  static constexpr bool SCALED = false;
+  struct Codes { u32 words[3], numbers[8], entry, end; };
+  static INLINE void load(Codes& c, u32 blob, const Lane& lane) {
+    load_shared2(c.words, blob + lane.thread * 8);
+    c.words[2] = load_shared(blob + 1024 + lane.thread * 4);
+    load_shared4(c.numbers, blob + 1536 + lane.pair * 16);
+    load_shared4(c.numbers + 4, blob + 2048 + lane.pair * 16);
+    const int warp = lane.thread >> 5;
+    const u32 list = blob + 2720 + load_shared(blob + 2560 + warp * 4), starts = blob + 2576 + warp * 36 + (lane.thread & 31);
+    c.entry = list + 4 * load_shared_byte(starts);
+    c.end = list + 4 * load_shared_byte(starts + 1);
+  }
+  static INLINE u32 code(const u32 (&words)[3], int i) {
+    if (i < 15) return and_or(words[i / 5] >> (3 * (i % 5)), 0x00070007u, COUNT);
+    const u32 low = and_or(words[0] >> 15, 0x00010001u, COUNT);
+    return and_or(words[2] >> 13, 0x00040004u, and_or(words[1] >> 14, 0x00020002u, low));
+  }
+  static INLINE void expand(u32 (&fragments)[16], const Codes& c, const Lane&) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      const u32 s = c.numbers[4 * (i >> 3) + 2 * (i >> 2 & 1) + (i & 1)];
+      fragments[i] = fma2(add2(code(c.words, i), MINUS_132), low_twice(s), high_twice(s));
+    }
+    for (u32 at = c.entry; at < c.end; at += 4) {
+      const u32 entry = load_shared(at), place = entry >> 16 & 15, bytes = entry >> 20 ? 0x5410 : 0x3254;
+#pragma unroll
+      for (int i = 0; i < 16; i++)
+        if (i == place) fragments[i] = pick_bytes(fragments[i], entry, bytes);
+    }
+    __syncwarp();
   }
 };
 

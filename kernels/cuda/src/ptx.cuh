@@ -70,7 +70,12 @@ INLINE float high_of(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 INLINE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 INLINE u32 load_shared(u32 address) {
   u32 v;
-  asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+INLINE u32 load_shared_byte(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 INLINE void load_shared2(u32* v, u32 address) {
@@ -81,6 +86,11 @@ INLINE void load_shared4(u32* v, u32 address) {
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
 }
 // From a table that never changes: the compiler may move the load.
+INLINE u32 load_table(u32 address) {
+  u32 v;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
 INLINE void load_table4(u32* v, u32 address) {
   asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address));
@@ -134,6 +144,34 @@ INLINE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier, u64 hint
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(hint) : "memory");
 }
+// ---- clusters: four blocks that see each other's shared memory ----
+
+INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+INLINE u32 address_in(u32 address, u32 block) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+INLINE void barrier_arrive_at(u32 barrier, u32 block) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(address_in(barrier, block)) : "memory");
+}
+INLINE void barrier_wait_cluster(u32 barrier, u32 phase) {
+  for (u32 tries = 0; tries < (1u << 24); tries++) {
+    u32 passed;
+    asm volatile("{.reg .pred P; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 P, [%1], %2; selp.u32 %0, 1, 0, P;}"
+                 : "=r"(passed) : "r"(barrier), "r"(phase) : "memory");
+    if (passed) return;
+  }
+  asm volatile("trap;");
+}
+INLINE float4 load_shared_of(u32 address, u32 block) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address_in(address, block)) : "memory");
+  return v;
+}
+
 INLINE void fence_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async;" ::: "memory");

@@ -15,7 +15,9 @@ _Read = Callable[[Tensor], Tensor]
 def dense(weights: Weights) -> Tensor:
     """The matrix [out, in] in float64, in bfloat16 where `formats.cuh` rounds, times the scales of outputs."""
     blobs = weights.blobs
-    registers = _READERS[weights.layout.name](blobs, weights)  # .., thread 128, register 16, element 2
+    registers = _READERS[weights.layout.name.partition("<")[0]](
+        blobs, weights
+    )  # .., thread 128, register 16, element 2
     out = torch.empty(*blobs.shape[:2], 64, 64, dtype=torch.float64)
     for thread in range(128):
         warp, g, t = thread // 32, thread % 32 // 4, thread % 4
@@ -34,7 +36,10 @@ def dense(weights: Weights) -> Tensor:
         matrix = matrix.index_add(1, weights.extension.columns.long(), behind)
     if weights.scale is not None:
         matrix = matrix * weights.scale.double()[:, None]
-    return matrix[: weights.shape[0], : weights.shape[1]]
+    matrix = matrix[: weights.shape[0], : weights.shape[1]]
+    if weights.columns is not None:
+        matrix = torch.empty_like(matrix).index_copy_(1, weights.columns.long(), matrix)
+    return matrix
 
 
 def _words(part: Tensor) -> Tensor:
@@ -116,6 +121,22 @@ def _q4_0(blobs: Tensor, _: Weights) -> Tensor:
 
 
 def _nf4(blobs: Tensor, _: Weights) -> Tensor:
+    scale = _by_pair(blobs[..., 2048:], 2)[..., [0, 1] * 8].to(torch.int32).view(torch.float32).bfloat16()
+    return _levels(blobs) * scale[..., None]
+
+
+def _nf4_across(blobs: Tensor, _: Weights) -> Tensor:
+    words = _by_pair(blobs[..., 2048:], 4)
+    first, second = _halves(words[..., [0, 1] * 8])
+    border = words[..., [2, 3] * 8]
+    depth = torch.tensor([[16 * (i // 4) + 8 * (i // 2 % 2) + 2 * t for i in range(16)] for t in range(4)]).repeat(
+        32, 1
+    )
+    scales = [torch.where(depth + e < border, first, second) for e in range(2)]
+    return (_levels(blobs).float() * torch.stack(scales, -1)).bfloat16()
+
+
+def _levels(blobs: Tensor) -> Tensor:
     words = _words(blobs[..., :2048]).unflatten(-1, (128, 4))
     levels = torch.tensor(LEVELS).bfloat16()
     registers = []
@@ -124,8 +145,51 @@ def _nf4(blobs: Tensor, _: Weights) -> Tensor:
         if i % 4 == 3:
             byte = byte & 1 | words[..., i // 4] << 1
         registers.append(torch.stack((levels[byte & 15], levels[byte >> 4 & 15]), -1))
-    scale = _by_pair(blobs[..., 2048:], 2)[..., [0, 1] * 8].to(torch.int32).view(torch.float32).bfloat16()
-    return torch.stack(registers, -2) * scale[..., None]
+    return torch.stack(registers, -2)
+
+
+def _mxfp4(blobs: Tensor, _: Weights) -> Tensor:
+    words = _words(blobs[..., :2048]).unflatten(-1, (128, 4))
+    places = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
+    registers = []
+    for i in range(16):
+        both = []
+        for e in range(2):
+            mantissa, low, high, sign = (words[..., i // 4] >> (at + 16 * e) & 1 for at in places[i % 4])
+            exponent = low + 2 * high
+            value = torch.where(exponent > 0, (1 + mantissa / 2) * 2.0 ** (exponent - 1), mantissa / 2)
+            both.append(value * (1 - 2 * sign))
+        registers.append(torch.stack(both, -1))
+    return (torch.stack(registers, -2) * _two_scales(blobs[..., 2048:])).bfloat16()
+
+
+def _fp8(blobs: Tensor, _: Weights) -> Tensor:
+    words = torch.stack([_words(half).unflatten(-1, (128, 4)) for half in blobs[..., :4096].split(2048, -1)], -2)
+    words = words.flatten(-2)
+    codes = [[words[..., i // 2] >> (16 * e + 8 * (1 - i % 2)) & 255 for e in range(2)] for i in range(16)]
+    values = torch.stack([torch.stack(pair, -1) for pair in codes], -2).to(torch.uint8).view(torch.float8_e4m3fn)
+    low, high = _halves(_by_pair(blobs[..., 4096:], 1))
+    return (values.float() * torch.cat((low, high) * 8, -1)[..., None]).bfloat16()
+
+
+def _spqr(blobs: Tensor, _: Weights) -> Tensor:
+    words = torch.cat((_words(blobs[..., :1024]).unflatten(-1, (128, 2)), _words(blobs[..., 1024:1536])[..., None]), -1)
+    codes = [[words[..., i // 5] >> (3 * (i % 5) + 16 * e) & 7 for e in range(2)] for i in range(15)]
+    codes.append([sum((words[..., b] >> (15 + 16 * e) & 1) << b for b in range(3)) for e in range(2)])
+    numbers = torch.cat([_by_pair(blobs[..., at : at + 512], 4) for at in (1536, 2048)], -1)
+    scale, middle = _halves(numbers[..., [2 * (i // 4) + i % 2 for i in range(16)]])
+    three = torch.stack([torch.stack(pair, -1) for pair in codes], -2) - 4
+    values = (three.double() * scale[..., None].double() + middle[..., None].double()).bfloat16()
+    bases, entries = _words(blobs[..., 2560:2576]), _words(blobs[..., 2720:])
+    starts = blobs[..., 2576:2720].unflatten(-1, (4, 36)).long()
+    for ob, kb in torch.cartesian_prod(*map(torch.arange, blobs.shape[:2])).tolist():
+        for thread in range(128):
+            begin, end = (int(starts[ob, kb, thread // 32, thread % 32 + n]) for n in range(2))
+            for n in range(begin, end):
+                entry = int(entries[ob, kb, int(bases[ob, kb, thread // 32]) // 4 + n])
+                bits = torch.tensor([entry & 0xFFFF], dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+                values[ob, kb, thread, entry >> 16 & 15, entry >> 20] = bits[0]
+    return values
 
 
 def _bytes(part: Tensor) -> Tensor:
@@ -168,6 +232,10 @@ _READERS: dict[str, Callable[[Tensor, Weights], Tensor]] = {
     "Int4": _int4,
     "Int4Group32": _int4_32,
     "Nf4": _nf4,
+    "Nf4Across": _nf4_across,
+    "Mxfp4": _mxfp4,
+    "Fp8": _fp8,
+    "Spqr": _spqr,
     "Int8": _int8,
     "Bf16": _bf16,
     "Q4_0": _q4_0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,9 +34,6 @@ def on_card(case: str, shape: tuple[int, int], seed: int = 0) -> tuple[Weights, 
     """Packed weights, and the matrix in float64."""
     format = CASES[case][0]
     tensors: Tensors = random_tensors(format, shape, seed)
-    if case == "int4 wild":
-        noise = torch.Generator().manual_seed(3)
-        tensors["scales"] = (torch.randn(tensors["scales"].shape, generator=noise) * 3).exp().clamp(max=6e4).half()
     tensors = {name: t.cuda() for name, t in tensors.items()}
     dense = format.dequantize(tensors, shape)
     return pack(fields(format, tensors, shape)), dense
@@ -54,10 +52,15 @@ def compile_all(linear: Linear, weights: Weights, rows: tuple[int, ...] = ROWS) 
 
 
 def product(
-    linear: Linear, weights: Weights, x: Tensor, tiling: Tiling | None = None, bias: Tensor | None = None
+    linear: Linear,
+    weights: Weights,
+    x: Tensor,
+    tiling: Tiling | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     rows, outputs = len(x), weights.shape[0]
-    out = torch.full((rows * outputs + GUARD,), torch.nan, dtype=torch.bfloat16, device="cuda")
+    out = torch.full((rows * outputs + GUARD,), torch.nan, dtype=dtype, device="cuda")
     packed = linear.pack(x, weights)
     linear.product(weights, packed, rows, out, bias=bias, tiling=tiling)
     assert out[rows * outputs :].isnan().all(), "something was written past the end"
@@ -80,19 +83,62 @@ def test_products_are_right_and_rows_have_one_pattern(linear, case, shape):
             assert torch.equal(y, first[:rows]), (rows, tiling)
 
 
-def test_wild_weights_and_rows_have_one_pattern(linear):
-    shape, noise = (1280, 4096), torch.Generator("cuda").manual_seed(5)
-    tensors = random_tensors(CASES["int4"][0], shape)
-    spread = torch.randn(tensors["scales"].shape, generator=torch.Generator().manual_seed(3))
-    tensors["scales"] = (spread * 3).exp().clamp(max=6e4).half()
-    weights = pack(fields(CASES["int4"][0], {name: t.cuda() for name, t in tensors.items()}, shape))
+@pytest.mark.parametrize("case", ["int4", "mxfp4", "fp8", "spqr", "q4_k"])
+def test_wild_weights_and_rows_have_one_pattern(linear, case):
+    """Scales e^N(0, 3), rows times e^N(0, 4)."""
+    shape, noise, format = (1280, 4096), torch.Generator("cuda").manual_seed(5), CASES[case][0]
+    taken = fields(format, {name: t.cuda() for name, t in random_tensors(format, shape).items()}, shape)
+    spread = (3 * torch.randn(taken.rows["scale"].shape, device="cuda", generator=noise)).exp()
+    weights = pack(replace(taken, rows={**taken.rows, "scale": taken.rows["scale"] * spread}))
     x = torch.randn(256, shape[1], device="cuda", generator=noise)
     x = (x * (4 * torch.randn(x.shape, device="cuda", generator=noise)).exp()).bfloat16()
+    compile_all(linear, weights, (1, 7, 16, 32, 64, 128, 256))
     first = product(linear, weights, x)
     assert first.isfinite().all()
     for rows in (1, 7, 16, 32, 64, 128, 256):
         for tiling in tilings(linear, weights, rows):
             assert torch.equal(product(linear, weights, x[:rows].contiguous(), tiling), first[:rows]), (rows, tiling)
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (70, 33), (520, 577)], ids=str)
+def test_blocks_of_nf4_may_go_on_from_row_to_row(linear, shape):
+    weights, dense = on_card("nf4", shape)
+    assert weights.layout.name == "Nf4Across"
+    x = torch.randn(200, shape[1], device="cuda").bfloat16()
+    reference = x.double() @ dense.T
+    first = product(linear, weights, x)
+    assert float((first.double() - reference).norm() / reference.norm()) < 6e-3
+    for rows in (1, 16, 31, 64):
+        assert torch.equal(product(linear, weights, x[:rows].contiguous()), first[:rows])
+
+
+def test_columns_of_spqr_may_have_an_order_of_their_own(linear):
+    shape, format = (520, 1000), CASES["spqr"][0]
+    tensors = random_tensors(format, shape)
+    order = torch.randperm(1000).int()
+    tensors = {name: t.cuda() for name, t in {**tensors, "in_perm": order[0::2] | order[1::2] << 16}.items()}
+    weights, dense = pack(fields(format, tensors, shape)), format.dequantize(tensors, shape)
+    x = torch.randn(40, 1000, device="cuda").bfloat16()
+    reference = x.double() @ dense.T
+    assert float((product(linear, weights, x).double() - reference).norm() / reference.norm()) < 6e-3
+
+
+@pytest.mark.parametrize("case", ["int4", "int8"])
+def test_sums_in_float32_round_to_those_in_bfloat16(linear, case):
+    """What an LM head wants."""
+    for shape in ((1280, 4096), (72, 768), (1001, 512)):
+        weights, dense = on_card(case, shape)
+        x, bias = torch.randn(150, shape[1], device="cuda").bfloat16(), torch.randn(shape[0], device="cuda")
+        for rows in (1, 16, 40, 64, 150):
+            some = x[:rows].contiguous()
+            for tiling in tilings(linear, weights, rows):
+                wide = product(linear, weights, some, tiling, bias, torch.float32)
+                assert torch.equal(wide.bfloat16(), product(linear, weights, some, tiling, bias))
+        reference = x.double() @ dense.T + bias.double()
+        error = float(
+            (product(linear, weights, x, None, bias, torch.float32).double() - reference).norm() / reference.norm()
+        )
+        assert error < 4e-3
 
 
 def test_a_row_that_is_no_number_stays_alone(linear):
@@ -116,7 +162,7 @@ def test_bias_joins_the_sum(linear, case):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("case", ["int4", "nf4", "int8", "q6_k", "aqlm"])
+@pytest.mark.parametrize("case", ["int4", "nf4", "int8", "q6_k", "aqlm", "mxfp4", "fp8", "spqr"])
 def test_gated_products_leave_the_next_activations(linear, case):
     shape, format = (1440, 1024), CASES[case][0]
     parts = []
@@ -149,23 +195,28 @@ def test_triton_says_the_same(linear, case):
     """While the compiler works, and where it fails."""
     weights, _ = on_card(case, (1280, 4096))
     everything, bias = torch.randn(200, 4096, device="cuda").bfloat16(), torch.randn(1280, device="cuda")
-    for rows in (1, 16, 64, 200):
+    for rows, dtype in ((1, torch.float32), (16, torch.bfloat16), (64, torch.float32), (200, torch.bfloat16)):
         x = everything[:rows].contiguous()
-        expected = product(linear, weights, x, bias=bias)
+        expected = product(linear, weights, x, bias=bias, dtype=dtype)
         out = torch.full_like(expected, torch.nan)
         linear._twin(weights, linear.pack(x, weights), rows, out, bias)
         assert torch.equal(out, expected), rows
 
 
-def test_a_product_repeats(linear):
-    weights, _ = on_card("int4", (1280, 4096))
-    for rows in (8, 64, 128):
+@pytest.mark.parametrize("case", ["int4", "spqr", "aqlm"])
+def test_a_product_repeats(linear, case):
+    """Ten thousand times, half of them overlapping, over whole and split tilings."""
+    weights, _ = on_card(case, (1280, 4096))
+    for rows in (8, 32, 64, 128):
         x = torch.randn(rows, 4096, device="cuda").bfloat16()
-        packed = linear.pack(x, weights)
-        first = product(linear, weights, x)
+        packed, first = linear.pack(x, weights), product(linear, weights, x)
+        found = candidates(linear._card, weights.layout, 1280, weights.depth_blobs, rows)
+        both = [next(t for t in found if t.split), next(t for t in found if not t.split)]
         differing = torch.zeros((), dtype=torch.long, device="cuda")
-        for index in range(2000):
-            out = torch.full_like(first, torch.nan)
-            linear.product(weights, packed, rows, out, overlap=bool(index & 1))
-            differing += (out != first).any()
+        out = torch.empty_like(first)
+        for index in range(2500 // len(both) + 1):
+            for tiling in both:
+                out.fill_(torch.nan)
+                linear.product(weights, packed, rows, out, tiling=tiling, overlap=bool(index & 1))
+                differing += (out != first).any()
         assert int(differing) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from petal.kernels.cuda import spqr
 from petal.kernels.cuda.blobs import LAYOUTS
 from petal.kernels.cuda.tiling import Card, Measured, Tiling, candidates, choose, row_tile
 
@@ -15,13 +16,16 @@ CARDS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+LISTS = {f"SpQR with {entries}": spqr.layout(entries) for entries in (0, 80, 1008)}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), *LISTS.values()], ids=[*LAYOUTS, *LISTS])
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 def test_a_tiling_fits_the_card_and_the_shape(card, layout):
     for outputs, depth_blobs in ((64, 8), (72, 16), (576, 16), (4096, 64), (11008, 64), (8192, 448), (57344, 128)):
         for rows in (1, 8, 9, 33, 64, 65, 128, 129, 512):
             tiling = choose(card, layout, outputs, depth_blobs, rows)
-            assert tiling.stages >= 2
+            assert tiling.stages >= tiling.fewest_stages
             assert tiling.resident * (tiling.shared_bytes(layout) + 2 * KIB) <= card.shared + KIB
             assert depth_blobs // 4 % (tiling.depth * tiling.unroll) == 0
             assert tiling.rows == row_tile(rows, card) <= (128 if card.hopper else 64)
