@@ -12,9 +12,9 @@ from collections.abc import Callable
 import grpc
 import pytest
 from petal.kernels.slow_work import slow_work
+from petal.peer import server
 from petal.peer.engine import watchdog
 from petal.peer.engine.watchdog import Watchdog
-from petal.peer.server import PeerServer
 
 from ..support.swarms import local_swarm
 from ..support.tiny import tiny_llama
@@ -69,7 +69,7 @@ async def test_a_peer_whose_compute_fell_ends_its_service_and_its_record(
     monkeypatch: pytest.MonkeyPatch, command: Callable[[threading.Event], None], reason: str
 ) -> None:
     monkeypatch.setattr(watchdog, "CHECK_S", 0.05)
-    monkeypatch.setattr(PeerServer, "_stall_s", lambda server: 0.5)
+    monkeypatch.setattr(server, "stall_s", lambda rows_per_s: 0.5)
     gate = threading.Event()
     async with local_swarm(tiny_llama(), [range(0, 4)] * 2) as swarm, Wire(swarm.peers[1]) as wire:
         broken, other = swarm.peers[1], swarm.peers[0]
