@@ -29,11 +29,11 @@ NO_BYTES = "a prompt is text, messages or token ids, not bytes: decode it first"
 class Generator:
     """Answers of one model: sessions of `connection`, drafts for them, text by `tokenizer`."""
 
-    def __init__(self, connection: SwarmConnection, text: ModelText) -> None:
+    def __init__(self, connection: SwarmConnection, text: ModelText, drafter_device: str = "cpu") -> None:
         self.connection = connection
         self.tokenizer = tokenizer = text.tokenizer
         self._text = text
-        self._drafters = DrafterRegistry(tokenizer, connection.known.digest or b"")
+        self._drafters = DrafterRegistry(tokenizer, connection.known.digest or b"", drafter_device)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text or of messages; ids as they are. Raises SettingsError, ChatTemplateError."""

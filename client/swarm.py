@@ -80,6 +80,7 @@ class AsyncSwarmModel:
         allow_mixed: bool = False,
         local_ends: bool = False,
         trusted_ends: str | Collection[str] = (),
+        drafter_device: str = "cpu",
         wait_s: float | None = None,
     ) -> AsyncSwarmModel:
         """Find the model's peers. `initial_peers` are gRPC host:port of any peers, or libp2p multiaddrs.
@@ -92,6 +93,7 @@ class AsyncSwarmModel:
         `local_ends` runs embedding, LM head and sampler on this machine, with `logits_processor`s of one's own; peers
         get embeddings in place of token ids. It needs the checkpoint, torch and transformers.
         `trusted_ends` are labels, such as lab=oxford, that the peers of the first and the last block must have.
+        `drafter_device` is where draft models compute: "cpu", "cuda", "cuda:1", …
         Waits up to `wait_s` seconds for blocks without a peer: by default not at all to begin with, and WAIT_S where
         they are lost while it generates. Raises ConnectError.
         """
@@ -110,7 +112,7 @@ class AsyncSwarmModel:
         except BaseException:
             await connection.close()
             raise
-        return cls(name, Generator(connection, text))
+        return cls(name, Generator(connection, text, drafter_device))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -231,6 +233,7 @@ class SwarmModel:
         allow_mixed: bool = False,
         local_ends: bool = False,
         trusted_ends: str | Collection[str] = (),
+        drafter_device: str = "cpu",
         wait_s: float | None = None,
     ) -> SwarmModel:
         """See AsyncSwarmModel.connect. Raises ConnectError."""
@@ -247,6 +250,7 @@ class SwarmModel:
                     allow_mixed=allow_mixed,
                     local_ends=local_ends,
                     trusted_ends=trusted_ends,
+                    drafter_device=drafter_device,
                     wait_s=wait_s,
                 )
             )

@@ -290,7 +290,8 @@ class Backend(ABC):
     def scores(self, logits: Tensor) -> Sequence[Any]:
         """Logits [n, vocab] as a sampler on the host reads them: indexed by row, a float32 numpy array [vocab] each.
 
-        Where that costs a transfer, only the rows that are asked for make it.
+        Where that costs a transfer, what is not asked for need not make it: a row may be anything that has the array's
+        `argmax`, `max`, `astype` and `tobytes`.
         """
         rows: Any = logits.float().numpy() if logits.is_cpu else HostRows(list(logits))
         return rows
@@ -325,4 +326,7 @@ class EagerRunner:
         """See `BatchRunner`."""
         groups = batch.plan.metadata(self._device)
         attend = self._storage.attention([groups[g] for g in self._group_of])
-        return self._forward(batch.rows.to(self._device), groups[0].positions.long(), attend, batch.blocks)
+        positions = groups[0].positions
+        if batch.plan.stored:
+            positions = torch.cat([positions[start:stop] for start, stop in batch.plan.asked])
+        return self._forward(batch.rows.to(self._device), positions.long(), attend, batch.blocks)

@@ -24,21 +24,45 @@ class BatchPlan:
     parents: Sequence[int]
     tables: Sequence[Sequence[Sequence[int]]]
     page_size: int
+    stored: Sequence[int] = ()
+    """[S] how many of a segment's first rows an earlier forward stored; empty: none of any."""
+
+    @property
+    def asking(self) -> int:
+        """Rows of the forward: those that are not stored yet."""
+        return len(self.positions) - sum(self.stored)
+
+    @property
+    def asked(self) -> list[tuple[int, int]]:
+        """Of each segment the first and the last of its rows that ask, as rows of `positions`."""
+        stored = self.stored or [0] * len(self.counts)
+        return [
+            (stop - count + kept, stop)
+            for stop, count, kept in zip(accumulate(self.counts), self.counts, stored, strict=True)
+        ]
+
+    @property
+    def asking_positions(self) -> list[int]:
+        """Of the rows that ask."""
+        return list(chain.from_iterable(self.positions[start:stop] for start, stop in self.asked))
 
     def metadata(self, device: torch.device) -> list[AttentionMetadata]:
         """For each group of layers; they differ in the page table alone."""
         starts = list(accumulate(self.counts, initial=0))[:-1]
-        parts = [starts, self.counts, self.bases, self.positions, self.parents]
+        parts = [starts, self.counts, self.bases, self.stored or [0] * len(starts), self.positions, self.parents]
         widths = [max(map(len, group), default=0) for group in self.tables]
         for group, width in zip(self.tables, widths, strict=True):
             parts += ([*table, *[-1] * (width - len(table))] for table in group)
         # One tensor for all: for a single row, making them one by one would take as long as a layer.
         flat = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int32).to(device)
         n, rows = len(starts), len(self.positions)
-        start, count, base, place, parent, tables = flat.split([n, n, n, rows, rows, len(flat) - 3 * n - 2 * rows])
+        start, count, base, kept, place, parent, tables = flat.split(
+            [n, n, n, n, rows, rows, len(flat) - 4 * n - 2 * rows]
+        )
+        stored = kept if self.stored else None
         pieces = tables.split([n * width for width in widths])
         return [
-            AttentionMetadata(start, count, base, place, parent, piece.view(n, width), self.page_size)
+            AttentionMetadata(start, count, base, place, parent, piece.view(n, width), self.page_size, stored)
             for piece, width in zip(pieces, widths, strict=True)
         ]
 

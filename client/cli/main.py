@@ -26,6 +26,7 @@ from .options import (
     AllowMixed,
     Budget,
     Drafter,
+    DrafterDevice,
     Ends,
     Exact,
     Join,
@@ -75,6 +76,7 @@ def _connected(
     allow_mixed: bool,
     ends: list[str] | None,
     wait: float | None,
+    drafter_device: str,
 ) -> SwarmModel:
     return SwarmModel.connect(
         model,
@@ -83,6 +85,7 @@ def _connected(
         exact=exact,
         allow_mixed=allow_mixed,
         trusted_ends=ends or (),
+        drafter_device=drafter_device,
         wait_s=wait,
     )
 
@@ -103,6 +106,7 @@ def generate(
     repetition_penalty: Repetition = 1.0,
     seed: Seed = 0,
     drafter: Drafter = "auto",
+    drafter_device: DrafterDevice = "cpu",
     budget: Budget = None,
     exact: Exact = False,
     allow_mixed: AllowMixed = False,
@@ -117,7 +121,7 @@ def generate(
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
     def chunks() -> Iterator[OutputChunk]:
-        with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
+        with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait, drafter_device) as swarm:
             yield from (swarm.stream if raw else swarm.chat().send)(text, trace=verbose, **settings)
 
     if as_json:
@@ -143,6 +147,7 @@ def chat(
     repetition_penalty: Repetition = 1.0,
     seed: Seed = 0,
     drafter: Drafter = "auto",
+    drafter_device: DrafterDevice = "cpu",
     budget: Budget = None,
     exact: Exact = False,
     allow_mixed: AllowMixed = False,
@@ -154,7 +159,7 @@ def chat(
     """Talk with the model; /help lists what can be said beside messages, /exit or Ctrl-D ends."""
     settings = settings_of(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, drafter, budget)
 
-    with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait) as swarm:
+    with _connected(model, initial_peers, join, exact, allow_mixed, ends, wait, drafter_device) as swarm:
         Conversation(swarm, settings, system, verbose).run(reader())
 
 
@@ -247,6 +252,7 @@ def demo(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     drafter: Drafter = "auto",
+    drafter_device: DrafterDevice = "cpu",
 ) -> None:
     """Start three local peers that share one small model, and let them answer."""
     from .demo import run_demo, serve_demo

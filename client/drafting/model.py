@@ -7,13 +7,14 @@ Runs on `peer/model`, which builds models and knows neither sockets nor sessions
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.registry import backend_for
+from ...kernels.registry import NoBackend, backend_for
 from ...peer.model import Span, WeightPrecision, load_span
 from ...protocol.checkpoint.checkpoint import Checkpoint
 from ...protocol.checkpoint.layout import CheckpointError
@@ -49,20 +50,32 @@ class DraftModel:
         self.ids = torch.arange(vocab_size) if trimmed is None else torch.from_numpy(trimmed[trimmed < vocab_size])
         if trimmed is not None:
             head = span.model.get_output_embeddings()
-            span.model.set_output_embeddings(self.backend.linear(head.rows(self.ids), dtype=torch.bfloat16))
+            rows = head.rows(self.ids.to(self.backend.device))
+            span.model.set_output_embeddings(self.backend.linear(rows, dtype=torch.bfloat16))
+        self._idle: list[TreeCache] = []
 
     @classmethod
-    def load(cls, source: str, tokenizer: Tokenizer) -> DraftModel:
-        """Read a checkpoint (folder, GGUF file or hub id). Raises DrafterError where it does not fit the target."""
+    def load(cls, source: str, tokenizer: Tokenizer, device: str = "cpu") -> DraftModel:
+        """Read a checkpoint (folder, GGUF file or hub id). Raises DrafterError where it does not fit the target.
+
+        device: what `backend_for` takes.
+        """
         try:
             with open_checkpoint(source) as checkpoint:
                 _check_vocabulary(checkpoint, tokenizer)
                 weights = WeightPrecision(torch.bfloat16)
-                span = load_span(checkpoint, 0, checkpoint.n_blocks, precision=weights, backend=backend_for())
+                span = load_span(checkpoint, 0, checkpoint.n_blocks, precision=weights, backend=backend_for(device))
                 vocab_size = min(tokenizer.vocab_size, span.vocab_size)
                 return cls(checkpoint.name, span, vocab_size, checkpoint.draft_vocabulary())
-        except CheckpointError as error:
+        except (CheckpointError, NoBackend) as error:
             raise DrafterError(f"no drafter in {source}: {error}") from error
+
+    def cache_for(self, drafter: ModelDrafter) -> TreeCache:
+        """A sequence's cache, empty. Another has it once the drafter is gone: what a device captured for it lasts."""
+        cache = self._idle.pop() if self._idle else TreeCache(self.span)
+        cache.truncate(0)
+        weakref.finalize(drafter, self._idle.append, cache)
+        return cache
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, d] -> [n, len(ids)], without the padding behind the vocabulary."""
@@ -70,7 +83,8 @@ class DraftModel:
 
     def spread(self, logits: Tensor) -> Tensor:
         """[n, len(ids)] -> [n, vocab]: columns are token ids; -inf where the head computes nothing."""
-        return logits.new_full((len(logits), self.vocab_size), -torch.inf).index_copy_(1, self.ids, logits)
+        ids = self.ids.to(logits.device)
+        return logits.new_full((len(logits), self.vocab_size), -torch.inf).index_copy_(1, ids, logits)
 
 
 def _check_vocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
@@ -90,7 +104,7 @@ class ModelDrafter(Drafter):
 
     def __init__(self, model: DraftModel) -> None:
         self._model = model
-        self._cache = TreeCache(model.backend, model.span.layers)
+        self._cache = model.cache_for(self)
         self._params = SamplingParams()
         self._prompt_length = 0
         self._counts = TokenCounts()
@@ -183,19 +197,19 @@ class ModelDrafter(Drafter):
         return [*self._tree.ancestors(node), node][1:]
 
     def _forward(self, ids: list[int], parents: Sequence[int]) -> Tensor:
-        positions, attend = self._cache.add(parents)
-        return self._model.span.forward(torch.tensor(ids, device=self._model.backend.device), positions, attend)
+        return self._cache.forward(ids, parents)
 
     def _grow(self, nodes: Ints, hidden: Tensor) -> None:
         """Add the children of nodes, given their last hidden states [n, d]."""
         logits, ids = self._model.logits(hidden), self._model.ids
         if self._params.penalized:
-            logits, ids = self._model.spread(logits), torch.arange(self._model.vocab_size)
+            logits, ids = self._model.spread(logits.float().cpu()), torch.arange(self._model.vocab_size)
             for row, node in zip(logits.numpy(), nodes.tolist(), strict=True):
                 path = self._tree.tokens[self._path(node)].tolist()
                 self._counts.penalize(row, self._params, path)
         candidates = NOISY_CANDIDATES if self._params.temperature else CANDIDATES
-        values, columns = self._model.backend.topk(logits, min(candidates, logits.shape[1]))
+        topk = self._model.backend.topk(logits, min(candidates, logits.shape[1]))
+        values, columns = (part.cpu() for part in topk)
         positions = len(self._ids) + self._tree.depths[nodes]
         tokens, logprobs = score_children(
             ids[columns].numpy(), values.double().numpy(), positions, self._params, BRANCH

@@ -40,25 +40,25 @@ def shipped_drafter(model_digest: bytes) -> Path | None:
     return SHIPPED / found if found else None
 
 
-def load_drafter(source: str, tokenizer: Tokenizer) -> Drafter:
+def load_drafter(source: str, tokenizer: Tokenizer, device: str = "cpu") -> Drafter:
     """The draft model of a checkpoint (folder, GGUF file or hub id). Raises DrafterError where it does not fit."""
     try:
-        return import_beside_others(_model_loader)(source, tokenizer)
+        return import_beside_others(_model_loader)(source, tokenizer, device)
     except ImportError as error:
         raise DrafterError(f"a draft model needs more packages: pip install 'petal-swarm[models]' ({error})") from error
 
 
-def _model_loader() -> Callable[[str, Tokenizer], Drafter]:
+def _model_loader() -> Callable[[str, Tokenizer, str], Drafter]:
     from .model import DraftModel, ModelDrafter
 
-    return lambda source, tokenizer: ModelDrafter(DraftModel.load(source, tokenizer))
+    return lambda source, tokenizer, device: ModelDrafter(DraftModel.load(source, tokenizer, device))
 
 
 class DrafterRegistry:
     """The drafters of one target: each draft model is loaded once, each route has one budget that learns."""
 
-    def __init__(self, tokenizer: Tokenizer | None, model_digest: bytes) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer | None, model_digest: bytes, device: str = "cpu") -> None:
+        self._tokenizer, self._device = tokenizer, device
         self._digest = model_digest
         self._models: LoadOnce[Drafter] = LoadOnce()
         self._warned = False
@@ -121,4 +121,4 @@ class DrafterRegistry:
     def _load(self, source: str) -> Callable[[], Drafter]:
         if self._tokenizer is None:
             raise DrafterError("a draft model needs the model's tokenizer, to compare vocabularies")
-        return partial(load_drafter, source, self._tokenizer)
+        return partial(load_drafter, source, self._tokenizer, self._device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..activations import HostRows, decode, decode_bf16, encoded
+from ..activations import decode, decode_bf16, encoded
 from ..backend import Backend, BatchRunner, Blocks, Forward, KVStorage, LayerSpec
 from ..formats.base import Format, QuantizedTensor, Shape
 from ..llama import LlamaParts
@@ -22,14 +22,14 @@ from .layout import nbytes
 from .linear import Linear as Products
 from .norm import RMSNorm
 from .nvrtc import NvrtcError
-from .runner import ROWS, CudaRunner, Graphs, RowGraphs
+from .runner import CudaRunner, Graphs, RowGraphs
 from .runtime import OLDEST, runtime
+from .scores import CardScores, on_host
 from .storage import CudaKVStorage
+from .tiling import ROWS
 from .weights import CudaLinear
 
 log = logging.getLogger(__name__)
-
-AT_ONCE = 8 << 20  # bytes of logits that are fetched though not all may be asked for
 
 
 class NoKernels(RuntimeError):
@@ -129,9 +129,8 @@ class CudaBackend(Backend):
         return memoryview(array).cast("B")
 
     def scores(self, logits: Tensor) -> Sequence[Any]:
-        """See `Backend`: few rows come over at once, of many those that are asked for."""
-        at_once = logits.nbytes <= AT_ONCE
-        return HostRows(list(on_host(logits) if at_once else logits))
+        """See `Backend`: of a greedy draw two numbers a row come over."""
+        return CardScores(logits)
 
     def arithmetic(self, dtype: torch.dtype) -> str:
         """See `Backend`: whatever `dtype`, factors are bfloat16; a matrix unit's order of sums is its generation's."""
@@ -146,13 +145,3 @@ class CudaBackend(Backend):
         """See `Backend`: what the card has free, or less where this process may fill but a share of it."""
         free, total = torch.cuda.mem_get_info(self.device)
         return max(0, min(free, int(total * self.memory_share) - torch.cuda.memory_reserved(self.device)))
-
-
-def on_host(rows: Tensor) -> Tensor:
-    """A copy in pinned memory, finished; waiting releases the interpreter."""
-    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-    host.copy_(rows, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    done.synchronize()
-    return host

@@ -19,7 +19,7 @@ from .driver import Kernel
 from .layout import Weights
 from .nvrtc import NvrtcError
 from .runtime import Runtime
-from .tiling import Tiling, choose, row_tile
+from .tiling import ROWS, Tiling, choose, row_tile
 
 _ELEMENTWISE = Program("elementwise.cu")
 _BLOCK = 256
@@ -47,9 +47,10 @@ class Linear:
         """How a product of so many rows is cut."""
         return choose(self._card, weights.layout, weights.shape[0], weights.depth_blobs, rows, gated)
 
-    def prepare(self, weights: Weights, rows: int, gated: bool = False) -> None:
-        """Begins to compile what a product needs."""
-        self._runtime.programs.start(self.tiling(weights, rows, gated).program(self._card, weights.layout))
+    def prepare(self, weights: Weights, gated: bool = False) -> None:
+        """Begins to compile what products of all numbers of rows need, side by side."""
+        for rows in ROWS:
+            self._runtime.programs.start(self.tiling(weights, rows, gated).program(self._card, weights.layout))
 
     def pack(self, x: Tensor, weights: Weights, sources: Tensor | None = None, tile: int = 0) -> Tensor:
         """x [rows, in] bfloat16, contiguous -> activations for these weights, in tiles of `tile` rows if that is given.

@@ -12,7 +12,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any
 
@@ -25,13 +25,14 @@ from ..slow_work import slow_work
 from .attention import Extent
 from .linear import Linear as Products
 from .storage import CudaKVStorage, Prepared
+from .tiling import ROWS
 
 log = logging.getLogger(__name__)
 
 CAPTURE_S = 120.0  # seconds that a capture may take, compiling included
-ROWS = (8, 16, 32, 64, 128, 256)
 CONTEXTS = (1024, 8192, 32768)
 _WIDEST = (1, 4, 32)
+_LISTED = (64, 256, 1024, 2048)
 _NONE = array("i", [-1])
 _CAPTURING = threading.Lock()
 
@@ -41,38 +42,50 @@ class Size:
     """What a graph is made for."""
 
     rows: int
+    """Rows that ask."""
+    listed: int
+    """Rows of trees, with those that an earlier forward stored."""
     segments: int
     context: int
     widest: int
     tables: int
     page_size: int
+    stored: bool = False
 
     @classmethod
     def of(cls, plan: BatchPlan) -> Size | None:
         """The smallest that holds a plan; None where none does."""
-        counts = plan.counts
-        longest = max((base + count for base, count in zip(plan.bases, counts, strict=True)), default=0)
-        rows = next((size for size in ROWS if len(plan.positions) <= size), None)
-        context = next((size for size in CONTEXTS if longest <= size), None)
-        if rows is None or context is None or not counts:
+        exact = cls.exactly(plan)
+        rows = next((size for size in ROWS if exact.rows <= size), None)
+        context = next((size for size in CONTEXTS if exact.context <= size), None)
+        listed = rows if not exact.stored else next((size for size in _LISTED if exact.listed <= size), None)
+        if rows is None or context is None or listed is None or not plan.counts:
             return None
-        widest = next((size for size in _WIDEST if max(counts) <= size), rows)
-        return cls(rows, 1 if len(counts) == 1 else rows, context, min(widest, rows), len(plan.tables), plan.page_size)
+        widest = next((size for size in _WIDEST if exact.widest <= size), rows)
+        segments = 1 if exact.segments == 1 else rows
+        return replace(exact, rows=rows, listed=listed, segments=segments, context=context, widest=min(widest, rows))
 
     @classmethod
     def exactly(cls, plan: BatchPlan) -> Size:
         """A plan's own size."""
         longest = max((base + count for base, count in zip(plan.bases, plan.counts, strict=True)), default=0)
-        rows, widest = len(plan.positions), max(plan.counts, default=1)
-        return cls(rows, len(plan.counts), longest, widest, len(plan.tables), plan.page_size)
+        widest = max((stop - start for start, stop in plan.asked), default=1)
+        listed, stored = len(plan.positions), bool(plan.stored)
+        return cls(plan.asking, listed, len(plan.counts), longest, widest, len(plan.tables), plan.page_size, stored)
 
     @property
     def table_width(self) -> int:
         return max(1, -(-self.context // self.page_size))
 
     @property
+    def parts(self) -> list[int]:
+        """Lengths: rows' start, count, base, stored of segments; positions that ask; all positions, parents; pages."""
+        s = self.segments
+        return [s, s, s, s, self.rows, self.listed, self.listed, self.tables * s * self.table_width]
+
+    @property
     def numbers(self) -> int:
-        return 3 * self.segments + 2 * self.rows + self.tables * self.segments * self.table_width
+        return sum(self.parts)
 
     def flat(self, plan: BatchPlan) -> array[int]:
         """A plan's numbers, padded."""
@@ -82,32 +95,36 @@ class Size:
 
     def write(self, plan: BatchPlan, into: memoryview) -> None:
         """`flat`, in place: segments without rows behind the last, rows of no segment, pages that are none."""
-        s, n, width = self.segments, self.rows, self.table_width
-        first = 3 * s + 2 * n
+        places = list(accumulate(self.parts, initial=0))
+        first, width = places[-2], self.table_width
         into[:first] = array("i", bytes(4 * first))
         into[first:] = _NONE * (len(into) - first)
         starts = list(accumulate(plan.counts, initial=0))[:-1]
-        parts = zip((0, s, 2 * s), (starts, plan.counts, plan.bases), strict=True)
-        rows = zip((3 * s, 3 * s + n), (plan.positions, plan.parents), strict=True)
+        asking = plan.asking_positions if plan.stored else plan.positions
+        values = (starts, plan.counts, plan.bases, plan.stored, asking, plan.positions, plan.parents)
         pages = (
-            (first + (g * s + i) * width, table[:width])
+            (first + (g * self.segments + i) * width, table[:width])
             for g, group in enumerate(plan.tables)
             for i, table in enumerate(group)
         )
-        for at, values in chain(parts, rows, pages):
-            into[at : at + len(values)] = array("i", values)
+        for at, numbers in chain(zip(places, values, strict=False), pages):
+            into[at : at + len(numbers)] = array("i", numbers)
 
     def metadata(self, flat: Tensor) -> list[AttentionMetadata]:
         """Views of a device's flat numbers, one for each group of layers."""
-        s, n, width = self.segments, self.rows, self.table_width
-        start, count, base, place, parent, tables = flat.split([s, s, s, n, n, self.tables * s * width])
-        prepared = Prepared(Extent(n, s, self.context, n, self.widest))
+        start, count, base, kept, _, place, parent, tables = flat.split(self.parts)
+        prepared = Prepared(Extent(self.rows, self.segments, self.context, self.listed, self.widest))
         found = []
-        for table in tables.view(self.tables, s, width):
-            one = AttentionMetadata(start, count, base, place, parent, table, self.page_size)
+        for table in tables.view(self.tables, self.segments, self.table_width):
+            stored = kept if self.stored else None
+            one = AttentionMetadata(start, count, base, place, parent, table, self.page_size, stored)
             one.prepared = prepared
             found.append(one)
         return found
+
+    def positions(self, flat: Tensor) -> Tensor:
+        """Of the rows that ask, int64."""
+        return flat.split(self.parts)[4].long()
 
 
 class Staging:
@@ -194,7 +211,7 @@ class Captured:
         def run() -> Tensor:
             metadata = size.metadata(staging.flat)  # planned anew each time, so that the graph plans, too
             attend = storage.attention([metadata[g] for g in group_of])
-            return forward(staging.rows, metadata[0].positions.long(), attend, batch.blocks)
+            return forward(staging.rows, size.positions(staging.flat), attend, batch.blocks)
 
         self._graph, self._out = graphs.capture(run)
 
@@ -280,4 +297,4 @@ class CudaRunner:
         staging.send(batch)
         metadata = size.metadata(staging.flat)
         attend = self._storage.attention([metadata[g] for g in self._group_of])
-        return self._forward(staging.rows, metadata[0].positions.long(), attend, batch.blocks)
+        return self._forward(staging.rows, size.positions(staging.flat), attend, batch.blocks)

@@ -10,6 +10,8 @@ from .blobs import BLOB, Layout, nf4_levels
 from .compile import Program
 
 ROW_TILES = (8, 16, 32, 64, 128)
+# Rows that forwards are padded to.
+ROWS = (8, 16, 32, 64, 128, 256)
 _QUARTERS = 4
 _RESERVED = 1024  # bytes of shared memory that the driver keeps for each resident block
 _MOST_STAGES = 24

@@ -60,7 +60,7 @@ class CudaLinear(Linear):
         self.out_features, self.in_features = shape
         if bias is not None and bias.shape != shape[:1]:
             raise ValueError(f"a bias of {list(bias.shape)} does not fit {shape[0]} outputs")
-        self._products = products
+        self.products = products
         self._held: Held | None = None
         self.register_buffer("bias", None if bias is None else bias.detach().float().to(device))
         self.adapter = None
@@ -76,7 +76,9 @@ class CudaLinear(Linear):
     def held(self) -> Held:
         """Packed at first use."""
         if self._held is None:
-            self.hold(Held(pack(self.fields()), self.bias))
+            weights = pack(self.fields())
+            self.products.prepare(weights)
+            self.hold(Held(weights, self.bias))
         assert self._held is not None
         return self._held
 
@@ -129,8 +131,8 @@ class CudaLinear(Linear):
     ) -> Tensor:
         y = torch.empty(len(x), weights.shape[0], dtype=dtype, device=weights.blobs.device)
         if len(x):
-            packed = self._products.pack(x.to(torch.bfloat16).contiguous(), weights)
-            self._products.product(weights, packed, len(x), y, bias=bias, wait=False)
+            packed = self.products.pack(x.to(torch.bfloat16).contiguous(), weights)
+            self.products.product(weights, packed, len(x), y, bias=bias, wait=False)
         return y
 
     def _dense(self, weights: Weights) -> Tensor:
@@ -162,6 +164,7 @@ def beside(handles: Sequence[CudaLinear]) -> Held:
     Raises FormatError where they cannot be joined; then nothing has changed.
     """
     weights = pack(joined([handle.fields() for handle in handles]))
+    handles[0].products.prepare(weights)
     bias = None
     if any(handle.bias is not None for handle in handles):
         parts = [h.bias if h.bias is not None else weights.blobs.new_zeros(h.out_features).float() for h in handles]
@@ -181,6 +184,7 @@ def interleaved(gate: CudaLinear, up: CudaLinear) -> Weights:
     if any(part.codebooks is not None for part in both):
         raise FormatError("gate and up with codebooks of their own are two products.")
     weights = pack(interleave(*both))
+    gate.products.prepare(weights, gated=True)
     outputs = torch.arange(gate.out_features, device=weights.blobs.device)
     places = outputs // 8 * 16 + outputs % 8
     gate.hold(Held(weights, None, places))

@@ -149,12 +149,16 @@ def _nucleus(scaled: Floats, top_p: float) -> NDArray[np.int64]:
 def processed(logits: NDArray[np.floating], params: SamplingParams, counts: TokenCounts, path: Sequence[int]) -> Floats:
     """The logits after penalties in float64, [vocab]; -inf forbids a token. Raises SamplingError for useless logits."""
     values = logits.astype(np.float64)
-    # The maximum tells all: NaN where any logit is, +inf, or -inf where every token is forbidden.
-    if not np.isfinite(values.max()):
-        raise SamplingError("the model produced a logit that is not a number or infinite, or forbids every token")
+    _check(float(values.max()))
     if params.penalized:
         counts.penalize(values, params, path)
     return values
+
+
+def _check(largest: float) -> None:
+    """The maximum tells all: NaN where any logit is, +inf, or -inf where every token is forbidden."""
+    if not math.isfinite(largest):
+        raise SamplingError("the model produced a logit that is not a number or infinite, or forbids every token")
 
 
 def draw(
@@ -170,6 +174,10 @@ def draw(
     T = 0: argmax after penalties, lowest id on ties. Otherwise argmax over the candidates of logit / T + Gumbel noise,
     computed only for tokens that can still win.
     """
+    if not (params.temperature or params.penalized or reshape):
+        # A device tells both without handing out its scores.
+        _check(float(logits.max()))
+        return int(logits.argmax())
     values = processed(logits, params, counts, path)
     if reshape:
         values = reshape(values)

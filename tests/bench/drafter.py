@@ -103,20 +103,19 @@ def agreement(target: PreTrainedModel, drafter: DraftModel, texts: Texts) -> dic
 
 def draft_logits(drafter: DraftModel, ids: Tensor, rows: Tensor) -> Tensor:
     """The draft model's logits [rows, vocab] behind these tokens of `ids`, by the kernels that drafting uses."""
-    cache = TreeCache(drafter.span.layers)
-    hidden = drafter.span.forward(ids, *cache.add(range(-1, len(ids) - 1)))
+    hidden = TreeCache(drafter.span).forward(ids.tolist(), range(-1, len(ids) - 1))
     return drafter.spread(drafter.logits(hidden[rows]))
 
 
 def level_ms(drafter: DraftModel) -> float:
     """Median milliseconds of one level of a tree."""
-    cache, ids = TreeCache(drafter.span.layers), torch.arange(BEAMS)
-    drafter.span.forward(torch.arange(CONTEXT), *cache.add(range(-1, CONTEXT - 1)))
+    cache, ids = TreeCache(drafter.span), range(BEAMS)
+    cache.forward(range(CONTEXT), range(-1, CONTEXT - 1))
     cache.commit(range(CONTEXT))
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        drafter.logits(drafter.span.forward(ids, *cache.add([-1] * BEAMS)))
+        drafter.logits(cache.forward(ids, [-1] * BEAMS))
         times.append(time.perf_counter() - began)
         cache.truncate(CONTEXT)
     return statistics.median(times) * 1e3

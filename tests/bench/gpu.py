@@ -25,6 +25,8 @@ import torch
 from petal.client.swarm import AsyncSwarmModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.bench.peer_extra import measured
+from tests.bench.plain_block import plain_ms
 from tests.gpu.__main__ import environment
 from tests.gpu.served import PROMPTS
 
@@ -126,7 +128,22 @@ def served(parts: list[str], tokens: int) -> dict[str, Any]:
     return figures
 
 
-PARTS = ("alone", "sessions")
+def blocks() -> dict[str, Any]:
+    """`block`: whole blocks over 1,024 tokens and a tree, beside torch's own in bfloat16."""
+    parts = [word for part in ("block", "block-nf4", "block-8b") for word in ("--part", part)]
+    command = [sys.executable, "-m", "tests.bench.kernels_cuda", "--json", *parts]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=START_S, check=True)
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    names = {"block Int4": "block_int4_ms", "block Nf4": "block_nf4_ms"}
+    figures: dict[str, Any] = {}
+    for row in rows:
+        name = names[row["format"]] + ("" if row["shape"] == "70B" else f"_{row['shape']}")
+        figures.setdefault(name, {})[row["M"]] = round(row["ms"], 4)
+    figures["block_bf16_torch_ms"] = {rows: round(plain_ms(rows), 4) for rows in (1, 16, 64, 256)}
+    return figures
+
+
+PARTS = ("block", "extra", "alone", "sessions")
 
 
 def main() -> None:
@@ -144,7 +161,12 @@ def main() -> None:
         return
     parts = options.part or list(PARTS)
     figures: dict[str, Any] = {"card": torch.cuda.get_device_name()}
-    figures |= served(parts, options.tokens)
+    if "block" in parts:
+        figures |= blocks()
+    if "extra" in parts:
+        figures |= asyncio.run(measured("cuda"))
+    if {"alone", "sessions"} & {*parts}:
+        figures |= served(parts, options.tokens)
     print(json.dumps(figures))
 
 

@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests/kernels/cuda"
 # What a group runs, and the seconds that it may take; most of them are compilers'.
 GROUPS = {
-    "backend": ([f"{HERE}/test_backend.py"], 120),
+    "backend": ([f"{HERE}/test_backend.py", f"{HERE}/test_scores.py"], 120),
     "span": ([f"{HERE}/test_span.py"], 120),
     "peers": (["tests/gpu/test_peers.py"], 240),
+    "drafter": (["tests/gpu/test_drafter.py"], 120),
     "attention": ([f"{HERE}/test_attention.py"], 240),
     "experts": ([f"{HERE}/test_experts.py", f"{HERE}/test_adapters.py"], 90),
     "products": ([f"{HERE}/test_linear.py"], 240),

@@ -24,7 +24,7 @@ class Loader:
         self.failures = failures
         self.calls = 0
 
-    def __call__(self, source: str, _: object) -> Drafter:
+    def __call__(self, source: str, *_: object) -> Drafter:
         self.calls += 1
         if self.calls <= self.failures:
             raise DrafterError(f"no drafter in {source}")
