@@ -14,7 +14,7 @@ from .limits.rates import USUAL_RATES, CallRates
 DEVICES = ("auto", "cpu", "cuda", "rocm", "mps", "xpu")
 DTYPES = ("float32", "bf16")
 DEFAULT_CACHE_TOKENS = 16384
-QUANTS = ("none", "int8", "int4", "nf4", "gguf", "aqlm", "spqr")
+QUANTS = ("none", "int8", "int4", "nf4", "gguf", "aqlm", "spqr", "fp8")
 
 
 def check_device(device: str) -> None:

@@ -113,7 +113,9 @@ def held_bytes(
     for name in storage.names(names):
         shape = storage.shape(checkpoint, name)
         if precision.keep and name in storage.matrices:
-            total += storage.nbytes(checkpoint, name)
+            format, stored = storage.matrices[name].format, storage.nbytes(checkpoint, name)
+            held = 0 if format is None or len(shape) != 2 else backend.nbytes(format, (shape[0], shape[1]))
+            total += max(stored, held)
         elif len(shape) == 2 and inside:
             format = precision.format or _DENSE[precision.dtype]
             total += backend.nbytes(format, (shape[0], shape[1]))

@@ -1,7 +1,7 @@
 """Matrices that a checkpoint stores in a weight format: several tensors under the name of one dense weight.
 
 Keys are those of the programs that write such checkpoints: llama.cpp (GGUF types), bitsandbytes (NF4, LLM.int8()),
-AQLM, SpQR's release, and `petal quantize` (int4).
+AQLM, SpQR's release, DeepSeek (fp8 in blocks), and `petal quantize` (int4).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...kernels.formats import gguf
 from ...kernels.formats.aqlm import GROUP, Aqlm
 from ...kernels.formats.base import Format, FormatError, QuantizedTensor, Shape
+from ...kernels.formats.fp8 import Fp8
 from ...kernels.formats.int4 import Int4
 from ...kernels.formats.int8 import Int8
 from ...kernels.formats.nf4 import BLOCK, LEVELS, NESTED, Nf4
@@ -31,7 +32,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _DTYPES = {
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 
 
@@ -43,6 +44,8 @@ class StoredMatrix:
     read: Callable[[Checkpoint], QuantizedTensor]
     shape: Callable[[Checkpoint], tuple[int, ...]]
     padded: bool = False
+    format: Format | None = None
+    """Where a backend may hold it otherwise than stored."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def storage_of(checkpoint: Checkpoint) -> Storage:
     method = config.get("quant_method")
     if method == "petal":
         method = config.get("format")
-    makers = {"bitsandbytes": _bitsandbytes, "aqlm": _aqlm, "spqr": _spqr, "int4": _int4}
+    makers = {"bitsandbytes": _bitsandbytes, "aqlm": _aqlm, "spqr": _spqr, "int4": _int4, "fp8": _fp8}
     if method not in makers:
         raise CheckpointError(
             f"{checkpoint.name}: its weights are quantized by {str(method)[:40]!r}: {', '.join(makers)} can be read."
@@ -174,6 +177,22 @@ def _int4(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Storage:
     return _storage(checkpoint, "int4", Int4(), ".codes", ("codes", "scales", "zeros"), shape)
 
 
+def _fp8(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Storage:
+    block = config.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(isinstance(size, int) for size in block):
+        raise CheckpointError(f"{checkpoint.name}: fp8 weights with scales for blocks, weight_block_size, can be read.")
+    try:
+        format = Fp8((block[0], block[1]))
+    except FormatError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from error
+
+    def shape(parts: Shapes) -> Shape:
+        rows, width = parts["weight"]
+        return rows, width
+
+    return _storage(checkpoint, "fp8", format, ".weight_scale_inv", ("weight", "weight_scale_inv"), shape)
+
+
 def _storage(
     checkpoint: Checkpoint,
     quant: str,
@@ -188,7 +207,7 @@ def _storage(
         def size(checkpoint: Checkpoint) -> Shape:
             try:
                 return shape({part: checkpoint.info(name).shape for part, name in names.items()})
-            except (KeyError, IndexError, ZeroDivisionError) as error:
+            except (KeyError, IndexError, ZeroDivisionError, ValueError) as error:
                 found = ", ".join(names.values())
                 raise CheckpointError(
                     f"{checkpoint.name}: {quant} weights consist of {', '.join(parts)} of one matrix, not of {found}."
@@ -198,7 +217,7 @@ def _storage(
             rows = size(checkpoint)
             return QuantizedTensor(format, {part: _tensor(checkpoint, name) for part, name in names.items()}, rows)
 
-        return StoredMatrix(tuple(names.values()), read, size, padded=quant in ("int4", "spqr"))
+        return StoredMatrix(tuple(names.values()), read, size, quant in ("int4", "spqr"), format)
 
     found = _by_suffix(checkpoint, suffix, parts)
     return Storage(quant, {f"{path}.weight": matrix(names) for path, names in found.items()})
