@@ -298,6 +298,10 @@ class Backend(ABC):
 
     # Facts.
 
+    def failure(self) -> str:
+        """Why the device computes nothing any more, in a few words; empty while it does. It is asked after an error."""
+        return ""
+
     @abstractmethod
     def arithmetic(self, dtype: torch.dtype) -> str:
         """Who computes the products: handles whose factors are rounded to `dtype` agree bit by bit where this does."""

@@ -185,7 +185,7 @@ class PeerServer:
         """Compute does not get on: the clients go elsewhere at once."""
         self.service.sessions.draining = True
         self.service.sessions.end()
-        self.fallen.set_result(reason)
+        self.fallen.set_result(self.engine.lost or reason)
 
     async def drain(self, grace_s: float) -> None:
         """Say in the record that this peer leaves, take no new sessions, and give the running ones time to move."""

@@ -132,6 +132,17 @@ class CudaBackend(Backend):
         """See `Backend`: of a greedy draw two numbers a row come over."""
         return CardScores(logits)
 
+    def failure(self) -> str:
+        """See `Backend`: a card that is lost, or has failed, refuses whatever is asked of it."""
+        try:
+            torch.cuda.synchronize(self.device)
+            torch.zeros(1, device=self.device).cpu()
+        except torch.OutOfMemoryError:
+            return ""
+        except RuntimeError as error:
+            return f"the device {self.device} fails: {str(error).splitlines()[0]}"
+        return ""
+
     def arithmetic(self, dtype: torch.dtype) -> str:
         """See `Backend`: whatever `dtype`, factors are bfloat16; a matrix unit's order of sums is its generation's."""
         major, minor = self._runtime.card.capability

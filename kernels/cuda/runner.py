@@ -238,6 +238,8 @@ class RowGraphs:
             static = torch.zeros(size, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
             try:
                 self._captured[key] = (static, *self._graphs.capture(lambda: self._function(static)))
+            except torch.OutOfMemoryError:
+                raise  # there may be memory again
             except RuntimeError as error:
                 self._capturable = False
                 return _without_graphs(error, rows.device, lambda: self._function(rows))
@@ -286,6 +288,8 @@ class CudaRunner:
         if key not in self._graphs:
             try:
                 self._graphs[key] = Captured(size, batch, self._makes, self._forward, self._storage, self._group_of)
+            except torch.OutOfMemoryError:
+                raise  # there may be memory again
             except RuntimeError as error:
                 self._capturable = False
                 return _without_graphs(error, self._storage.device, lambda: self._as_it_comes(batch))

@@ -43,12 +43,12 @@ class Engine:
         self.cache = cache
         self._runner = ModelRunner(span, cache)
         self.warm_up = self._runner.warm_up  # before `start`
-        self._draws = span.end == span.n_blocks
         self._scheduler: Scheduler[bytes] = Scheduler(budget or Budget())
         self._sequences: dict[bytes, CachedSequence] = {}
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._batching = BatchingWindow()
         self._iteration_end_ns = 0
+        self.lost = ""  # why the device computes no more, and this thread has ended
         self.thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
     # Called from the event loop.
@@ -120,7 +120,7 @@ class Engine:
     def _run(self) -> None:
         checked = False
         commands = 0
-        while True:
+        while not self.lost:
             busy = len(self._scheduler) > 0
             if busy and commands >= MOST_COMMANDS:
                 self._iterate()
@@ -145,9 +145,8 @@ class Engine:
 
     def _patience(self) -> float:
         """Seconds to wait for more steps; of a single session nobody else comes."""
-        if len(self._sequences) == 1:
-            return 0.0
-        return self._batching.wait(time.monotonic(), self._scheduler.decodes)
+        alone = len(self._sequences) == 1
+        return 0.0 if alone else self._batching.wait(time.monotonic(), self._scheduler.decodes)
 
     def _queue(self, key: bytes, step: Step, done: Done) -> None:
         known = self._sequences.get(key)
@@ -161,16 +160,11 @@ class Engine:
         """Make the session's next step ready for the scheduler."""
         try:
             step = known.begin()
-        except (RewindRefused, ActivationError, BadStep) as error:
-            self._fail(key, BadStep(str(error)))
+        except (RewindRefused, ActivationError, BadStep, CacheExhausted) as error:
+            self._fail(key, (StepFailed if isinstance(error, CacheExhausted) else BadStep)(str(error)))
             return
-        except CacheExhausted as error:
-            self._fail(key, StepFailed(str(error)))
-            return
-        header = step.header
-        self._scheduler.add(
-            Ready(key, known.tenant, len(step.rows), header.base, header.prefill, known.priority, step.deadline)
-        )
+        rows, base, prefill = len(step.rows), step.header.base, step.header.prefill
+        self._scheduler.add(Ready(key, known.tenant, rows, base, prefill, known.priority, step.deadline))
 
     def _iterate(self) -> None:
         now = time.monotonic()
@@ -183,11 +177,8 @@ class Engine:
         try:
             segments = [self._sequences[chunk.step.key].segment(chunk.start, chunk.stop) for chunk in chunks]
             outputs = self._runner.run(segments)
-        except Exception as error:
-            # The thread outlives whatever one batch of strangers' steps may do to it.
-            log.exception("an iteration of %d steps failed", len(chunks))
-            for chunk in chunks:
-                self._fail(chunk.step.key, StepFailed(f"compute failed: {error}"))
+        except Exception as error:  # the thread outlives whatever strangers' steps may do to it
+            self._fail_all([chunk.step.key for chunk in chunks], error)
             return
         ended_ns = time.monotonic_ns()
         for chunk, output in zip(chunks, outputs, strict=True):
@@ -201,11 +192,9 @@ class Engine:
         """Hand out the results of the steps that are through."""
         through = [self._sequences[key] for key in keys]
         try:
-            scored = sampler.scores(self.span, through) if self._draws else [None] * len(through)
+            scored = sampler.scores(self.span, through)
         except Exception as error:
-            log.exception("the LM head failed on %d steps", len(keys))
-            for key in keys:
-                self._fail(key, StepFailed(f"compute failed: {error}"))
+            self._fail_all(keys, error)
             return
         for key, known, scores in zip(keys, through, scored, strict=True):
             self._finish(key, known, scores)
@@ -221,10 +210,20 @@ class Engine:
         except SamplingError as error:
             self._fail(key, StepFailed(str(error)))
             return
+        except Exception as error:
+            self._fail_all([key], error)
+            return
         known.step = known.done = None
         done(output)
         if known.waiting:
             self._begin(key, known)
+
+    def _fail_all(self, keys: Sequence[bytes], error: Exception) -> None:
+        """End the work of all that had a part in what failed; this thread, too, where the device computes no more."""
+        log.error("%d steps failed", len(keys), exc_info=error)
+        for key in keys:
+            self._fail(key, StepFailed.by(error))
+        self.lost = self.span.backend.failure()
 
     def _fail(self, key: bytes, failure: StepFailed) -> None:
         """End the session's work: what follows a failed step would run on a state that nobody agreed to."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -20,8 +20,10 @@ from .step import Step, StepOutput
 Scores = Sequence[NDArray[np.float32]]
 
 
-def scores(span: Span, sequences: Iterable[CachedSequence]) -> list[Scores | None]:
+def scores(span: Span, sequences: Sequence[CachedSequence]) -> list[Scores | None]:
     """Logits of each step under way that needs them here; a batch goes through the LM head at once."""
+    if span.end < span.n_blocks:
+        return [None] * len(sequences)
     rows = [_scored_rows(sequence) for sequence in sequences]
     scored = [part for part in rows if part is not None]
     if not scored:

@@ -17,6 +17,11 @@ from ...protocol.wire.verification import TokenHistory, VerificationResult
 class StepFailed(RuntimeError):
     """A step that could not run; the message says why, for the client."""
 
+    @classmethod
+    def by(cls, error: Exception) -> StepFailed:
+        """Of an error of compute a client hears the first line."""
+        return cls(f"compute failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}")
+
 
 class BadStep(StepFailed):
     """The step itself is at fault: activations that are none, rows that are no longer there."""

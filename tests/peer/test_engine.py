@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 from petal.peer.engine.engine import Engine
 from petal.peer.engine.fair_queue import Tenant
 from petal.peer.engine.kv_cache import KVCache
@@ -18,6 +19,11 @@ from ..support.tiny import tiny_llama
 
 def _step() -> Step:
     return Step(header_of(pb.Step(step=1, prefill=True, sample=True), 3), (1, 2, 3))
+
+
+def _wanting() -> Step:
+    """Hidden states are asked for, too."""
+    return Step(header_of(pb.Step(step=1, prefill=True, want=pb.Want(hidden=True)), 3), (1, 2, 3))
 
 
 def _engine() -> Engine:
@@ -67,5 +73,48 @@ def test_a_failing_lm_head_ends_the_step_and_not_the_thread() -> None:
             assert answered.wait(20)
     finally:
         engine.stop()
-    assert "out of memory" in str(results[0])
+    assert str(results[0]) == "compute failed: out of memory"
     assert results[1].verification is not None
+
+
+def test_results_that_do_not_come_end_the_step_and_not_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a card says it that another program fills: in many lines, of which the client hears the first."""
+    engine, results, answered = _engine(), [], threading.Event()
+
+    def full(codec: str, rows: object) -> memoryview:
+        monkeypatch.undo()
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    def done(result) -> None:
+        results.append(result)
+        answered.set()
+
+    monkeypatch.setattr(engine.span.backend, "encode", full)
+    engine.open(b"t", Tenant("c"), pb.FLOAT32, range(4))
+    engine.start()
+    try:
+        for session in (b"s", b"t"):
+            answered.clear()
+            engine.submit(session, _wanting(), done)
+            assert answered.wait(20)
+    finally:
+        engine.stop()
+    assert str(results[0]) == "compute failed: CUDA out of memory."
+    assert results[1].hidden
+
+
+def test_a_lost_device_ends_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step fails, the thread ends at once, and the engine knows why."""
+    engine, results = _engine(), []
+
+    def lost(rows: object, *more: object) -> None:
+        raise RuntimeError("CUDA error: device lost")
+
+    monkeypatch.setattr(engine._runner, "run", lost)
+    monkeypatch.setattr(engine.span.backend, "failure", lambda: "the device cuda:0 fails: device lost")
+    engine.submit(b"s", _step(), results.append)
+    engine.start()
+    engine.thread.join(20)
+    assert not engine.thread.is_alive()
+    assert engine.lost == "the device cuda:0 fails: device lost"
+    assert str(results[0]) == "compute failed: CUDA error: device lost"

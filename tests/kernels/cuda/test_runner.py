@@ -182,3 +182,17 @@ def test_a_tree_that_grows_by_levels_is_the_tree(levels: tuple[int, ...]) -> Non
             found = way.run(Batch(rows[stored:till], plan, ALL))
             torch.testing.assert_close(found, expected[stored:till], rtol=1e-4, atol=1e-4)
         stored = till
+
+
+def test_a_full_card_is_no_reason_to_do_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    served, plan = Served(), plan_of([(0, chain(5))], [[0]])
+
+    def full(run: Callable[[], Tensor]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(served.graphs, "capture", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            served.captured.run(Batch(rows_of(5, 1), plan, ALL))
+    served.both(plan, rows_of(5, 1))
+    assert len(served.graphs.made) == 1
