@@ -104,7 +104,7 @@ def storage_of(checkpoint: Checkpoint) -> Storage:
 
 def _gguf(checkpoint: GgufCheckpoint) -> Storage:
     def matrix(name: str, kind: gguf.Gguf) -> StoredMatrix:
-        return StoredMatrix((name,), lambda c: _read_gguf(c, name, kind), lambda c: c.info(name).shape)
+        return StoredMatrix((name,), lambda c: _read_gguf(c, name, kind), lambda c: c.info(name).shape, format=kind)
 
     kinds = {name: gguf.TYPES.get(info.dtype.lower()) for name, info in checkpoint.tensors.items()}
     matrices = {

@@ -1,7 +1,7 @@
 """Peers on one card through real DHT and gRPC: what they say, however the model is cut, drafted, shared or disturbed.
 
-A swarm's greedy token is the reference's, or the reference prefers its own by no more than MARGIN logits (what was seen:
-`kernels/NOTES.md`). Among swarms of one card nothing differs.
+A swarm's greedy token is the reference's, or the reference prefers its own by no more than MARGIN logits; what was seen
+stands in `kernels/NOTES.md`. Among swarms of one card nothing differs.
 """
 
 from __future__ import annotations
