@@ -42,11 +42,28 @@ def test_registers_of_a_block_are_those_of_a_multiprocessor():
             assert consumers * tiling.registers + 128 * 40 <= 65536 // tiling.threads // 8 * 8 * tiling.threads
 
 
+def test_a_ring_is_longer_than_what_is_still_read():
+    """A stage of one product is let go two products later: two stages would wait for themselves."""
+    card, layout = CARDS["H100"], LAYOUTS["Aqlm1x16"]
+    short = [t for t in candidates(card, layout, 72, 16, 64) if t.wgmma and t.depth * t.blocks == 1 and t.unroll > 2]
+    assert short
+    assert all(t.stages >= 3 for t in short)
+
+
 def test_waves_decide():
     """One tile more than the card holds costs a whole wave."""
     card, measured = CARDS["H100"], Measured(Tiling(8, groups_out=4), 1.0, 100.0)
     one, two = (measured.cost(card, 256 * n, 128, 1) - 1.0 for n in (132, 133))
     assert two == pytest.approx(2 * one)
+
+
+def test_clusters_have_fewer_places_than_blocks():
+    """30 clusters of four are on a card of 132 multiprocessors (NOTES.md), not 33."""
+    measured = Measured(Tiling(64, groups_out=2, split=True, cluster=True), 1.0, 100.0)
+    thirty, more = (measured.cost(CARDS["H100"], 128 * n, 128, 64) - 1.0 for n in (30, 31))
+    assert more == pytest.approx(2 * thirty)
+    apart = Measured(Tiling(64, groups_out=2, split=True), 1.0, 100.0)
+    assert apart.cost(CARDS["H100"], 128 * 31, 128, 64) == apart.cost(CARDS["H100"], 128 * 30, 128, 64)
 
 
 def test_few_outputs_are_shared_among_blocks():
