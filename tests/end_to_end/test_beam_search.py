@@ -147,6 +147,7 @@ async def test_the_demo_model(demo: AsyncSwarmModel) -> None:
     await check_demo(demo, demo_checkpoint().tokenizer().encode("The capital of France is"), num_beams=4, tokens=10)
 
 
+@pytest.mark.full  # its quick twins: the demo model at one peer, tiny models at three
 async def test_the_demo_model_at_three_peers() -> None:
     async with local_swarm("demo", spans(30, 3)) as swarm, swarm.connect() as client:
         await check_demo(client, prompt_ids()[PROMPTS[0]["id"]], num_beams=3, tokens=8)
