@@ -163,8 +163,14 @@ class PublicDirectory(Directory):
             self._keep([*dict.fromkeys([*self._seeds, *addresses])][-MOST_MET:])
 
     async def withdraw(self, identity: Identity, record: pb.PeerRecord) -> None:
-        """Replace `record`, the last one published, by a tombstone."""
-        await self.publish(sign_record(identity, tombstone(record)))
+        """Replace `record`, the last one published, by a tombstone.
+
+        The others hear of it from this peer too: the DHT is content where a record reached its own node alone, which
+        ends with the peer.
+        """
+        signed = sign_record(identity, tombstone(record))
+        await self.publish(signed)
+        await self._met.tell(signed)
 
     def hear(self, request: pb.ListRequest) -> None:
         """Take in a caller's own record, which it has signed."""

@@ -15,6 +15,7 @@ from petal.protocol.directory.directory import (
     ping,
     ping_all,
 )
+from petal.protocol.directory.public import PublicDirectory
 from petal.protocol.directory.records import RecordError, sign_record, tombstone
 from petal.protocol.trust.identity import Identity
 from petal.protocol.wire.limits import DIRECTORY_OPTIONS
@@ -59,6 +60,35 @@ async def serve():
 
     yield start
     await asyncio.gather(*(server.stop(None) for server in servers))
+
+
+async def test_a_withdrawal_reaches_others_though_the_dht_kept_it_at_home():
+    class Dht:
+        book = RecordBook()
+
+        async def publish(self, signed: pb.SignedRecord) -> None:
+            """Kept by its own node, and by nobody else."""
+
+        async def list(self, model: str | None) -> None: ...
+
+        def remember(self, multiaddrs: object) -> None: ...
+
+    theirs, service = RecordBook(), partial(DirectoryService, state=lambda: pb.ONLINE)
+    heard = service(BOB.peer_id, records=theirs.signed, heard=lambda request: [*map(theirs.add, request.records)])
+    server = grpc.aio.server()
+    rpc.add_DirectoryServicer_to_server(heard, server)
+    address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', trust_of(BOB).server_credentials())}"
+    await server.start()
+    directory = PublicDirectory(Dht(), TRUST, ALICE.peer_id)
+    own = good_record(ALICE)
+    assert theirs.add(sign_record(ALICE, own))
+    directory.book.add(signed_record(BOB, addresses=[address]))
+    await directory.list()
+    await directory.publish(sign_record(ALICE, own))
+    assert ids(theirs.list()) == {ALICE.peer_id}
+    await directory.withdraw(ALICE, own)
+    assert theirs.list() == []
+    await server.stop(None)
 
 
 @pytest.fixture
