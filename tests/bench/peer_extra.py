@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 import torch
 import uvloop
+from petal.peer.engine.engine import Engine
 from petal.peer.engine.runner import Segment
 from petal.protocol import petal_pb2 as pb
 from petal.protocol.trust.identity import Identity
@@ -184,7 +185,7 @@ async def measured(device: str, **shape: int) -> dict[str, Any]:
             client = await _process("drive", swarm.address, str(width))
             assert client.stdout
             whole = json.loads(await client.stdout.read())
-            inside = {rows: await asyncio.to_thread(blocks_ms, peer.engine, rows, width) for rows in ROWS}
+            inside = {rows: await on_compute(peer.engine, rows, width) for rows in ROWS}
         client = await _process("bare", str(width))
         assert client.stdout
         floor = json.loads(await client.stdout.read())
@@ -198,7 +199,15 @@ async def measured(device: str, **shape: int) -> dict[str, Any]:
     return {"peer_extra": figures}
 
 
-def blocks_ms(engine: Any, rows: int, width: int) -> float:
+async def on_compute(engine: Engine, rows: int, width: int) -> float:
+    """`blocks_ms`, on the thread that owns the cache."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[float] = loop.create_future()
+    engine.call(lambda: loop.call_soon_threadsafe(found.set_result, blocks_ms(engine, rows, width)))
+    return await found
+
+
+def blocks_ms(engine: Engine, rows: int, width: int) -> float:
     """Of the blocks alone, as the peer runs them: many forwards in a row, of which the host waits for the last."""
     runner, cache, span = engine._runner, engine.cache, engine.span
     table, data = cache.open(), torch.zeros(rows, width, dtype=span.backend.stream, device=span.backend.device)
