@@ -199,6 +199,7 @@ class PeerServer:
     async def stop(self) -> None:
         """Take no new sessions, withdraw the record, end what runs, leave the DHT."""
         self._background.cancel()
+        await asyncio.gather(self._background, return_exceptions=True)
         self.service.sessions.draining = True
         await self.announcement.stop()
         await self.service.close()
