@@ -68,7 +68,7 @@ class Batch:
         """See what fits; compute what the prompts share."""
         fit = await self._generator.connection.sessions_that_fit(self._reserve)
         if shared and fit > 1:
-            self._trunk = await self._generator.connection.open_session(self._reserve)
+            self._trunk = await self._generator.open_session(self._configs[0], self._reserve)
             await self._trunk.prefill(shared)
             fit -= 1
         self._slots = asyncio.Semaphore(max(1, fit // self._beams))
@@ -111,7 +111,7 @@ class Batch:
                     raise
         while True:
             try:
-                return await self._generator.connection.open_session(self._reserve)
+                return await self._generator.open_session(self._configs[0], self._reserve)
             except PeerError as error:
                 # The room that records promise may be gone; that of another answer will be there again.
                 if not (error.busy and self._running):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
-from .config import GenerationSettings
+from .config import GenerationConfig, GenerationSettings
 from .event_loop import EventLoopThread
 from .generation import Generator
 from .output import OutputChunk
@@ -57,7 +57,7 @@ class AsyncChat:
         # What is refused here leaves conversation and session as they are.
         config = self._generator.config(settings).alone()
         prompt = self._tokenizer.apply_chat_template(messages)
-        session = await self._session_for(len(prompt) + config.new_tokens(len(prompt)))
+        session = await self._session_for(config, len(prompt) + config.new_tokens(len(prompt)))
         self.messages[:] = messages
         try:
             async for chunk in await self._generator.chunks(session, prompt, config):
@@ -73,13 +73,14 @@ class AsyncChat:
             raise
         self.messages.append({"role": "assistant", "content": said})
 
-    async def _session_for(self, tokens: int) -> Session:
-        """The session of the turn before, or another one where `tokens` do not fit into it."""
-        held = self._session
-        if held is None or min(tokens, held.context_length) > held.options.reserve_tokens:
+    async def _session_for(self, config: GenerationConfig, tokens: int) -> Session:
+        """The session of the turn before; another one where `tokens` do not fit into it, or its grammar is another."""
+        held, grammar = self._session, self._generator.grammar(config)
+        fits = held is not None and min(tokens, held.context_length) <= held.options.reserve_tokens
+        if held is None or not fits or held.options.grammar != grammar:
             await self.close()
             spare = max(0, self._reserve_tokens - tokens)
-            self._session = await self._generator.connection.open_session(tokens, spare_tokens=spare)
+            self._session = await self._generator.open_session(config, tokens, spare_tokens=spare)
             return self._session
         return held
 

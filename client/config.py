@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -14,6 +14,7 @@ from ..protocol.checkpoint.tokenizer import Tokenizer
 from ..protocol.wire.sampling import SamplingParams
 from .arguments import SettingsError, honoured
 from .drafting.registry import DrafterChoice
+from .grammar import GRAMMAR_KINDS, biases, grammar_of
 from .session.result import OutputOptions
 from .tensors import LogitsProcessor, StoppingCriterion, tensor
 
@@ -61,6 +62,10 @@ class GenerationSettings(TypedDict, total=False):
     repetition_penalty: float | None
     presence_penalty: float
     frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    json_schema: Mapping[str, Any] | bool | str | None
+    regex: str | None
+    grammar: str | None
     seed: int | None
     eos_token_id: int | Collection[int] | None
     stop_strings: str | Sequence[str] | None
@@ -83,6 +88,8 @@ class GenerationConfig:
     is 0; None takes a fresh one. `sequence` tells apart the answers of one seed.
     `eos_token_id`: ids that end the text, by default the model's own; -1 for none. `stop_strings` end it, too.
     `visible_tokens`: special tokens, by id, that are part of the text.
+    `logit_bias` is added to the scores of token ids, behind the penalties. Of `json_schema`, `regex` (Rust's syntax,
+    matched as a whole) and `grammar` (in Lark's notation) one may say what the text must follow.
     `top_logprobs`: so many of the likeliest tokens come with each token. `trace`: times of each hop come along.
     `drafter` guesses ahead: "auto", "ngram", "model", "none", a checkpoint, several with commas, or Drafter objects;
     `budget` is the number of tokens that it guesses a round, by default what pays most. Neither changes the text.
@@ -129,6 +136,10 @@ class GenerationConfig:
     repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    json_schema: Mapping[str, Any] | bool | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
     seed: int | None = 0
     sequence: int = 0
     eos_token_id: int | Collection[int] | None = None
@@ -152,7 +163,7 @@ class GenerationConfig:
         self._check_beams()
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbits(64))
-        _ = self.sampling  # checks the values
+        _ = self.sampling, self.grammar_text  # checks the values
 
     def _check_beams(self) -> None:
         for name in ("num_beams", "num_return_sequences"):
@@ -192,7 +203,16 @@ class GenerationConfig:
             frequency_penalty=self.frequency_penalty,
             seed=self.seed or 0,
             sequence=self.sequence,
+            logit_bias=biases(self.logit_bias or {}),
         )
+
+    @cached_property
+    def grammar_text(self) -> str:
+        """What the text must follow, as llguidance writes it; empty where it is free. Raises SettingsError."""
+        given = {name: value for name in GRAMMAR_KINDS if (value := getattr(self, name)) is not None}
+        if len(given) > 1:
+            raise SettingsError(f"{' and '.join(given)} contradict each other: give one of them")
+        return grammar_of(*given.popitem()) if given else ""
 
     @cached_property
     def output(self) -> OutputOptions:

@@ -15,10 +15,11 @@ from ..protocol.trust.channels import Channels
 from .event_loop import ModelClosed
 from .load_once import LoadOnce
 from .model_packages import import_beside_others
+from .routing.grammar_peers import GrammarPeers, who_draw
 from .routing.peers import ConnectError, KnownPeers
 from .routing.route import NoRoute, Route, choose_route, context_of, sessions_that_fit
 from .routing.trusted_ends import TrustedEnds
-from .session.options import SessionOptions
+from .session.options import Grammar, SessionOptions
 from .session.peer_error import PeerError, Refusals
 from .session.session import Session
 
@@ -88,8 +89,10 @@ class SwarmConnection:
         await self._directory.close()
         await self.channels.close()
 
-    async def route(self, reserve_tokens: int = 0, without: Collection[str] = ()) -> Route:
-        """The route that a new session would take, past the peers `without`.
+    async def route(
+        self, reserve_tokens: int = 0, without: Collection[str] = (), grammar: Grammar | None = None
+    ) -> Route:
+        """The route that a new session would take, past the peers `without`, to one that knows the grammar.
 
         Raises NoRoute, ConnectError, ModelClosed.
         """
@@ -99,10 +102,16 @@ class SwarmConnection:
         known, defaults = self.known, self.defaults
         try:
             usable = [record for record in known.usable() if record.peer_id not in without]
+            usable = who_draw(usable, grammar.feature) if grammar else usable
             return choose_route(usable, known.rtt_s, reserve_tokens, exact=defaults.exact, mixed=defaults.mixed)
         except NoRoute as error:
             limits = filter(None, [str(self.ends) if self.ends.labels else "", known.left_out])
             raise NoRoute("; ".join([str(error), *limits])) from None
+
+    @property
+    def draws(self) -> bool:
+        """Whether this machine draws, and no peer."""
+        return self._local_source is not None
 
     async def sessions_that_fit(self, reserve_tokens: int) -> int:
         """How many sessions of so many tokens the peers have room for, as far as their records say; 0 where none is."""
@@ -112,7 +121,13 @@ class SwarmConnection:
             return 0
         return sessions_that_fit(self.known.reachable(), min(reserve_tokens, context_of(route) + TREE_ROOM))
 
-    async def open_session(self, reserve_tokens: int, wait_s: float | None = None, spare_tokens: int = 0) -> Session:
+    async def open_session(
+        self,
+        reserve_tokens: int,
+        wait_s: float | None = None,
+        spare_tokens: int = 0,
+        grammar: Grammar | None = None,
+    ) -> Session:
         """Open along the best route; where peers are busy or missing, try again with jitter, for `wait_s` seconds.
 
         Who refuses is passed by, until nobody else is there or another one says the same.
@@ -124,7 +139,7 @@ class SwarmConnection:
         refusals = Refusals()
         while True:
             try:
-                session = await self._open(reserve_tokens, spare_tokens, refusals.peers)
+                session = await self._open(reserve_tokens, spare_tokens, refusals.peers, grammar)
             except PeerError as error:
                 spare_tokens = 0  # others were quicker than the records
                 passing = error.busy or error.gone
@@ -145,16 +160,20 @@ class SwarmConnection:
                     self.known.ban(liar)
                 return session
 
-    async def _open(self, reserve_tokens: int, spare_tokens: int, without: Collection[str]) -> Session:
-        route = await self.route(reserve_tokens, without)
+    async def _open(
+        self, reserve_tokens: int, spare_tokens: int, without: Collection[str], grammar: Grammar | None
+    ) -> Session:
+        route = await self.route(reserve_tokens, without, grammar)
         free = min(stop.peer.cache_tokens_free for stop in route) - reserve_tokens
         wanted = reserve_tokens + max(0, min(spare_tokens, free // 2))
         options = replace(
             self.defaults,
             reserve_tokens=min(wanted, context_of(route) + TREE_ROOM),
             local_ends=await self._local_ends_for(route),
+            grammar=grammar,
         )
-        session = Session(route, self.known, self.channels, options)
+        finder = GrammarPeers(self.known, grammar.feature) if grammar else self.known
+        session = Session(route, finder, self.channels, options)
         await session.open()
         self.known.pin(route)
         return session

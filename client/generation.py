@@ -8,14 +8,18 @@ from operator import index
 from typing import Any, cast
 
 from ..protocol.checkpoint.tokenizer import Tokenizer
+from ..protocol.grammar.grammar import GrammarMatcher, masked
 from .arguments import SettingsError
 from .config import GenerationConfig, GenerationSettings, with_defaults
 from .connection import TREE_ROOM, SwarmConnection
+from .drafting.grammar import GrammarRegistry
 from .drafting.registry import DrafterRegistry
 from .drafting.rounds import Speculation, Verified
 from .model_text import ModelText
 from .output import OutputChunk, OutputCutter
-from .score_rules import NEED_SCORES, score_rules
+from .routing.grammar_peers import choose_feature
+from .score_rules import NEED_SCORES, chained, score_rules
+from .session.options import Grammar
 from .session.result import StepResult
 from .session.session import Session
 
@@ -34,6 +38,7 @@ class Generator:
         self.tokenizer = tokenizer = text.tokenizer
         self._text = text
         self._drafters = DrafterRegistry(tokenizer, connection.known.digest or b"", drafter_device)
+        self._grammars = GrammarRegistry(tokenizer) if tokenizer else None
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text or of messages; ids as they are. Raises SettingsError, ChatTemplateError."""
@@ -60,6 +65,21 @@ class Generator:
         """`settings`, with the model's own where they say nothing. Raises SamplingError, SettingsError."""
         return with_defaults(settings, self._text.defaults)
 
+    async def open_session(
+        self, config: GenerationConfig, reserve_tokens: int, wait_s: float | None = None, spare_tokens: int = 0
+    ) -> Session:
+        """For answers by `config`; see SwarmConnection.open_session. Raises PeerError, NoRoute."""
+        grammar = self.grammar(config)
+        return await self.connection.open_session(reserve_tokens, wait_s, spare_tokens, grammar)
+
+    def grammar(self, config: GenerationConfig) -> Grammar | None:
+        """What a session must know of what its text has to follow. Raises NoRoute where no peer serves it."""
+        if not config.grammar_text or self.connection.draws:
+            return None
+        if self.tokenizer is None:
+            raise SettingsError(f"a grammar needs a tokenizer: {self.lack}")
+        return Grammar(config.grammar_text, choose_feature(self.connection.known.reachable(), self.tokenizer))
+
     async def speculation(self, config: GenerationConfig, session: Session) -> Speculation:
         """Drafting for one sequence, as `config` asks; what was learned about a route serves all its sessions.
 
@@ -74,11 +94,14 @@ class Generator:
     ) -> AsyncGenerator[OutputChunk, None]:
         """Start an answer over a session; see `generate`."""
         speculation = await self.speculation(config, session)
-        return generate(session, ids, config, self.tokenizer, speculation)
+        grammar = None
+        if config.grammar_text and self._grammars:
+            grammar = await self._grammars.matcher(config.grammar_text, session.route[-1].peer.vocab_size)
+        return generate(session, ids, config, self.tokenizer, speculation, grammar)
 
     async def stream(self, ids: Sequence[int], config: GenerationConfig) -> AsyncIterator[OutputChunk]:
         """One answer, over a session of its own."""
-        session = await self.connection.open_session(len(ids) + config.new_tokens(len(ids)) + TREE_ROOM)
+        session = await self.open_session(config, len(ids) + config.new_tokens(len(ids)) + TREE_ROOM)
         try:
             async for chunk in await self.chunks(session, ids, config):
                 yield chunk
@@ -92,6 +115,7 @@ async def generate(
     config: GenerationConfig,
     tokenizer: Tokenizer | None = None,
     speculation: Speculation | None = None,
+    grammar: GrammarMatcher | None = None,
 ) -> AsyncGenerator[OutputChunk, None]:
     """Chunks of the answer to `prompt`, which may continue or branch off what the session holds.
 
@@ -104,6 +128,8 @@ async def generate(
     if session.reshape and not session.options.local_ends:
         named = ", ".join(name for name in NEED_SCORES if getattr(config, name) not in (None, 0, (), [], {}))
         raise SettingsError(f"{named}: the scores are needed on this machine, connect with local_ends=True")
+    if grammar and session.options.local_ends:
+        session.reshape = chained(session.reshape, masked(grammar.fresh(), len(prompt)))
     speculation = speculation or Speculation()
     cutter = OutputCutter(
         tokenizer, limit, config.eos_ids(tokenizer), config.stops, config.ending(prompt), config.visible_tokens
@@ -112,7 +138,7 @@ async def generate(
     session.rewind(kept)
     started = time.perf_counter()
     done = Verified(await _prefill(session, prompt[kept:], config))
-    speculation.start(prompt, config.sampling)
+    speculation.start(prompt, config.sampling, grammar)
     ids = list(prompt)
     while True:
         result = done.result

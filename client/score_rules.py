@@ -42,6 +42,11 @@ def score_rules(config: GenerationConfig, prompt_length: int, limit: int, eos_id
     return reshape if rules else None
 
 
+def chained(first: Reshape | None, then: Reshape) -> Reshape:
+    """Both, one after the other."""
+    return then if first is None else lambda ids, values: then(ids, first(ids, values))
+
+
 def _biases(config: GenerationConfig, prompt_length: int, eos_ids: Collection[int]) -> Iterator[_Bias]:
     if biases := _sequences(config.sequence_bias or {}):
         yield lambda ids: _biased(biases, ids)

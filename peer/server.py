@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import cached_property
 
 import grpc
 import torch
@@ -30,6 +31,7 @@ from .engine.kv_cache import KVCache
 from .engine.scheduler import Budget
 from .engine.watchdog import STALL_S, Watchdog
 from .fellows import fellows
+from .grammars import grammar_checker, grammar_feature
 from .identity import Claim
 from .joining import Joiner, ServeError, cache_tokens
 from .limits.admission import Admission
@@ -170,7 +172,8 @@ class PeerServer:
             replay_bytes=self.options.replay_bytes,
         )
         quotas, rate = self.options.quotas, self.options.rates.identity
-        sessions = Sessions(info, self.engine, self.admission, self.trust, quotas, rate)
+        grammars = self._grammars = grammar_checker(self.checkpoint, self.blocks, self.span.vocab_size)
+        sessions = Sessions(info, self.engine, self.admission, self.trust, quotas, rate, grammars)
         self.service = PeerService(sessions, self.trust, self.announcement.resolve, self._connections)
         add_PeerServicer_to_server(self.service, self._grpc)
         add_DirectoryServicer_to_server(self.announcement.service(), self._grpc)
@@ -203,6 +206,8 @@ class PeerServer:
         self.service.sessions.draining = True
         await self.announcement.stop()
         await self.service.close()
+        if self._grammars:
+            await self._grammars.close()
         await self._grpc.stop(grace=1.0)
         if not self.fallen.done():
             await asyncio.to_thread(self.engine.stop)
@@ -213,9 +218,10 @@ class PeerServer:
         """What the directory says of this peer, as of now."""
         return self.announcement.record()
 
-    @property
+    @cached_property
     def _features(self) -> frozenset[str]:
-        return FEATURES | ({"exact"} if self.options.exact else set())
+        grammar = grammar_feature(self.checkpoint, self.blocks)
+        return FEATURES | ({"exact"} if self.options.exact else set()) | ({grammar} if grammar else set())
 
     def _served(self) -> pb.PeerRecord:
         """What never changes of the record."""

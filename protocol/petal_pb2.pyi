@@ -208,7 +208,7 @@ class Want(_message.Message):
     def __init__(self, top_logprobs: _Optional[int] = ..., logits: bool = ..., hidden: bool = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "client_id", "protocol", "required_features", "model_digest", "start", "end", "reserve_tokens", "codec", "route_epoch", "fork_of", "adapter_id", "priority", "trace_id", "block_prompts", "resume", "hello", "revocations")
+    __slots__ = ("session_id", "client_id", "protocol", "required_features", "model_digest", "start", "end", "reserve_tokens", "codec", "route_epoch", "fork_of", "adapter_id", "priority", "trace_id", "block_prompts", "resume", "hello", "revocations", "grammar")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +227,7 @@ class Open(_message.Message):
     RESUME_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     client_id: bytes
     protocol: int
@@ -245,7 +246,8 @@ class Open(_message.Message):
     resume: Resume
     hello: Hello
     revocations: _containers.RepeatedCompositeFieldContainer[RevocationList]
-    def __init__(self, session_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., protocol: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., reserve_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., route_epoch: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., adapter_id: _Optional[str] = ..., priority: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., block_prompts: _Optional[bytes] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ...) -> None: ...
+    grammar: str
+    def __init__(self, session_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., protocol: _Optional[int] = ..., required_features: _Optional[_Iterable[str]] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., reserve_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., route_epoch: _Optional[int] = ..., fork_of: _Optional[bytes] = ..., adapter_id: _Optional[str] = ..., priority: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., block_prompts: _Optional[bytes] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., revocations: _Optional[_Iterable[_Union[RevocationList, _Mapping]]] = ..., grammar: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("public_key", "signature")

@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from ...protocol.grammar.grammar import GrammarMatcher
 from ...protocol.wire.sampling import SamplingParams
 from .budget import BudgetController, Round
 from .drafter import Drafter, ScoredTree, merge
+from .grammar import pruned
 
 if TYPE_CHECKING:
     from ..session.result import OutputOptions, StepResult
@@ -50,9 +52,12 @@ class Speculation:
         self._controller = controller or BudgetController()
         self._fixed = budget
         self._heavy = any(drafter.heavy for drafter in drafters)
+        self._grammar: GrammarMatcher | None = None
+        self._prompt_length = 0
 
-    def start(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        """An answer to `prompt` begins."""
+    def start(self, prompt: Sequence[int], sampling: SamplingParams, grammar: GrammarMatcher | None = None) -> None:
+        """An answer to `prompt` begins; nothing is drafted that the grammar forbids in it."""
+        self._grammar, self._prompt_length = grammar, len(prompt)
         for drafter in self._drafters:
             drafter.start(prompt, sampling)
 
@@ -81,7 +86,8 @@ class Speculation:
     def _propose(self, ids: Sequence[int], budget: int) -> ScoredTree:
         rate = 0.0 if self._fixed is not None else self._controller.tokens_per_s(budget)
         trees = [drafter.propose(ids, budget, drafter.level_s * rate) for drafter in self._drafters]
-        return merge(trees, budget)
+        tree = merge(trees, budget)
+        return pruned(tree, self._grammar, ids[self._prompt_length :]) if self._grammar else tree
 
     async def _verify(self, session: Session, tree: ScoredTree, output: OutputOptions) -> StepResult:
         if not self._heavy or len(tree) == 1:

@@ -41,10 +41,6 @@ class _Run:
     def ids(self) -> Sequence[int]:
         return self.prompt.ids
 
-    @property
-    def reserve_tokens(self) -> int:
-        return len(self.ids) + self.config.max_new_tokens
-
 
 async def answer(served: ServedModel, request: GenerationRequest, owner: str) -> AsyncGenerator[Event, None]:
     """The events of all choices: n to the first prompt, n to the next. Raises PetalError."""
@@ -110,7 +106,7 @@ async def _sessions(
     """
     pool = served.sessions
     try:
-        first = await pool.take(owner, run.ids, run.reserve_tokens, BUSY_S)
+        first = await pool.take(owner, run.ids, run.config, BUSY_S)
     except NoRoute as error:
         raise served.why_not(str(error)) from error
     held = [first]

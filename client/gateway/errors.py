@@ -22,6 +22,10 @@ RETRY_S = 2.0
 _UNREAD = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_TIMEOUT)
 
 
+# What peers say of requests that no other peer would serve either.
+_AT_FAULT = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
+
+
 class ApiError(PetalError):
     """One sentence for the caller. `param` is the field at fault, `code` a word for programs."""
 
@@ -69,6 +73,6 @@ def api_error(error: PetalError) -> ApiError:
 def _of_peer(error: PeerError) -> ApiError:
     if error.busy:
         return too_many(f"the swarm has no room now: {error}")
-    if error.code == grpc.StatusCode.FAILED_PRECONDITION:
+    if error.code in _AT_FAULT:
         return bad_request(str(error))
     return unavailable(str(error))

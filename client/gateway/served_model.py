@@ -107,7 +107,7 @@ class ServedModel:
         try:
             if self._model is None:
                 self._model = await self.connect()
-                self._pool = SessionPool(self._model.connection)
+                self._pool = SessionPool(self._model.generator)
             self._route = await asyncio.wait_for(self._model.route(), ROUTE_S)
         except (NoRoute, ConnectError, asyncio.TimeoutError) as error:
             if isinstance(error.__cause__, CheckpointError):

@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..connection import TREE_ROOM, SwarmConnection
-from ..generation import common_prefix
+from ..config import GenerationConfig
+from ..connection import TREE_ROOM
+from ..generation import Generator, common_prefix
+from ..session.options import Grammar
 from ..session.peer_error import PeerError
 from ..session.session import Session
 
@@ -31,32 +33,33 @@ class SessionPool:
     """Sessions of one model. Whose text a session has seen is known by its `owner`: nobody else gets it, since how
     fast an answer begins would tell what others have said."""
 
-    def __init__(self, connection: SwarmConnection) -> None:
-        self._connection = connection
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
         self._idle: list[_Idle] = []
 
     def __len__(self) -> int:
         return len(self._idle)
 
-    async def take(self, owner: str, ids: Sequence[int], reserve_tokens: int, wait_s: float) -> Session:
-        """A session for a text that begins with `ids`: one that holds its beginning, or a new one.
+    async def take(self, owner: str, ids: Sequence[int], config: GenerationConfig, wait_s: float) -> Session:
+        """A session for an answer to `ids` by `config`: one that holds their beginning, or a new one.
 
         Where peers have no room, those that wait here give way, the oldest first. Raises PeerError, NoRoute.
         """
         self._expire()
-        if found := self._best(owner, ids, reserve_tokens):
+        reserve_tokens = len(ids) + config.max_new_tokens
+        if found := self._best(owner, ids, reserve_tokens, self._generator.grammar(config)):
             self._idle.remove(found)
             return found.session
         reserve_tokens += TREE_ROOM
         spare = max(0, SPARE_TOKENS - reserve_tokens)
         while self._idle:
             try:
-                return await self._connection.open_session(reserve_tokens, wait_s=0, spare_tokens=spare)
+                return await self._generator.open_session(config, reserve_tokens, 0, spare)
             except PeerError as error:
                 if not error.busy:
                     raise
                 self._idle.pop(0).session.close()
-        return await self._connection.open_session(reserve_tokens, wait_s=wait_s, spare_tokens=spare)
+        return await self._generator.open_session(config, reserve_tokens, wait_s, spare)
 
     def give_back(self, owner: str, session: Session) -> None:
         """Keep a session whose answer is complete, for what may come next."""
@@ -68,13 +71,15 @@ class SessionPool:
             idle.session.close()
         self._idle.clear()
 
-    def _best(self, owner: str, ids: Sequence[int], reserve_tokens: int) -> _Idle | None:
+    def _best(self, owner: str, ids: Sequence[int], reserve_tokens: int, grammar: Grammar | None) -> _Idle | None:
         """The session with the longest common beginning; none where it would lose more than it brings."""
         best, most = None, 0
         for idle in self._idle:
             held = idle.session.ids
             room = min(idle.session.context_length, idle.session.options.reserve_tokens)
-            if idle.owner != owner or min(reserve_tokens, idle.session.context_length) > room:
+            if (idle.owner, idle.session.options.grammar) != (owner, grammar):
+                continue
+            if min(reserve_tokens, idle.session.context_length) > room:
                 continue
             shared = common_prefix(held, ids)
             if shared > most and shared >= min(WORTH, len(held)) and 2 * shared >= len(held):

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What the last stage lets a text say, and the feature of those that know it alike."""
+
+    text: str
+    feature: str
+
+
+@dataclass(frozen=True)
 class SessionOptions:
     """`wait_s`: for how long a session waits for blocks that nobody hosts any more.
 
@@ -27,3 +35,4 @@ class SessionOptions:
     step_timeout_s: float = 120.0
     wait_s: float = 30.0
     local_ends: LocalEnds | None = None
+    grammar: Grammar | None = None

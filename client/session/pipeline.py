@@ -145,6 +145,9 @@ class Pipeline:
     async def _open(self, hop: Hop, timeout: float, *, fork_of: bytes = b"", resume: pb.Resume | None = None) -> None:
         stop, options, trust = hop.stop, self._options, self._channels.trust
         features = {"exact": options.exact, "embeddings": options.local_ends is not None}
+        grammar = options.grammar if stop.blocks.stop == stop.peer.n_blocks else None
+        if grammar:
+            features[grammar.feature] = True
         message = pb.Open(
             session_id=self.session_id,
             client_id=trust.client_id,
@@ -159,6 +162,7 @@ class Pipeline:
             fork_of=fork_of,
             priority=options.priority,
             resume=resume,
+            grammar=grammar.text if grammar else "",
             hello=trust.hello(stop.peer, self.session_id),
             revocations=trust.revocations,
         )

@@ -125,4 +125,5 @@ def sampling_message(params: SamplingParams) -> pb.Sampling:
         frequency_penalty=params.frequency_penalty,
         seed=params.seed,
         sequence=params.sequence,
+        logit_bias=dict(params.logit_bias),
     )

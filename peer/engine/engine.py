@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
 from ...kernels.activations import ActivationError
+from ...protocol.grammar.grammar import GrammarMatcher
 from ...protocol.petal_pb2 import Codec
 from ...protocol.wire.sampling import SamplingError
 from ..model import Span
@@ -69,10 +70,12 @@ class Engine:
         blocks: range,
         priority: int = 0,
         fork_of: bytes | None = None,
+        grammar: GrammarMatcher | None = None,
     ) -> None:
         def open_() -> None:
             assert session not in self._sequences
             opened = CachedSequence(tenant, priority, codec, blocks, self.span, self.cache, self.cache.open())
+            opened.grammar = grammar
             if parent := self._sequences.get(fork_of or b""):
                 opened.fork(parent)
             self._sequences[session] = opened

@@ -54,8 +54,8 @@ def _scored_rows(sequence: CachedSequence) -> Tensor | None:
 
 
 def _verified(sequence: CachedSequence, step: Step, scores: Scores) -> VerificationResult:
-    header, tree = step.header, step.header.tree
+    header, tree, reshape = step.header, step.header.tree, sequence.reshape
     if header.prefill:
-        return draw_after_prefill(scores[-1], sequence.sampling, sequence.history, header.top_logprobs)
+        return draw_after_prefill(scores[-1], sequence.sampling, sequence.history, header.top_logprobs, reshape)
     assert isinstance(tree, DraftTree)
-    return verify(tree, scores, sequence.sampling, sequence.history, header.base, header.top_logprobs)
+    return verify(tree, scores, sequence.sampling, sequence.history, header.base, header.top_logprobs, reshape)

@@ -10,11 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...protocol.grammar.grammar import GrammarMatcher, masked
 from ...protocol.petal_pb2 import Codec
 from ...protocol.wire.codec import CODEC_NAMES
 from ...protocol.wire.sampling import SamplingParams
 from ...protocol.wire.tree import chain
-from ...protocol.wire.verification import TokenHistory
+from ...protocol.wire.verification import Reshape, TokenHistory
 from ..model import Span
 from .fair_queue import Tenant
 from .kv_cache import KVCache
@@ -36,6 +37,7 @@ class CachedSequence:
     table: BlockTable
     history: TokenHistory = field(default_factory=TokenHistory)
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    grammar: GrammarMatcher | None = None
     pending_ids: Sequence[int] = ()
     step: Step | None = None
     waiting: deque[tuple[Step, Done]] = field(default_factory=deque)
@@ -46,6 +48,11 @@ class CachedSequence:
     def is_last(self) -> bool:
         """Whether this is the last stage."""
         return self.blocks.stop == self.span.n_blocks
+
+    @property
+    def reshape(self) -> Reshape | None:
+        """What the grammar, if there is one, leaves of the scores."""
+        return masked(self.grammar, self.history.prompt_length) if self.grammar else None
 
     def fork(self, parent: CachedSequence) -> None:
         """Start where another one is."""

@@ -13,7 +13,9 @@ from ..limits.quotas import Quota
 from ..session.session import PeerSession
 from ..session.spec import SessionFailed, SessionSpec, invalid
 
-FEATURES = frozenset({"tree", "fork", "rewind", "resume", "logits", "hidden", "top_logprobs", "embeddings"})
+FEATURES = frozenset(
+    {"tree", "fork", "rewind", "resume", "logits", "hidden", "top_logprobs", "embeddings", "logit_bias"}
+)
 # Tokens that a session may reserve beyond the context: trees in flight need room, too.
 SPARE_TOKENS = 4096
 Status = grpc.StatusCode

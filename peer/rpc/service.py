@@ -42,7 +42,8 @@ class PeerService(PeerServicer):
             frame = await first_of(requests)
             if frame is None or not frame.HasField("open"):
                 raise invalid("a session starts with an open frame")
-            session = self.sessions.open(frame.open, context.auth_context(), writer)
+            grammar = await self.sessions.grammar(frame.open)
+            session = self.sessions.open(frame.open, context.auth_context(), writer, grammar)
         except SessionFailed as failure:
             await abort(context, failure)
             return

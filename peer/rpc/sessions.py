@@ -7,6 +7,8 @@ import hmac
 import time
 
 from ...protocol import petal_pb2 as pb
+from ...protocol.grammar.checker import GrammarChecker
+from ...protocol.grammar.grammar import GrammarError, GrammarMatcher
 from ...protocol.trust.trust import AuthContext, Principal, Trust, TrustError, client_id_of
 from ...protocol.wire.limits import ALL_ANSWER_BYTES, PROTOCOL, WINDOW_BYTES
 from ..engine.engine import Engine
@@ -18,7 +20,7 @@ from ..limits.rates import Buckets, Rate
 from ..limits.refused import Refused
 from ..session.replay import ReplayBudget
 from ..session.session import FrameWriter, PeerSession
-from ..session.spec import SessionFailed, SessionSpec
+from ..session.spec import SessionFailed, SessionSpec, invalid
 from .open_checks import ServiceInfo, Status, check_former, check_open, check_parent, spec_of
 
 # Of a peer that leaves, a session in which nothing happened for so long ends at once: its client resumes elsewhere.
@@ -46,6 +48,7 @@ class Sessions:
         trust: Trust,
         quotas: Quotas,
         rate: Rate,
+        grammars: GrammarChecker | None = None,
     ) -> None:
         """`rate`: how often one identity may open sessions."""
         self.info = info
@@ -54,6 +57,7 @@ class Sessions:
         self._engine = engine
         self._admission = admission
         self._trust = trust
+        self._grammars = grammars
         self._usages = QuotaUsages(quotas)
         self._opens: Buckets[str] = Buckets(rate)
         self._running: dict[bytes, PeerSession] = {}
@@ -61,7 +65,23 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._running)
 
-    def open(self, message: pb.Open, context: AuthContext, writer: FrameWriter) -> PeerSession:
+    async def grammar(self, message: pb.Open) -> GrammarMatcher | None:
+        """What a session's text shall follow, tried in a process that may be killed. Raises SessionFailed."""
+        if not message.grammar:
+            return None
+        check_open(self.info, message)
+        if message.end != self.info.n_blocks:
+            raise invalid("a grammar goes to the last stage alone")
+        if self._grammars is None:
+            raise SessionFailed(Status.UNIMPLEMENTED, "this peer does not serve grammars")
+        try:
+            return await self._grammars.matcher(message.grammar)
+        except GrammarError as error:
+            raise invalid(str(error)) from None
+
+    def open(
+        self, message: pb.Open, context: AuthContext, writer: FrameWriter, grammar: GrammarMatcher | None = None
+    ) -> PeerSession:
         """Admit a session, and say so to its client. Raises SessionFailed."""
         if self.draining:
             raise SessionFailed(Status.UNAVAILABLE, "this peer is leaving and takes no new sessions")
@@ -86,7 +106,7 @@ class Sessions:
             raise
         tenant = Tenant(principal.name, principal.share, usage.weight, usage.quota.priority)
         forked = parent.key if parent else None
-        self._engine.open(session.key, tenant, spec.codec, spec.blocks, message.priority, forked)
+        self._engine.open(session.key, tenant, spec.codec, spec.blocks, message.priority, forked, grammar)
         self._running[spec.session_id] = session
         writer.put(pb.PeerFrame(opened=self._opened(session)))
         return session

@@ -27,7 +27,7 @@ def client_step(message: pb.Step, spec: SessionSpec) -> Step:
         worst = max(ids, default=0)
         if worst >= spec.vocab_size:
             raise StepError(f"token id {worst} is past the vocabulary of {spec.vocab_size}")
-        sampling = _sampling(message.sampling) if message.HasField("sampling") else None
+        sampling = _sampling(message.sampling, spec) if message.HasField("sampling") else None
         history = _history(message, spec) if message.HasField("history") else None
     except (StepError, SamplingError) as error:
         raise invalid(str(error)) from error
@@ -148,11 +148,12 @@ def _count(message: pb.Step, spec: SessionSpec) -> int:
     return rows or len(message.ids) or (0 if spec.is_first else len(message.parents))
 
 
-def _sampling(message: pb.Sampling) -> SamplingParams:
+def _sampling(message: pb.Sampling, spec: SessionSpec) -> SamplingParams:
     """Raises SamplingError for a value out of range, and by name for a field that this version does not serve."""
-    if message.logit_bias or message.grammar_mask:
-        name = "logit_bias" if message.logit_bias else "grammar_mask"
-        raise SamplingError(f"this peer does not serve {name} yet")
+    if message.grammar_mask:
+        raise SamplingError("this peer does not serve grammar_mask; a grammar comes with the open frame")
+    if (worst := max(message.logit_bias, default=0)) >= spec.vocab_size:
+        raise SamplingError(f"logit_bias names token {worst}, past the vocabulary of {spec.vocab_size}")
     return SamplingParams(
         temperature=message.temperature,
         top_k=message.top_k,
@@ -163,6 +164,7 @@ def _sampling(message: pb.Sampling) -> SamplingParams:
         frequency_penalty=message.frequency_penalty,
         seed=message.seed,
         sequence=message.sequence,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
     )
 
 

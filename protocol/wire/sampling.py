@@ -22,6 +22,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 # The largest u is 1 - 2^-53, so no noise exceeds this.
 _MAX_NOISE = 36.8
 _LIKELIEST = 1024
+MOST_BIASES = 1024
 
 
 class SamplingError(PetalError, ValueError):
@@ -41,6 +42,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int = 0
     sequence: int = 0
+    # Added to the scores of these ids behind the penalties; as float32, which is how peers are told.
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.temperature == 0 or 1e-4 <= self.temperature <= 100, "temperature is 0 or from 0.0001 to 100")
@@ -52,10 +55,15 @@ class SamplingParams:
         _require(abs(self.frequency_penalty) <= 100, "frequency_penalty is from -100 to 100")
         _require(0 <= self.seed <= _MASK, "seed is an unsigned 64-bit integer")
         _require(0 <= self.sequence < 1 << 32, "sequence is an unsigned 32-bit integer")
+        _require(len(self.logit_bias) <= MOST_BIASES, f"logit_bias has at most {MOST_BIASES} entries")
+        _require(all(0 <= id < 1 << 32 for id, _ in self.logit_bias), "logit_bias has token ids as keys")
+        _require(all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias has values from -100 to 100")
 
     @property
     def penalized(self) -> bool:
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        """Whether scores are changed before anything else; a bias is as good as a penalty."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or bool(self.logit_bias)
 
 
 def _require(condition: bool, rule: str) -> None:
@@ -101,7 +109,7 @@ class TokenCounts:
         self._output[token] = self._output.get(token, 0) + 1
 
     def penalize(self, logits: Floats, params: SamplingParams, path: Sequence[int]) -> None:
-        """Apply the penalties in place; `path` holds the ids between the history and this row."""
+        """Apply penalties, then biases, in place; `path` holds the ids between the history and this row."""
         if params.repetition_penalty != 1:
             seen = np.fromiter(self._seen.union(path), np.int64)
             values = logits[seen]
@@ -114,6 +122,9 @@ class TokenCounts:
             ids = np.fromiter(counts.keys(), np.int64, len(counts))
             times = np.fromiter(counts.values(), np.float64, len(counts))
             logits[ids] -= params.presence_penalty + params.frequency_penalty * times
+        for token, bias in params.logit_bias:
+            if token < len(logits):
+                logits[token] += bias
 
 
 def candidates(logits: Floats, params: SamplingParams) -> tuple[NDArray[np.int64], Floats]:

@@ -49,7 +49,7 @@ class Swarm:
     async def sessions_that_fit(self, _: int) -> int:
         return self.fit
 
-    async def open_session(self, _: int) -> Session:
+    async def open_session(self, *_: object) -> Session:
         await asyncio.sleep(0)
         if len(self.open) >= self.room:
             self.refused += 1

@@ -43,7 +43,10 @@ class Generator:
     def config(self, settings: Any) -> GenerationConfig:
         return GenerationConfig(**settings)
 
-    async def open_session(self, tokens: int, *, spare_tokens: int) -> Session:
+    def grammar(self, config: GenerationConfig) -> None:
+        return None
+
+    async def open_session(self, config: GenerationConfig, tokens: int, *, spare_tokens: int) -> Session:
         self.asked.append((tokens, spare_tokens))
         self.opened.append(Session(tokens + spare_tokens))
         return self.opened[-1]

@@ -9,6 +9,7 @@ from pydantic import Field
 from ...config import GenerationSettings
 from ..body import TolerantBody
 from ..errors import bad_request
+from ..formats import schema_settings
 from ..functions import MOST_TOOLS, call, function
 from ..generation_request import Conversation, GenerationRequest, Message
 
@@ -101,14 +102,17 @@ class RunFields(TolerantBody):
     stream: bool | None = None
     options: Options | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
-    format: Any = None
+    format: Literal["", "json"] | dict[str, Any] | None = None
 
     def _request(self, prompt: Conversation | str) -> GenerationRequest:
         options = self.options or Options()
-        if self.format not in (None, ""):
-            raise bad_request("format is not supported", "format")
+        settings = options.settings()
+        if self.format == "json":
+            settings |= schema_settings("json_object", None, "format")
+        elif self.format:
+            settings |= schema_settings("json_schema", self.format, "format")
         tokens = options.num_predict
-        return GenerationRequest(self.model, [prompt], options.settings(), tokens if tokens and tokens > 0 else None)
+        return GenerationRequest(self.model, [prompt], settings, tokens if tokens and tokens > 0 else None)
 
     def _variables(self) -> dict[str, Any]:
         if self.think is None:

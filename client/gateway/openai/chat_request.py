@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ...config import GenerationSettings
 from ..body import TolerantBody
 from ..errors import bad_request
+from ..formats import schema_settings
 from ..functions import MOST_TOOLS, function
 from ..generation_request import Conversation, GenerationRequest
 from .messages import Messages, template_messages
@@ -27,6 +29,22 @@ class Tool(TolerantBody):
     function: Function
 
 
+class JsonSchema(TolerantBody):
+    """`strict` says nothing: the text always follows the schema."""
+
+    name: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(TolerantBody):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def settings(self) -> GenerationSettings:
+        """Raises ApiError."""
+        return schema_settings(self.type, self.json_schema.schema_ if self.json_schema else None, "response_format")
+
+
 class ChatRequest(SamplingFields):
     """Fields without a reader say nothing of the text, or are refused unless they ask for what is done anyway."""
 
@@ -39,6 +57,7 @@ class ChatRequest(SamplingFields):
     tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     reasoning_effort: str | None = Field(None, max_length=32)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -84,7 +103,10 @@ class ChatRequest(SamplingFields):
                     one_call=self.parallel_tool_calls is False,
                 )
             ],
-            settings=self.settings(max(1, self.top_logprobs or 0) if self.logprobs else 0),
+            settings={
+                **self.settings(max(1, self.top_logprobs or 0) if self.logprobs else 0),
+                **(self.response_format.settings() if self.response_format else {}),
+            },
             max_tokens=self.max_completion_tokens or self.max_tokens,
             n=self.n or 1,
             logprobs=bool(self.logprobs),

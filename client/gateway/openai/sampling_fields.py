@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -20,6 +21,13 @@ Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 # Of JSON's integers, also those that clients write as 1.0.
 Number = Annotated[float, Field(strict=False)]
+
+
+def token_biases(given: Mapping[str, float]) -> dict[int, float]:
+    """Raises ApiError where a key is no token id."""
+    if wrong := next((key for key in given if not key.isdecimal() or len(key) > 9), None):
+        raise bad_request(f"logit_bias has token ids as keys, not {wrong[:40]!r}", "logit_bias")
+    return {int(key): bias for key, bias in given.items()}
 
 
 class StreamOptions(Body):
@@ -72,6 +80,7 @@ class SamplingFields(Body):
             "frequency_penalty": self.frequency_penalty or 0.0,
             "seed": None if self.seed is None else self.seed % (1 << 64),
             "stop_strings": self.stop,
+            "logit_bias": token_biases(self.logit_bias or {}),
             "top_logprobs": top_logprobs,
         }
         return settings

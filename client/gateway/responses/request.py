@@ -11,6 +11,7 @@ from pydantic import Field
 from ...config import GenerationSettings
 from ..body import TolerantBody
 from ..errors import bad_request
+from ..formats import schema_settings
 from ..functions import MOST_TOOLS, call, function
 from ..generation_request import Conversation, GenerationRequest, Message
 
@@ -43,8 +44,13 @@ class Tool(TolerantBody):
     parameters: dict[str, Any] | None = None
 
 
+class TextFormat(TolerantBody):
+    type: str = "text"
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+
+
 class TextOptions(TolerantBody):
-    format: dict[str, Any] | None = None
+    format: TextFormat | None = None
 
 
 class ReasoningOptions(TolerantBody):
@@ -89,10 +95,14 @@ class ResponsesRequest(TolerantBody):
             raise bad_request("background=true is not supported", "background")
         if self.tool_choice not in (None, "auto", "none"):
             raise bad_request("tool_choice can be auto or none", "tool_choice")
-        if self.text and self.text.format and self.text.format.get("type") != "text":
-            raise bad_request("text.format can be text", "text.format")
         offered = [] if self.tool_choice == "none" else self.tools or []
-        settings: GenerationSettings = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        format = self.text.format if self.text and self.text.format else TextFormat()
+        settings: GenerationSettings = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            **schema_settings(format.type, format.schema_, "text.format"),
+        }
         opening: list[Message] = [{"role": "system", "content": self.instructions}] if self.instructions else []
         effort = self.reasoning.effort if self.reasoning else None
         conversation = Conversation(

@@ -65,6 +65,9 @@ async def local_gateway(
         await running
 
 
+# The byte that ends a text, and how a byte-level tokenizer shows it.
+END_ID = 5
+END = chr(256 + END_ID)
 TEMPLATE = (
     "{% if tools %}{{ '<tools>' + tools | tojson + '</tools> answer in <tool_call>' }}{% endif %}"
     "{% for message in messages %}{{ '<' + message.role + '>' + message.content + '\n' }}"
@@ -94,7 +97,7 @@ def chatting_llama() -> Path:
     """A folder with a random Llama of four blocks that reads and writes bytes, and has a chat template."""
     folder = Path(_FOLDER.name)
     save(LlamaForCausalLM.from_pretrained(tiny_llama()), folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": END}))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -175,3 +176,44 @@ async def test_tools_and_reasoning(door: Bench, client: openai.AsyncOpenAI, monk
         {"role": "tool", "tool_call_id": calls[0].id, "content": "Sunny"},
     ]
     assert (await client.chat.completions.create(**{**asked, "messages": results})).choices
+
+
+SHAPE: Any = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["lion", "cat"]}, "size": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["kind", "size"],
+    "additionalProperties": False,
+}
+
+
+async def test_answers_have_the_format_that_is_asked_for(door: Bench, client: openai.AsyncOpenAI) -> None:
+    expected = await door.plain.generate(MESSAGES, max_new_tokens=64, json_schema=SHAPE, temperature=1.0, seed=7)
+    assert json.loads(expected)["kind"] in ("lion", "cat")
+    format: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SHAPE, "strict": True}}
+    asked: Any = {"model": door.model, "temperature": 1.0, "seed": 7, "max_tokens": 64}
+    answer = await client.chat.completions.create(messages=MESSAGES, response_format=format, **asked)
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason == "stop"
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": SHAPE}}
+    response = await client.responses.create(
+        model=door.model, input=MESSAGES, text=text, temperature=1.0, extra_body={"seed": 7}, max_output_tokens=64
+    )
+    assert response.output_text == expected
+    native = {"model": door.model, "messages": MESSAGES, "format": SHAPE, "stream": False}
+    native["options"] = {"temperature": 1.0, "seed": 7, "num_predict": 64}
+    assert (await door.gateway.post("/api/chat", native)).json()["message"]["content"] == expected
+    empty = await client.chat.completions.create(messages=MESSAGES, response_format={"type": "json_object"}, **asked)
+    assert (empty.choices[0].message.content or "").startswith("{")
+    impossible = {"type": "integer", "minimum": 3, "maximum": 1}
+    bad: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": impossible}}
+    with pytest.raises(openai.BadRequestError, match="minimum"):
+        await client.chat.completions.create(messages=MESSAGES, response_format=bad, **asked)
+
+
+async def test_biases(door: Bench, client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(
+        model=door.model, messages=MESSAGES, max_tokens=5, logit_bias={str(ord("q")): 100}
+    )
+    assert answer.choices[0].message.content == "qqqqq"
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        await client.chat.completions.create(model=door.model, messages=MESSAGES, logit_bias={"x": 1})
