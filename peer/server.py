@@ -172,9 +172,9 @@ class PeerServer:
             replay_bytes=self.options.replay_bytes,
         )
         quotas, rate = self.options.quotas, self.options.rates.identity
-        grammars = self._grammars = grammar_checker(self.checkpoint, self.blocks, self.span.vocab_size)
-        sessions = Sessions(info, self.engine, self.admission, self.trust, quotas, rate, grammars)
-        self.service = PeerService(sessions, self.trust, self.announcement.resolve, self._connections)
+        grammars = grammar_checker(self.checkpoint, self.blocks, self.span.vocab_size)
+        sessions = Sessions(info, self.engine, self.admission, self.trust, quotas, rate)
+        self.service = PeerService(sessions, self.trust, self.announcement.resolve, self._connections, grammars)
         add_PeerServicer_to_server(self.service, self._grpc)
         add_DirectoryServicer_to_server(self.announcement.service(), self._grpc)
         await self.announcement.prepare()
@@ -206,8 +206,6 @@ class PeerServer:
         self.service.sessions.draining = True
         await self.announcement.stop()
         await self.service.close()
-        if self._grammars:
-            await self._grammars.close()
         await self._grpc.stop(grace=1.0)
         if not self.fallen.done():
             await asyncio.to_thread(self.engine.stop)

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from .tasks import end
+
 T = TypeVar("T")
 
 # Items of streams that run ahead of whoever reads them.
@@ -36,8 +38,7 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T
                 break
         await everything
     finally:
-        everything.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*map(end, tasks))
 
 
 async def _feed(stream: AsyncGenerator[T, None], items: asyncio.Queue[T]) -> None:

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...protocol.errors import PetalError
 from .events import Answer, Event
+from .tasks import end
 
 # A client that takes nothing for so long is gone.
 UNREAD_S = 30.0
@@ -74,8 +75,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
             raise ClientGone
         return task.result()
     finally:
-        await _end(task)
-        await _end(gone)
+        await end(task)
+        await end(gone)
 
 
 class StreamedResponse(Response):
@@ -96,8 +97,8 @@ class StreamedResponse(Response):
                 with contextlib.suppress(asyncio.TimeoutError):  # nobody reads: the connection ends unfinished
                     sending.result()
         finally:
-            await _end(sending)
-            await _end(gone)
+            await end(sending)
+            await end(gone)
             await self._pieces.aclose()
 
     async def _send(self, send: Send) -> None:
@@ -126,16 +127,7 @@ class StreamedResponse(Response):
                 yield piece
         finally:
             if coming:
-                await _end(coming)
-
-
-async def _end(task: asyncio.Future[Any]) -> None:
-    """Cancel until it is over: before Python 3.12 `wait_for` may lose a cancellation that comes with its result."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=0.05)
-    if not task.cancelled():
-        task.exception()  # whoever needed it has it
+                await end(coming)
 
 
 async def _hang_up(receive: Receive) -> None:

@@ -17,6 +17,7 @@ from ..routing.route import NoRoute, Route, context_of
 from ..swarm import AsyncSwarmModel
 from .errors import unavailable
 from .sessions import SessionPool
+from .tasks import end
 
 # How often a model without a route looks for one, and one with a route whether it is still there.
 LOOK_S = 1.0
@@ -46,9 +47,7 @@ class ServedModel:
 
     async def close(self) -> None:
         if self._watch:
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+            await end(self._watch)
         if self._pool:
             self._pool.close()
         if self._model:

@@ -74,8 +74,7 @@ class Engine:
     ) -> None:
         def open_() -> None:
             assert session not in self._sequences
-            opened = CachedSequence(tenant, priority, codec, blocks, self.span, self.cache, self.cache.open())
-            opened.grammar = grammar
+            opened = CachedSequence(tenant, priority, codec, blocks, self.span, self.cache, self.cache.open(), grammar)
             if parent := self._sequences.get(fork_of or b""):
                 opened.fork(parent)
             self._sequences[session] = opened

@@ -35,9 +35,9 @@ class CachedSequence:
     span: Span
     cache: KVCache
     table: BlockTable
+    grammar: GrammarMatcher | None = None
     history: TokenHistory = field(default_factory=TokenHistory)
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    grammar: GrammarMatcher | None = None
     pending_ids: Sequence[int] = ()
     step: Step | None = None
     waiting: deque[tuple[Step, Done]] = field(default_factory=deque)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import grpc
 
 from ...protocol import petal_pb2 as pb
+from ...protocol.grammar.checker import GrammarChecker
+from ...protocol.grammar.grammar import GrammarError, GrammarMatcher
 from ...protocol.wire.limits import MAX_ROWS, PROTOCOL, PROTOCOL_MIN
 from ..limits.quotas import Quota
 from ..session.session import PeerSession
@@ -72,6 +74,21 @@ def _check_fields(info: ServiceInfo, message: pb.Open) -> None:
     for name in ("adapter_id", "block_prompts"):
         if getattr(message, name):
             raise SessionFailed(Status.UNIMPLEMENTED, f"this peer does not serve {name} yet")
+
+
+async def grammar_of(info: ServiceInfo, message: pb.Open, grammars: GrammarChecker | None) -> GrammarMatcher | None:
+    """What a session's text shall follow, tried in a process that may be killed; None where it is free."""
+    if not message.grammar:
+        return None
+    check_open(info, message)
+    if message.end != info.n_blocks:
+        raise invalid("a grammar goes to the last stage alone")
+    if grammars is None:
+        raise SessionFailed(Status.UNIMPLEMENTED, "this peer does not serve grammars")
+    try:
+        return await grammars.matcher(message.grammar)
+    except GrammarError as error:
+        raise invalid(str(error)) from None
 
 
 def check_former(message: pb.Open, former: PeerSession | None) -> None:

@@ -9,12 +9,14 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ...protocol import petal_pb2 as pb
+from ...protocol.grammar.checker import GrammarChecker
 from ...protocol.petal_pb2_grpc import PeerServicer
 from ...protocol.trust.trust import Trust
 from ..session.session import PeerSession
 from ..session.spec import SessionFailed, invalid
 from .connections import Connections
 from .links import Links, Resolve
+from .open_checks import grammar_of
 from .sessions import Sessions
 from .streams import Writer, abort, first_of, run_until_one_ends, start_answering, unreadable
 
@@ -22,10 +24,18 @@ from .streams import Writer, abort, first_of, run_until_one_ends, start_answerin
 class PeerService(PeerServicer):
     """Streams in, and what they are about."""
 
-    def __init__(self, sessions: Sessions, trust: Trust, resolve: Resolve, connections: Connections) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        trust: Trust,
+        resolve: Resolve,
+        connections: Connections,
+        grammars: GrammarChecker | None = None,
+    ) -> None:
         self.sessions = sessions
         self._links = Links(sessions, trust, resolve, connections)
         self._connections = connections
+        self._grammars = grammars
 
     def sweep(self) -> None:
         """Cut the streams of whoever is not trusted any more, on either side of this peer."""
@@ -34,6 +44,8 @@ class PeerService(PeerServicer):
 
     async def close(self) -> None:
         self.sessions.end()
+        if self._grammars:
+            await self._grammars.close()
         await self._links.close()
 
     async def Session(self, requests: AsyncIterator[pb.ClientFrame], context: grpc.aio.ServicerContext) -> None:
@@ -42,7 +54,7 @@ class PeerService(PeerServicer):
             frame = await first_of(requests)
             if frame is None or not frame.HasField("open"):
                 raise invalid("a session starts with an open frame")
-            grammar = await self.sessions.grammar(frame.open)
+            grammar = await grammar_of(self.sessions.info, frame.open, self._grammars)
             session = self.sessions.open(frame.open, context.auth_context(), writer, grammar)
         except SessionFailed as failure:
             await abort(context, failure)

@@ -7,8 +7,7 @@ import hmac
 import time
 
 from ...protocol import petal_pb2 as pb
-from ...protocol.grammar.checker import GrammarChecker
-from ...protocol.grammar.grammar import GrammarError, GrammarMatcher
+from ...protocol.grammar.grammar import GrammarMatcher
 from ...protocol.trust.trust import AuthContext, Principal, Trust, TrustError, client_id_of
 from ...protocol.wire.limits import ALL_ANSWER_BYTES, PROTOCOL, WINDOW_BYTES
 from ..engine.engine import Engine
@@ -20,7 +19,7 @@ from ..limits.rates import Buckets, Rate
 from ..limits.refused import Refused
 from ..session.replay import ReplayBudget
 from ..session.session import FrameWriter, PeerSession
-from ..session.spec import SessionFailed, SessionSpec, invalid
+from ..session.spec import SessionFailed, SessionSpec
 from .open_checks import ServiceInfo, Status, check_former, check_open, check_parent, spec_of
 
 # Of a peer that leaves, a session in which nothing happened for so long ends at once: its client resumes elsewhere.
@@ -48,7 +47,6 @@ class Sessions:
         trust: Trust,
         quotas: Quotas,
         rate: Rate,
-        grammars: GrammarChecker | None = None,
     ) -> None:
         """`rate`: how often one identity may open sessions."""
         self.info = info
@@ -57,27 +55,12 @@ class Sessions:
         self._engine = engine
         self._admission = admission
         self._trust = trust
-        self._grammars = grammars
         self._usages = QuotaUsages(quotas)
         self._opens: Buckets[str] = Buckets(rate)
         self._running: dict[bytes, PeerSession] = {}
 
     def __len__(self) -> int:
         return len(self._running)
-
-    async def grammar(self, message: pb.Open) -> GrammarMatcher | None:
-        """What a session's text shall follow, tried in a process that may be killed. Raises SessionFailed."""
-        if not message.grammar:
-            return None
-        check_open(self.info, message)
-        if message.end != self.info.n_blocks:
-            raise invalid("a grammar goes to the last stage alone")
-        if self._grammars is None:
-            raise SessionFailed(Status.UNIMPLEMENTED, "this peer does not serve grammars")
-        try:
-            return await self._grammars.matcher(message.grammar)
-        except GrammarError as error:
-            raise invalid(str(error)) from None
 
     def open(
         self, message: pb.Open, context: AuthContext, writer: FrameWriter, grammar: GrammarMatcher | None = None

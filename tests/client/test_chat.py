@@ -17,7 +17,7 @@ QUESTION = {"role": "user", "content": "a question"}
 
 class Session:
     def __init__(self, reserve_tokens: int) -> None:
-        self.options = SimpleNamespace(reserve_tokens=reserve_tokens)
+        self.options = SimpleNamespace(reserve_tokens=reserve_tokens, grammar=None)
         self.context_length = 8192
         self.closed = False
 
