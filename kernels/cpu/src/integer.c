@@ -3,8 +3,14 @@
 
 #include "thread_pool.h"
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define PAIRED 1 /* products of 16 bits, two of them added: x and codes have room there */
+#else
+#define PAIRED 0
+#endif
+
 enum {
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || PAIRED
     FEW = 4,               /* rows that share a visit to codes */
 #else
     FEW = 1,               /* more would not fit the registers */
@@ -24,21 +30,6 @@ INLINE i32x16 dot(i32x16 sums, u8x64 codes, const int8_t *x)
     int32_t four;
     memcpy(&four, x, sizeof four);
     return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
-#elif defined(__AVX2__)
-    /* Even and odd depths apart, as 16 bits: sums of two products of 8 bits would not fit. */
-    int32_t four;
-    memcpy(&four, x, sizeof four);
-    __m256i xs = _mm256_set1_epi32(four), low = _mm256_set1_epi16(255), halves[2], added[2];
-    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8), odd = _mm256_srai_epi16(xs, 8);
-    memcpy(halves, &codes, sizeof halves);
-    memcpy(added, &sums, sizeof added);
-    for (int i = 0; i < 2; i++) {
-        __m256i evens = _mm256_madd_epi16(_mm256_and_si256(halves[i], low), even);
-        __m256i odds = _mm256_madd_epi16(_mm256_srli_epi16(halves[i], 8), odd);
-        added[i] = _mm256_add_epi32(added[i], _mm256_add_epi32(evens, odds));
-    }
-    memcpy(&sums, added, sizeof sums);
-    return sums;
 #else
     u32x16 fours = (u32x16)codes;
     for (int i = 0; i < 4; i++)
@@ -136,6 +127,125 @@ static void round_block(void *job, long block)
     }
 }
 
+#if PAIRED
+/* 32 depths of a row: of each four the even ones, then the odd ones, 16 bits each. */
+INLINE void pair_up(__m256i values, int32_t pairs[SHARE / 4])
+{
+    values = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(values, 0xd8), 0xd8);
+    _mm256_storeu_si256((void *)pairs, values);
+}
+
+/* x as products take it: whole, or for LEVELS high and low apart. */
+typedef struct {
+    int32_t whole[SHARE / 2], low[SHARE / 2];
+} paired_t;
+
+INLINE void pair_share(const codes_t codes, const int8_t *high, const int8_t *low, paired_t *to)
+{
+    for (int i = 0; i < 2; i++) {
+        __m256i upper = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(high + 16 * i)));
+        __m256i lower = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(low + 16 * i)));
+        if (codes == LEVELS)
+            pair_up(lower, to->low + 8 * i);
+        else
+            upper = _mm256_add_epi16(_mm256_slli_epi16(upper, codes == EIGHT_BITS ? 8 : 4), lower);
+        pair_up(upper, to->whole + 8 * i);
+    }
+}
+
+/* Four depths of 8 columns, even and odd apart; of LEVELS 16 p + q, and p beside it. */
+typedef struct {
+    __m256i even, odd, even_p, odd_p;
+} quads_t;
+
+INLINE quads_t read_quads(const codes_t codes, const uint8_t *from, int i, int half, const uint8_t levels[2][16])
+{
+    __m256i bytes = _mm256_loadu_si256((const void *)(from + (codes == EIGHT_BITS ? i : i % 4) * 64 + half * 32));
+    const __m256i byte = _mm256_set1_epi16(255);
+    if (codes != EIGHT_BITS)
+        bytes = _mm256_and_si256(i < 4 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
+    quads_t to = {_mm256_and_si256(bytes, byte), _mm256_srli_epi16(bytes, 8), bytes, bytes};
+    if (codes == LEVELS) {
+        __m256i p = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)levels[0])), bytes);
+        __m256i q = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)levels[1])), bytes);
+        to.even_p = _mm256_and_si256(p, byte), to.odd_p = _mm256_srli_epi16(p, 8);
+        to.even = _mm256_add_epi16(_mm256_slli_epi16(to.even_p, 4), _mm256_and_si256(q, byte));
+        to.odd = _mm256_add_epi16(_mm256_slli_epi16(to.odd_p, 4), _mm256_srli_epi16(q, 8));
+    }
+    return to;
+}
+
+INLINE __m256i add_pairs(__m256i sum, __m256i even, __m256i odd, const int32_t pairs[2])
+{
+    even = _mm256_madd_epi16(even, _mm256_set1_epi32(pairs[0]));
+    odd = _mm256_madd_epi16(odd, _mm256_set1_epi32(pairs[1]));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+
+/* A chunk of few rows and 16 columns, as `combine` takes its sums: one of all that is counted. */
+INLINE void sum_chunk(const codes_t codes, const int rows, const product_t *p, long block, long k, long deep,
+                      const uint8_t *from, i32x16 first[FEW], i32x16 second[FEW])
+{
+    __m256i added[FEW][2];
+    for (int m = 0; m < rows; m++)
+        added[m][0] = added[m][1] = _mm256_setzero_si256();
+    for (long j = k; j < k + deep; j += SHARE, from += share_bytes(codes)) {
+        const int8_t *parts = parts_at(&p->x, block, j);
+        paired_t x[FEW];
+        for (int m = 0; m < rows; m++)
+            pair_share(codes, parts + m * 64, parts + m * 64 + p->x.apart, x + m);
+        for (long line = 0; line < share_bytes(codes); line += 64)
+            __builtin_prefetch(from + AHEAD + line, 0, 3);
+#pragma GCC unroll 8
+        for (int i = 0; i < SHARE / 4; i++)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                quads_t quads = read_quads(codes, from, i, half, p->levels);
+#pragma GCC unroll 4
+                for (int m = 0; m < rows; m++) {
+                    added[m][half] = add_pairs(added[m][half], quads.even, quads.odd, x[m].whole + 2 * i);
+                    if (codes == LEVELS)
+                        added[m][half] = add_pairs(added[m][half], quads.even_p, quads.odd_p, x[m].low + 2 * i);
+                }
+            }
+    }
+    for (int m = 0; m < rows; m++) {
+        first[m] = second[m] = (i32x16){0};
+        memcpy((codes == FOUR_BITS ? first : second) + m, added[m], sizeof added[m]);
+    }
+}
+#else
+/* A chunk of few rows and 16 columns, as `combine` takes its sums. */
+INLINE void sum_chunk(const codes_t codes, const int rows, const product_t *p, long block, long k, long deep,
+                      const uint8_t *from, i32x16 first[FEW], i32x16 second[FEW])
+{
+    i32x16 high[FEW][2] = {0}, low[FEW][2] = {0}; /* in turn: a sum waits for the one before */
+    for (long j = k; j < k + deep; j += SHARE, from += share_bytes(codes)) {
+        const int8_t *parts = parts_at(&p->x, block, j);
+        for (long line = 0; line < share_bytes(codes); line += 64)
+            __builtin_prefetch(from + AHEAD + line, 0, 3);
+#pragma GCC unroll 8
+        for (int i = 0; i < SHARE / 4; i++) {
+            u8x64 u[2];
+            read_codes(codes, from, i, p->levels, u);
+#pragma GCC unroll 4
+            for (int m = 0; m < rows; m++) {
+                const int8_t *upper = parts + m * 64 + i * 4, *lower = upper + p->x.apart;
+                high[m][i % 2] = dot(high[m][i % 2], u[0], upper);
+                low[m][i % 2] = dot(low[m][i % 2], u[codes == FOUR_BITS], lower);
+                if (codes == LEVELS)
+                    low[m][1 - i % 2] = dot(low[m][1 - i % 2], u[1], upper);
+            }
+        }
+    }
+    for (int m = 0; m < rows; m++) {
+        first[m] = high[m][0] + high[m][1], second[m] = low[m][0] + low[m][1];
+        if (codes == FOUR_BITS)
+            first[m] += second[m];
+    }
+}
+#endif
+
 /* Few rows of a block and 16 columns: codes meet x in registers. */
 INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long block, long strip)
 {
@@ -150,32 +260,12 @@ INLINE void run_rows(const kind_t kind, const int rows, const product_t *p, long
         y[m] = *(const f32x16 *)(c->bias + strip * INTERLEAVED);
     for (long k = 0, deep; k < c->in; k += deep, numbers += x->blocks * x->height) {
         deep = chunk_depth(&w, x->depth, k);
-        i32x16 high[FEW][2] = {0}, low[FEW][2] = {0}; /* in turn: a sum waits for the one before */
-        for (long j = k; j < k + deep; j += SHARE, from += share_bytes(codes)) {
-            const int8_t *parts = parts_at(x, block, j);
-            for (long line = 0; line < share_bytes(codes); line += 64)
-                __builtin_prefetch(from + AHEAD + line, 0, 3);
-#pragma GCC unroll 8
-            for (int i = 0; i < SHARE / 4; i++) {
-                u8x64 u[2];
-                read_codes(codes, from, i, p->levels, u);
-#pragma GCC unroll 4
-                for (int m = 0; m < rows; m++) {
-                    const int8_t *upper = parts + m * 64 + i * 4, *lower = upper + x->apart;
-                    high[m][i % 2] = dot(high[m][i % 2], u[0], upper);
-                    low[m][i % 2] = dot(low[m][i % 2], u[codes == FOUR_BITS], lower);
-                    if (codes == LEVELS)
-                        low[m][1 - i % 2] = dot(low[m][1 - i % 2], u[1], upper);
-                }
-            }
-        }
+        i32x16 first[FEW], second[FEW];
+        sum_chunk(codes, rows, p, block, k, deep, from, first, second);
+        from += deep / SHARE * share_bytes(codes);
         group_t g = group_of(kind, &w, strip, k / w.group);
-        for (int m = 0; m < rows; m++) {
-            i32x16 first = high[m][0] + high[m][1], second = low[m][0] + low[m][1];
-            if (codes == FOUR_BITS)
-                first += second;
-            y[m] = combine(codes, y[m], first, second, &g, numbers[m]);
-        }
+        for (int m = 0; m < rows; m++)
+            y[m] = combine(codes, y[m], first[m], second[m], &g, numbers[m]);
     }
     for (int m = 0; m < rows; m++)
         finish_row(c, y[m], block * x->height + m, strip);

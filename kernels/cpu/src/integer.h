@@ -94,6 +94,13 @@ INLINE f32x16 float16s(const uint16_t *from)
 {
 #ifdef __AVX512F__
     return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
+#elif defined(__F16C__)
+    __m256 halves[2];
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + 8 * i)));
+    f32x16 to;
+    memcpy(&to, halves, sizeof to);
+    return to;
 #else
     f32x16 to;
     for (int i = 0; i < INTERLEAVED; i++)
@@ -106,6 +113,13 @@ INLINE f32x16 uint8s(const uint8_t *from)
 {
 #ifdef __AVX512F__
     return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from)));
+#elif defined(__AVX2__)
+    __m256 halves[2];
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(from + 8 * i))));
+    f32x16 to;
+    memcpy(&to, halves, sizeof to);
+    return to;
 #else
     f32x16 to;
     for (int i = 0; i < INTERLEAVED; i++)
@@ -130,6 +144,21 @@ INLINE f32x16 nf4_scales(const weights_t *w, long strip, long group)
     __m512 outer = _mm512_i32gather_ps(_mm512_srli_epi32(blocks, 8), nested, 4);
     __m512 inner = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)shares)), map, 4);
     return (f32x16)_mm512_fmadd_ps(inner, outer, _mm512_set1_ps(*offset));
+#elif defined(__AVX2__) && defined(__FMA__)
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256 halves[2];
+    for (int i = 0; i < 2; i++) {
+        __m256i rows = _mm256_add_epi32(_mm256_set1_epi32((int)(strip * INTERLEAVED + 8 * i)), places);
+        rows = _mm256_min_epi32(rows, _mm256_set1_epi32((int)w->out - 1));
+        __m256i blocks = _mm256_mullo_epi32(rows, _mm256_set1_epi32((int)groups));
+        blocks = _mm256_add_epi32(blocks, _mm256_set1_epi32((int)group));
+        __m256 outer = _mm256_i32gather_ps(nested, _mm256_srli_epi32(blocks, 8), 4);
+        __m256 inner = _mm256_i32gather_ps(map, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(shares + 8 * i))), 4);
+        halves[i] = _mm256_fmadd_ps(inner, outer, _mm256_set1_ps(*offset));
+    }
+    f32x16 to;
+    memcpy(&to, halves, sizeof to);
+    return to;
 #else
     f32x16 to;
     for (long i = 0; i < INTERLEAVED; i++) {
@@ -184,13 +213,6 @@ INLINE u8x64 look_up(u8x64 codes, const uint8_t table[16])
 #ifdef __AVX512BW__
     __m512i wide = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
     return (u8x64)_mm512_shuffle_epi8(wide, (__m512i)codes);
-#elif defined(__AVX2__)
-    __m256i wide = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), halves[2];
-    memcpy(halves, &codes, sizeof halves);
-    for (int i = 0; i < 2; i++)
-        halves[i] = _mm256_shuffle_epi8(wide, halves[i]);
-    memcpy(&codes, halves, sizeof codes);
-    return codes;
 #else
     uint8_t bytes[64];
     memcpy(bytes, &codes, sizeof bytes);
