@@ -252,7 +252,6 @@ def demo(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     drafter: Drafter = "auto",
-    drafter_device: DrafterDevice = "cpu",
 ) -> None:
     """Start three local peers that share one small model, and let them answer."""
     from .demo import run_demo, serve_demo

@@ -51,7 +51,7 @@ Drafter = Annotated[
         "model (the one made for this model), a checkpoint, several with commas, or none.",
     ),
 ]
-DrafterDevice = Annotated[str, typer.Option(help="Where draft models compute: cpu, cuda, cuda:1, …")]
+DrafterDevice = Annotated[str, typer.Option(help="Where draft models compute: cpu, cuda, or a card such as cuda:1.")]
 Budget = Annotated[int | None, typer.Option(min=0, help="Tokens to draft a round; by default what pays most.")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same text.")]
 Exact = Annotated[bool, typer.Option(help="Only peers that promise the same bits in any batch, tree or chunk.")]

