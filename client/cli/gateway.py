@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...protocol.paths import data_dir
-from .options import AllowMixed, Ends, Exact, Join, Peers
+from .options import AllowMixed, Drafter, Ends, Exact, Join, Peers
 from .terminal import console
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def gateway(
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
     running: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 64,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that wait at a time; the next gets 429.")] = 256,
+    drafter: Drafter = "ngram",
     exact: Exact = False,
     allow_mixed: AllowMixed = False,
     ends: Ends = None,
@@ -67,7 +68,13 @@ def gateway(
     def server() -> GatewayServer:
         served = [
             served_model(
-                name, initial_peers or (), join=join, exact=exact, allow_mixed=allow_mixed, trusted_ends=ends or ()
+                name,
+                initial_peers or (),
+                drafter,
+                join=join,
+                exact=exact,
+                allow_mixed=allow_mixed,
+                trusted_ends=ends or (),
             )
             for name in dict.fromkeys(models)
         ]

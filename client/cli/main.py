@@ -21,6 +21,7 @@ from ..swarm import SwarmModel
 from .conversation import Conversation, reader
 from .explain import CAVEAT, explain, table
 from .gateway import PORT, gateway, keys_app
+from .launch import launch
 from .memberships import commands as memberships
 from .options import (
     AllowMixed,
@@ -217,6 +218,7 @@ def status(
 
 
 app.command()(gateway)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 
 
 @app.command(

@@ -59,8 +59,8 @@ def _prepare(served: ServedModel, request: GenerationRequest, asked: Conversatio
     context = served.context_length
     room = context - len(prompt.ids) if context else DEFAULT_TOKENS
     tokens = min(request.max_tokens or DEFAULT_TOKENS, room)
-    settings: GenerationSettings = {**request.settings, "max_new_tokens": tokens, "visible_tokens": prompt.visible}
-    return _Run(prompt, generator.config(settings))
+    own: GenerationSettings = {"max_new_tokens": tokens, "visible_tokens": prompt.visible, "drafter": served.drafter}
+    return _Run(prompt, generator.config({**request.settings, **own}))
 
 
 def check_length(served: ServedModel, ids: Sequence[int]) -> None:
@@ -119,7 +119,7 @@ async def _sessions(
                 await first.prefill(rest)
             with contextlib.suppress(PeerError):  # then choices take turns
                 for _ in range(n - 1):
-                    held.append(await first.fork())
+                    held.append(await pool.fork(first))
         free: asyncio.Queue[Session] = asyncio.Queue()
         for session in held:
             free.put_nowait(session)

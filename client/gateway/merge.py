@@ -25,6 +25,7 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T
     items: asyncio.Queue[T] = asyncio.Queue(_AHEAD)
     tasks = [asyncio.create_task(_feed(stream, items)) for stream in streams]
     everything = asyncio.gather(*tasks)
+    getting: asyncio.Future[T] | None = None
     try:
         while not (everything.done() and items.empty()):
             getting = asyncio.ensure_future(items.get())
@@ -39,6 +40,8 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T
         await everything
     finally:
         await asyncio.gather(*map(end, tasks))
+        if getting:
+            await end(getting)
 
 
 async def _feed(stream: AsyncGenerator[T, None], items: asyncio.Queue[T]) -> None:

@@ -40,9 +40,9 @@ class TlsFiles:
     key: Path
 
 
-def served_model(model: str, initial_peers: Sequence[str] = (), **connect: Any) -> ServedModel:
+def served_model(model: str, initial_peers: Sequence[str] = (), drafter: str = "ngram", **connect: Any) -> ServedModel:
     """A model by the name that its peers or its files have; `connect` is for AsyncSwarmModel.connect."""
-    return ServedModel(model, partial(AsyncSwarmModel.connect, model, initial_peers, **connect))
+    return ServedModel(model, partial(AsyncSwarmModel.connect, model, initial_peers, **connect), drafter)
 
 
 def check_place(host: str, port: int, keys: KeyRing) -> str:

@@ -27,10 +27,14 @@ ROUTE_S = 10.0
 
 @dataclass
 class ServedModel:
-    """`alias` is the name under which the gateway was told of it, `connect` how to get to its swarm."""
+    """`alias` is the name under which the gateway was told of it, `connect` how to get to its swarm.
+
+    `drafter` guesses ahead, see GenerationConfig: by default from the text alone, which costs no torch and no core.
+    """
 
     alias: str
     connect: Callable[[], Awaitable[AsyncSwarmModel]]
+    drafter: str = "ngram"
     started: float = field(default_factory=time.time)
     since: float = field(default_factory=time.time)
     # Why nobody can be served now, and from when on (unix seconds); empty where everybody can.

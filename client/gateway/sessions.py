@@ -12,6 +12,7 @@ from ..generation import Generator, common_prefix
 from ..session.options import Grammar
 from ..session.peer_error import PeerError
 from ..session.session import Session
+from .pace import Pace
 
 # Sessions that wait for their conversation to go on, and for how long.
 MOST_IDLE = 32
@@ -35,6 +36,7 @@ class SessionPool:
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
+        self._pace = Pace()
         self._idle: list[_Idle] = []
 
     def __len__(self) -> int:
@@ -52,14 +54,23 @@ class SessionPool:
             return found.session
         reserve_tokens += TREE_ROOM
         spare = max(0, SPARE_TOKENS - reserve_tokens)
-        while self._idle:
+        while spare or self._idle:
             try:
+                await self._pace.turn()
                 return await self._generator.open_session(config, reserve_tokens, 0, spare)
             except PeerError as error:
-                if not error.busy:
+                if not error.passing:
                     raise
+            if not spare and self._idle:  # others may have taken the last one meanwhile
                 self._idle.pop(0).session.close()
-        return await self._generator.open_session(config, reserve_tokens, wait_s, spare)
+            spare = 0
+        await self._pace.turn()
+        return await self._generator.open_session(config, reserve_tokens, wait_s)
+
+    async def fork(self, session: Session) -> Session:
+        """Another one that holds the same. Raises PeerError."""
+        await self._pace.turn()
+        return await session.fork()
 
     def give_back(self, owner: str, session: Session) -> None:
         """Keep a session whose answer is complete, for what may come next."""

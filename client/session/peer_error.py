@@ -35,6 +35,11 @@ class PeerError(PetalError, RuntimeError):
         return self.code == grpc.StatusCode.UNAVAILABLE
 
     @property
+    def passing(self) -> bool:
+        """It may serve the same soon. INTERNAL is gRPC's own word, for streams that never began."""
+        return self.busy or self.gone or self.code == grpc.StatusCode.INTERNAL
+
+    @property
     def refusal(self) -> bool:
         """It says that the session or the step is at fault."""
         return self.code in _REFUSALS

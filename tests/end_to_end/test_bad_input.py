@@ -287,8 +287,6 @@ async def test_bad_step_ends_its_session(whole: Wire, bad: Bad) -> None:
         ({"presence_penalty": -101}, "presence_penalty is from -100 to 100"),
         ({"frequency_penalty": 1e9}, "frequency_penalty is from -100 to 100"),
         ({"logit_bias": {VOCAB: 1.0}}, "logit_bias names token 256, past the vocabulary"),
-        ({"logit_bias": {3: float("nan")}}, "logit_bias has values from -100 to 100"),
-        ({"logit_bias": dict.fromkeys(range(VOCAB), -1000.0)}, "logit_bias has values from -100 to 100"),
         ({"grammar_mask": b"m"}, "does not serve grammar_mask"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -349,6 +349,10 @@ def test_parameters_out_of_range(name, value):
         {"seed": 10**400},
         {"sequence": 1 << 32},
         {"frequency_penalty": math.nan},
+        {"logit_bias": ((3, math.nan),)},
+        {"logit_bias": ((3, 101.0),)},
+        {"logit_bias": ((-1, 1.0),)},
+        {"logit_bias": tuple((id, 1.0) for id in range(2000))},
     ],
     ids=str,
 )
