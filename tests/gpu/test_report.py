@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from tests.gpu import __main__ as program
 from tests.gpu.__main__ import GROUPS, ROOT, counts
 from tests.gpu.sanitize import PRODUCTS
 from tests.kernels.cuda.layout_cases import CASES
@@ -41,8 +42,19 @@ def test_an_unknown_group_is_refused():
     assert "no group nonsense" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("said", "code"), [("5 skipped in 0.10s", 1), ("5 passed in 0.10s", 0), ("4 passed, 1 failed in 0.10s", 1)]
+)
+def test_where_nothing_passed_all_has_failed(said, code, monkeypatch, capsys):
+    monkeypatch.setattr(program, "run", lambda *_: (said, True))
+    monkeypatch.setattr(sys, "argv", ["gpu", "span"])
+    assert program.main() == code
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["groups"]["span"]["failed"] == code
+
+
+@pytest.mark.full
 def test_a_machine_without_a_card_passes_nothing():
-    """Everything is skipped there: that is no success."""
+    """Everything is skipped there: that is no success. Its quick twin is above."""
     command = [sys.executable, "-m", "tests.gpu", "span"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     span = json.loads(done.stdout.splitlines()[-1])["groups"]["span"]

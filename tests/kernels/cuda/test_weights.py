@@ -44,8 +44,7 @@ def rows() -> Tensor:
     return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(9))
 
 
-@pytest.mark.parametrize("name", JOINED)
-@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize(("name", "biased"), [("int4", False), *((name, True) for name in JOINED)])
 def test_matrices_beside_each_other(name: str, biased: bool) -> None:
     """Queries, keys and values of one product: a share of the memory each, and the results that they had."""
     sizes = (128, 64, 40)
