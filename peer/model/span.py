@@ -53,9 +53,9 @@ class Span:
         self._scored = backend.rowwise(self._logits)
         one = torch.zeros(1, 1, dtype=torch.long, device=backend.device)
         self._entry_width: int = model.get_input_embeddings()(one).shape[-1]
-        # transformers' name for its cache from 5.24 on, and until then.
-        named = inspect.signature(self._base.forward).parameters
-        self._cache = "cache" if "cache" in named else "past_key_values"
+        # transformers' name for its cache from 5.24 on, and until then; some base models only pass arguments on.
+        named = [inspect.signature(part.forward).parameters for part in (model, self._base)]
+        self._cache = "cache" if any("cache" in names for names in named) else "past_key_values"
 
     @property
     def extents(self) -> tuple[int, ...]:

@@ -233,14 +233,14 @@ async def test_who_reads_nothing_is_let_go(door: Bench, monkeypatch: pytest.Monk
         sent = json.dumps(asking(door, max_tokens=450, n=8, temperature=1, stream=True, logprobs=True, top_logprobs=20))
         reader, writer = await asyncio.open_connection(host, int(port), limit=1)
         head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(sent)}\r\n\r\n"
-        writer.write((head + sent).encode())
-        for _ in range(500):
-            await asyncio.sleep(0.01)
-            if await held_sessions(door) == before + 8:
-                break
-        assert await eventually(door, before, 20.0)
-        writer.close()
-        assert reader
+        with contextlib.closing(writer):
+            writer.write((head + sent).encode())
+            for _ in range(500):
+                await asyncio.sleep(0.01)
+                if await held_sessions(door) == before + 8:
+                    break
+            assert await eventually(door, before, 60.0)
+            assert reader
 
 
 async def test_incomplete_swarm_is_answered_with_the_gap(door: Bench) -> None:
