@@ -142,14 +142,12 @@ class SwarmConnection:
                 session = await self._open(reserve_tokens, spare_tokens, refusals.peers, grammar)
             except PeerError as error:
                 spare_tokens = 0  # others were quicker than the records
-                if time.monotonic() > deadline or not (
-                    error.passing or (error.replaceable and not refusals.add(error))
-                ):
+                passing = error.busy or error.gone
+                if time.monotonic() > deadline or not (passing or (error.replaceable and not refusals.add(error))):
                     raise
                 if error.gone:
                     self.known.ban(error.peer_id)
-                waits = error.passing and not error.gone
-                await asyncio.sleep(random.uniform(0.1, 0.5) if waits else 0)
+                await asyncio.sleep(random.uniform(0.1, 0.5) if error.busy else 0)
             except NoRoute:
                 if refusals.first:
                     raise refusals.first from None

@@ -109,6 +109,7 @@ async def test_all_that_nobody_reads_is_bounded_and_who_reads_is_served(
     alone = await reader.result()
     monkeypatch.setattr(sessions, "ALL_ANSWER_BYTES", 24 << 20)
     stalling = [await asking_much(wire) for _ in range(3)]
+    await asyncio.sleep(0.5)
     await reader.step(2, [7] * ROWS, rewind=0, prefill=True, sample=True, want=pb.Want(logits=True))
     again = await reader.result()
     assert (again.logits, again.next_token) == (alone.logits, alone.next_token)
