@@ -287,7 +287,10 @@ async def twofold() -> AsyncIterator[LocalSwarm]:
 
 
 @pytest.mark.parametrize("place", range(3))
-@pytest.mark.parametrize(("method", "call"), [("step", 2), ("step", 11), ("fork", 1), ("fork", 4)])
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [("step", 2), ("fork", 4), *(pytest.param(*each, marks=pytest.mark.full) for each in [("step", 11), ("fork", 1)])],
+)
 async def test_failover_gives_the_same_beams(
     twofold: LocalSwarm, place: int, method: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

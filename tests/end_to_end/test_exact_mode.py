@@ -36,7 +36,8 @@ def tokens(seed: int, length: int = LENGTH) -> list[int]:
     return random.Random(seed).choices(range(VOCAB), k=length)
 
 
-@pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n}-peers")
+# Whatever three peers could get wrong, two can; their splits are compared bit by bit on any day.
+@pytest.fixture(params=[1, 2, pytest.param(3, marks=pytest.mark.full)], ids=lambda n: f"{n}-peers")
 async def client(request: pytest.FixtureRequest) -> AsyncIterator[AsyncSwarmModel]:
     async with (
         local_swarm(tiny_llama(), spans(4, request.param), exact=True) as swarm,

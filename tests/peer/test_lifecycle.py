@@ -38,7 +38,7 @@ def test_a_command_line_is_checked_without_torch() -> None:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.full)])
 def test_an_interrupt_while_it_starts_says_nothing_and_leaves_nothing(number: int, tmp_path: Path) -> None:
     points = (0.15, 0.4, 1.0, 2.0)  # in seconds of its own computing, since machines are busy
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
