@@ -17,7 +17,7 @@ from petal.protocol.directory import dht
 from ..support.swarms import LocalSwarm, local_swarm, spans
 from ..support.tiny import tiny_llama
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.waits]
 PROMPT = [1, 5, 9, 4, 77, 30, 31, 32]
 SOON_S = 40.0
 

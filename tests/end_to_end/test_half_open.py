@@ -21,7 +21,7 @@ from ..support.swarms import LocalSwarm, local_swarm
 from ..support.tiny import VOCAB, tiny_llama
 from ..support.wire import RawSession, Wire, released
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.waits]
 Code = grpc.StatusCode
 # Of a machine that is busy with other things.
 LATE_S = 4.0

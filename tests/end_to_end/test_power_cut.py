@@ -19,6 +19,9 @@ SPANS = [range(0, 2), range(2, 4)]
 SOON_S = 30.0
 
 
+pytestmark = pytest.mark.waits
+
+
 def peer(folder: Path, place: int, *initial: str) -> PeerServer:
     identity = folder / f"identity-{place}"
     return PeerServer(

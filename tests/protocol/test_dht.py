@@ -21,6 +21,9 @@ MODEL_KEY, INDEX_KEY = "petal 1 model tiny", "petal 1 models"
 ALICE, BOB, EVE = Identity.ephemeral(), Identity.ephemeral(), Identity.ephemeral()
 
 
+pytestmark = pytest.mark.waits
+
+
 def ids(records):
     return {record.peer_id for record in records}
 
