@@ -96,7 +96,9 @@ IdentityFile = Annotated[
 ]
 Device = Annotated[
     str,
-    _option("Where to compute: cpu, cuda, cuda:1, …; auto: a GPU if there is one.", callback=_checked(check_device)),
+    _option(
+        "Where to compute: cpu, cuda, cuda:1 and so on; auto: a GPU if there is one.", callback=_checked(check_device)
+    ),
 ]
 GpuMemory = Annotated[float, _option("Share of a GPU's memory that this peer may fill.", min=0.05, max=1.0)]
 Dtype = Annotated[

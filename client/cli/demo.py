@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import os
@@ -237,16 +236,20 @@ def serve_demo(peers: int, port: int, console: Console) -> None:
 
 async def _ask_over_http(address: str, console: Console) -> None:
     """Once more through a gateway, as any program would ask; nothing where its packages are missing."""
-    with contextlib.suppress(ValueError):
+    try:
         need_packages()
-        from ..gateway.program import GatewayServer, served_model
+    except ValueError:
+        return
+    from ..gateway.program import GatewayServer, served_model
 
-        server = GatewayServer([served_model(MODEL, [address])])
-        running = asyncio.ensure_future(server.run(LOOPBACK, 0))
+    server = GatewayServer([served_model(MODEL, [address])])
+    running = asyncio.ensure_future(server.run(LOOPBACK, 0))
+    try:
         url = await server.started()
         console.print("\nThe same over HTTP, as OpenAI's clients ask:", highlight=False)
         console.print(curl_line(url, MODEL), style="cyan", highlight=False, soft_wrap=True, markup=False)
         print(await asyncio.to_thread(_said_by, url), flush=True)
+    finally:
         server.stop()
         await running
 

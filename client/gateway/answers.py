@@ -69,9 +69,9 @@ def check_length(served: ServedModel, ids: Sequence[int]) -> None:
     if not ids:
         raise bad_request("the prompt is empty", "prompt")
     if tokenizer := served.generator.tokenizer:
-        worst = max(ids)
-        if min(ids) < 0 or worst >= max(tokenizer.vocab_size, tokenizer.trained_size):
-            raise bad_request(f"token id {worst} is past the vocabulary of {tokenizer.vocab_size}", "prompt")
+        size = max(tokenizer.vocab_size, tokenizer.trained_size)
+        if (wrong := next((id for id in ids if not 0 <= id < size), None)) is not None:
+            raise bad_request(f"token id {wrong} is outside the vocabulary of {tokenizer.vocab_size}", "prompt")
     if context and len(ids) >= context:
         raise bad_request(
             f"{served.name} has a context of {context} tokens, the prompt has {len(ids)}: "

@@ -187,7 +187,7 @@ def test_help_cuts_no_names(command: str, columns: int, monkeypatch: pytest.Monk
     monkeypatch.setenv("COLUMNS", str(columns))
     shown = petal_serve("--help") if command == "petal-serve" else petal(*command.split(), "--help")
     assert shown.code == 0
-    assert "…" not in shown.out.replace("cuda:1, …", "")
+    assert "…" not in shown.out
     assert "[b]" not in shown.out
     assert not re.search(r"--[\w-]*-\s*\n", shown.out), "the name of an option is broken"
 

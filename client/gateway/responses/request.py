@@ -134,7 +134,7 @@ def _joined(messages: Iterator[Message]) -> Iterator[Message]:
     held: dict[str, Any] | None = None
     for message in messages:
         if held and message["role"] == "assistant" and not message["content"]:
-            held["tool_calls"] = [*held.get("tool_calls", ()), *message["tool_calls"]]
+            held["tool_calls"] = [*held.get("tool_calls", ()), *message.get("tool_calls", ())]
             continue
         if held:
             yield held

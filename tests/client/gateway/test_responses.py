@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
 import pytest_asyncio
+from petal.client.gateway.body import parse_body
+from petal.client.gateway.responses.request import ResponsesRequest
 
 from .gateways import Bench, bench, scripted
 
@@ -114,3 +117,9 @@ async def test_probes_and_what_agents_send(door: Bench, client: openai.AsyncOpen
     refused = await door.gateway.post("/v1/responses", {**agent, "background": True})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "background"
+
+
+async def test_an_empty_message_of_the_assistant_behind_another_is_none() -> None:
+    said = [{"role": "assistant", "content": text} for text in ("Hello.", "")]
+    asked = parse_body(json.dumps({"model": "m", "input": said}).encode(), ResponsesRequest)
+    assert [message["content"] for message in asked.messages()] == ["Hello."]
