@@ -6,9 +6,9 @@ import asyncio
 import difflib
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
@@ -19,6 +19,10 @@ BODY_BYTES = 8 << 20
 HEARD_BYTES = 64 << 20
 BODY_S = 30.0
 _SHOWN = 200
+
+
+# Clients write 1 as well as 1.0.
+Number = Annotated[float, Field(strict=False)]
 
 
 class Body(BaseModel):

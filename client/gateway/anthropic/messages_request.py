@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...config import GenerationSettings
-from ..body import TolerantBody
+from ..body import Number, TolerantBody
 from ..errors import bad_request
 from ..functions import MOST_TOOLS, call, function
 from ..generation_request import Conversation, GenerationRequest, Message
 
 MOST_MESSAGES = 4096
 MOST_TOKENS = 1 << 20
-Number = Annotated[float, Field(strict=False)]
 
 
 class Block(TolerantBody):

@@ -28,16 +28,16 @@ class ShowRequest(TolerantBody):
 
 def read_chat(body: bytes, owner: str) -> Asked:
     """Raises ApiError."""
-    asked = parse_body(body, ChatRequest)
-    reply = OllamaReply(asked.model, chats=True, loads=asked.asks_nothing)
-    request = None if asked.asks_nothing else asked.generation_request()
-    return Asked(asked.model, request, reply, asked.stream is not False)
+    return _asked(parse_body(body, ChatRequest))
 
 
 def read_generate(body: bytes, owner: str) -> Asked:
     """Raises ApiError."""
-    asked = parse_body(body, GenerateRequest)
-    reply = OllamaReply(asked.model, chats=False, loads=asked.asks_nothing)
+    return _asked(parse_body(body, GenerateRequest))
+
+
+def _asked(asked: ChatRequest | GenerateRequest) -> Asked:
+    reply = OllamaReply(asked.model, chats=isinstance(asked, ChatRequest), loads=asked.asks_nothing)
     request = None if asked.asks_nothing else asked.generation_request()
     return Asked(asked.model, request, reply, asked.stream is not False)
 

@@ -7,13 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...config import GenerationSettings
-from ..body import TolerantBody
+from ..body import Number, TolerantBody
 from ..errors import bad_request
 from ..formats import schema_settings
 from ..functions import MOST_TOOLS, call, function
 from ..generation_request import Conversation, GenerationRequest, Message
-
-Number = Annotated[float, Field(strict=False)]
 
 # What changes the text and is served with one value only.
 _NEUTRAL: dict[str, Any] = {"typical_p": 1.0, "mirostat": 0, "num_keep": 0}

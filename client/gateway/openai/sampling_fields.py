@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ...config import GenerationSettings
-from ..body import Body
+from ..body import Body, Number
 from ..errors import bad_request
 
 # Neither larger answers nor more of them fit anywhere.
@@ -19,8 +19,6 @@ MOST_STOP_CHARACTERS = 512
 
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
-# Of JSON's integers, also those that clients write as 1.0.
-Number = Annotated[float, Field(strict=False)]
 
 
 def token_biases(given: Mapping[str, float]) -> dict[int, float]:

@@ -9,14 +9,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ...config import GenerationSettings
-from ..body import TolerantBody
+from ..body import Number, TolerantBody
 from ..errors import bad_request
 from ..formats import schema_settings
 from ..functions import MOST_TOOLS, call, function
 from ..generation_request import Conversation, GenerationRequest, Message
 
 MOST_ITEMS = 4096
-Number = Annotated[float, Field(strict=False)]
 
 
 class Part(TolerantBody):
