@@ -23,7 +23,7 @@ from petal.protocol.wire.codec import row_bytes
 from petal.protocol.wire.limits import FRAME_BYTES, WINDOW_BYTES
 from petal.protocol.wire.sampling import SamplingParams
 
-from ..support.swarms import LocalSwarm, local_swarm
+from ..support.swarms import NO_RATES, LocalSwarm, local_swarm
 from ..support.tiny import VOCAB, tiny_llama
 from ..support.trees import token_chain
 from ..support.wire import CALLER, CLIENT, RawSession, RawStream, Wire, settled
@@ -37,9 +37,9 @@ HIDDEN = 64
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def swarm() -> AsyncIterator[LocalSwarm]:
-    """One peer with the whole model, then two with half of it each."""
+    """One peer with the whole model, then two with half of it each; how often one may call is tested elsewhere."""
     spans = [range(0, 4), range(0, 2), range(2, 4)]
-    async with local_swarm(tiny_llama(), spans, cache_tokens=4096, max_sessions=8) as running:
+    async with local_swarm(tiny_llama(), spans, cache_tokens=4096, max_sessions=8, rates=NO_RATES) as running:
         yield running
 
 

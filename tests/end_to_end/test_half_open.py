@@ -78,6 +78,13 @@ async def asking_much(wire: Wire) -> RawSession:
     return session
 
 
+async def all_stall(wire: Wire) -> None:
+    """Until nothing is taken any more of what waits for anybody."""
+    running = wire.peer.service.sessions._running
+    while any(s.owed.size and s.owed.stalled_s < answers.STALLED_S for s in running.values()):  # noqa: ASYNC110 (no event)
+        await asyncio.sleep(0.02)
+
+
 async def test_who_reads_nothing_is_cut_and_its_pages_are_free(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "UNREAD_S", 1.0)
     session = await asking_much(wire)
@@ -108,8 +115,10 @@ async def test_all_that_nobody_reads_is_bounded_and_who_reads_is_served(
     await reader.step(1, [7] * ROWS, prefill=True, sample=True, want=pb.Want(logits=True))
     alone = await reader.result()
     monkeypatch.setattr(sessions, "ALL_ANSWER_BYTES", 24 << 20)
-    stalling = [await asking_much(wire) for _ in range(3)]
-    await asyncio.sleep(0.5)
+    stalling = []
+    for _ in range(3):
+        stalling.append(await asking_much(wire))
+        await all_stall(wire)
     await reader.step(2, [7] * ROWS, rewind=0, prefill=True, sample=True, want=pb.Want(logits=True))
     again = await reader.result()
     assert (again.logits, again.next_token) == (alone.logits, alone.next_token)
